@@ -1,0 +1,59 @@
+"""Which array module owns an array, and how arrays move: the only file that knows there are two backends."""
+
+import importlib
+import sys
+
+import numpy as np
+
+
+def get_array_module(*arrays):
+    """The module that owns every one of `arrays`: `numpy`, or `cupy` for arrays on a GPU.
+
+    There is no global device: the array decides. A function that starts with
+    `xp = get_array_module(x)` and says `xp.exp(x)` runs on both.
+
+    Shapes: any number of arrays of any shape and dtype.
+    Raises: TypeError if they live on different backends, or something is not an array at all.
+    Source: the convention of Chainer and CuPy (`cupy.get_array_module`).
+
+    >>> get_array_module(np.zeros(3)).__name__
+    'numpy'
+    """
+    owners = {sys.modules[type(a).__module__.partition(".")[0]] for a in arrays}
+    if len(owners) > 1:
+        names = " and ".join(sorted(xp.__name__ for xp in owners))
+        raise TypeError(f"arrays of {names} in one operation; move them to one backend with to_device(x, xp)")
+    xp = owners.pop()
+    if not hasattr(xp, "ndarray"):
+        kinds = ", ".join(sorted({type(a).__name__ for a in arrays}))
+        raise TypeError(f"expected NumPy or CuPy arrays, got {kinds}; write np.asarray(x) first")
+    return xp
+
+
+def to_numpy(x):
+    """`x` as a NumPy array on the host: itself if it is one, a copy (and a wait for the GPU) if it is not."""
+    xp = get_array_module(x)
+    return np.asarray(x) if xp is np else xp.asnumpy(x)
+
+
+def to_device(x, xp):
+    """`x` as an array of the module `xp`: itself if it already is one, a copy if it has to move.
+
+    Every random number of this project is drawn by NumPy and then moved, so one seed means
+    the same weights and the same batches on a CPU and on a GPU.
+    """
+    return to_numpy(x) if xp is np else xp.asarray(x)
+
+
+def array_module(name):
+    """The module called `name`, "numpy" or "cupy", for programs that let their user choose.
+
+    Raises: ValueError for another name; ImportError that names the extra to install if CuPy is missing.
+    """
+    if name not in ("numpy", "cupy"):
+        raise ValueError(f"unknown backend {name!r}: choose 'numpy' or 'cupy'")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        remedy = "pip install 'minilora[cuda12]' (or [cuda13]) on a machine with an NVIDIA GPU"
+        raise ImportError(f"backend 'cupy' needs CuPy, which does not import here ({error}); {remedy}") from error

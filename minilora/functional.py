@@ -1,0 +1,226 @@
+"""The closed list of neural-network ops: each is its forward with its VJPs under it. Knows no modules, no parameters.
+
+Shapes: B batch, T time (positions), S positions attended to (S >= T), C channels, H heads, D = C / H, V vocabulary.
+A gradient of `x` is called `dx`. Constants come from `math`: a NumPy scalar would turn float32 into float64.
+"""
+
+import math
+
+import numpy as np
+
+from .backend import get_array_module, to_device
+from .graph import is_recording
+from .tensor import check_same, record
+
+IGNORE = -100  # a target with this value carries no loss
+
+
+def linear(x, weight, bias=None):
+    """y = x Wᵀ + b: x (..., in), weight (out, in), bias (out,) -> (..., out).
+
+    A weight with a leading batch axis, (B, out, in), applies its own matrix to each x[b] of (B, T, in).
+    Raises: ValueError with both shapes if `in` differs.
+    """
+    check_same("linear", x, weight, *(() if bias is None else (bias,)))
+    x_shape, W = x.shape, weight.data
+    if x.ndim < 1 or x_shape[-1] != W.shape[-1] or (W.ndim > 2 and x_shape[:-2] != W.shape[:-2]):
+        raise ValueError(f"linear: x {x_shape} does not fit weight {W.shape}: the last axes must be equal")
+    # One matrix multiplication each way: leading axes are folded into rows, unless each has its own matrix.
+    fold = (lambda a: a.reshape(-1, a.shape[-1])) if W.ndim == 2 else (lambda a: a)
+    X = fold(x.data)
+    y = X @ W.swapaxes(-1, -2)
+    if bias is not None:
+        y += bias.data
+    return record(
+        y.reshape(*x_shape[:-1], W.shape[-2]),
+        (x, lambda dy: (fold(dy) @ W).reshape(x_shape)),
+        (weight, lambda dy: fold(dy).swapaxes(-1, -2) @ X),
+        (bias, lambda dy: dy),
+    )
+
+
+def embedding(weight, ids):
+    """Row `ids[...]` of the table: weight (V, C), ids (...) integers on the host -> (..., C).
+
+    Raises: TypeError if ids are not integers, ValueError if one lies outside 0 .. V-1.
+    """
+    xp, shape, dtype = get_array_module(weight.data), weight.shape, weight.dtype
+    rows = to_device(check_ids("token ids", ids, shape[0]), xp)
+
+    def dweight(dy):
+        dw = xp.zeros(shape, dtype)
+        xp.add.at(dw, rows, dy)  # a token that occurs twice collects both gradients
+        return dw
+
+    return record(weight.data[rows], (weight, dweight))
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias over the last axis: (..., C) -> (..., C).
+
+    Source: Ba, Kiros & Hinton 2016, "Layer Normalization". Derived in full in examples/layer_norm.md.
+    """
+    check_same("layer_norm", x, weight, bias)
+    if not x.shape[-1:] == weight.shape == bias.shape:
+        raise ValueError(f"layer_norm: x {x.shape}, weight {weight.shape}, bias {bias.shape}: the last axes must match")
+    w = weight.data
+    centred = x.data - x.data.mean(-1, keepdims=True)
+    rstd = 1 / get_array_module(w).sqrt((centred * centred).mean(-1, keepdims=True) + eps)
+    normed = centred * rstd
+
+    def dx(dy):
+        dnormed = dy * w
+        along = (dnormed * normed).mean(-1, keepdims=True)
+        return rstd * (dnormed - dnormed.mean(-1, keepdims=True) - normed * along)
+
+    return record(normed * w + bias.data, (x, dx), (weight, lambda dy: dy * normed), (bias, lambda dy: dy))
+
+
+def gelu(x):
+    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), element by element: GPT-2's `gelu_new`.
+
+    Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units". Never x**3: NumPy's power is far slower than x*x*x.
+    """
+    c, a = math.sqrt(2 / math.pi), 0.044715
+    x_, xp = x.data, get_array_module(x.data)
+    t = x_ * x_
+    t *= c * a  # in place where the array is ours: half the time of this op is fetching fresh memory
+    t += c
+    t *= x_
+    xp.tanh(t, out=t)  # t = tanh(c (x + a x³))
+
+    def dx(dy):
+        d = x_ * x_
+        d *= 3 * c * a
+        d += c
+        d *= x_
+        d *= 1 - t * t
+        d += t
+        d += 1  # 1 + t + x (1 - t²) c (1 + 3 a x²)
+        d *= 0.5
+        d *= dy
+        return d
+
+    y = t + 1
+    y *= x_
+    y *= 0.5
+    return record(y, (x, dx))
+
+
+def rotary(x, cos, sin, n_head):
+    """Turn each pair of channels (i, i + D/2) of every head by its position's angle: x (B, T, C) -> (B, T, C).
+
+    cos, sin are arrays (T, D/2). After it, a query and a key meet at an angle that tells only their distance.
+    Source: Su et al. 2021, "RoFormer", eq. 34, with the halves paired as in GPT-NeoX.
+    """
+    shape, xp = x.shape, get_array_module(x.data, cos, sin)
+    cos, sin = cos[:, None, :], sin[:, None, :]  # (T, 1, D/2), the same for every head
+
+    def turn(a, sin):
+        a = a.reshape(*shape[:2], n_head, 2, -1)
+        first, second = a[..., 0, :], a[..., 1, :]
+        return xp.stack([first * cos - second * sin, second * cos + first * sin], axis=-2).reshape(shape)
+
+    return record(turn(x.data, sin), (x, lambda dy: turn(dy, -sin)))  # back: by the opposite angle
+
+
+def _softmax(x):
+    e = x - x.max(axis=-1, keepdims=True)
+    get_array_module(x).exp(e, out=e)
+    e /= e.sum(axis=-1, keepdims=True)
+    return e
+
+
+def softmax(x):
+    """exp(x) / Σ exp(x) over the last axis, (..., C) -> (..., C); shifted by the row's maximum against overflow."""
+    y = _softmax(x.data)
+    return record(y, (x, lambda dy: y * (dy - (dy * y).sum(-1, keepdims=True))))
+
+
+def attention(q, k, v, n_head):
+    """Causal attention in `n_head` heads: q (B, T, C), k and v (B, S, C) -> (B, T, C).
+
+    Query t is position S - T + t (with a key/value cache S > T) and sees keys 0 .. S - T + t.
+    Raises: ValueError with the three shapes if they do not fit.
+    Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1.
+    """
+    check_same("attention", q, k, v)
+    (B, T, C), S = q.shape, k.shape[-2]
+    if not k.shape == v.shape == (B, S, C) or S < T or C % n_head:
+        raise ValueError(f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit with {n_head} heads")
+    xp, scale = get_array_module(q.data), 1 / math.sqrt(C // n_head)
+    split = lambda a: a.reshape(B, -1, n_head, C // n_head).swapaxes(1, 2)  # (B, T, C) -> (B, H, T, D)
+    join = lambda a: a.swapaxes(1, 2).reshape(B, -1, C)  # (B, H, T, D) -> (B, T, C)
+
+    Q, K, V = split(q.data * scale), split(k.data), split(v.data)
+    scores = Q @ K.swapaxes(-1, -2)  # (B, H, T, S)
+    scores += xp.triu(xp.full((T, S), -math.inf, q.dtype), S - T + 1)  # the future is out of sight
+    P = _softmax(scores)
+    O = P @ V
+
+    def dqkv(dy):
+        dO = split(dy)
+        dS = dO @ V.swapaxes(-1, -2)  # dP, and from here softmax's VJP in place, with Σ dP P = Σ dO O
+        dS -= (dO * O).sum(-1, keepdims=True)
+        dS *= P
+        return join(dS @ K) * scale, join(dS.swapaxes(-1, -2) @ Q), join(P.swapaxes(-1, -2) @ dO)
+
+    return record(join(O), ((q, k, v), dqkv))
+
+
+def cross_entropy(logits, targets):
+    """Mean of -log softmax(logits)[target]: logits (..., V), targets (...) integers on the host -> a scalar, in nats.
+
+    A target of -100 carries no loss. Raises: ValueError if the shapes differ, a target lies outside 0 .. V-1,
+    or every target is -100; TypeError if targets are not integers.
+    """
+    xp, V = get_array_module(logits.data), logits.shape[-1]
+    targets = np.asarray(targets)
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(f"cross_entropy: targets {targets.shape} for logits {logits.shape}: one target per row")
+    (rows,) = np.nonzero(targets.reshape(-1) != IGNORE)
+    if rows.size == 0:
+        raise ValueError(f"cross_entropy: none of {targets.size} targets carries a loss (all are {IGNORE}, or none)")
+    columns = to_device(check_ids("targets", targets.reshape(-1)[rows], V), xp)
+    rows, n, shape = to_device(rows, xp), rows.size, logits.shape
+
+    z = logits.data.reshape(-1, V)[rows]
+    z = z - z.max(axis=-1, keepdims=True)
+    log_sum = xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
+    at_target = (xp.arange(n), columns)
+
+    def dlogits(dy):
+        dz = xp.exp(z - log_sum)  # softmax ...
+        dz[at_target] -= 1  # ... minus one-hot
+        d = xp.zeros((math.prod(shape[:-1]), V), dz.dtype)
+        d[rows] = dz * (dy / n)
+        return d.reshape(shape)
+
+    return record((log_sum[:, 0] - z[at_target]).mean(), (logits, dlogits))
+
+
+def dropout(x, p, rng):
+    """While a graph is recorded: each element is zero with probability p, else divided by 1 - p. Otherwise x itself.
+
+    `p` is a number, or an array that broadcasts against x (one rate per batch row); `rng` a `numpy.random.Generator`.
+    Raises: ValueError if p is outside [0, 1), or p > 0 and there is no rng. Source: Srivastava et al. 2014.
+    """
+    if not np.all((0 <= np.asarray(p)) & (np.asarray(p) < 1)):
+        raise ValueError(f"dropout: p must lie in [0, 1), got {p}")
+    if not np.any(p) or not is_recording():
+        return x
+    if rng is None:
+        raise ValueError(f"dropout of {p} needs a random generator: pass rng, or compute under no_grad()")
+    kept = (rng.random(x.shape) >= p) / (1 - p)
+    mask = to_device(kept.astype(x.dtype), get_array_module(x.data))
+    return record(x.data * mask, (x, lambda dy: dy * mask))
+
+
+def check_ids(what, ids, n):
+    """`ids` as a NumPy array, if they are integers in 0 .. n-1. On the host, where token ids are made, this is free."""
+    ids = np.asarray(ids)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{what} must be integers, got {ids.dtype}")
+    if ids.size and not (0 <= ids.min() and ids.max() < n):
+        raise ValueError(f"{what} lie in {ids.min()} .. {ids.max()}, but must lie in 0 .. {n - 1}")
+    return ids

@@ -1,0 +1,225 @@
+"""A GPT: token ids in, logits out. Knows nothing of LoRA.
+
+Shapes: B batch, T time (positions), S positions in the key/value cache, C channels (n_embd), H heads, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import functional as F
+from .backend import get_array_module, to_numpy
+from .graph import no_grad
+from .nn import Embedding, LayerNorm, Linear, Module, normal
+from .tensor import Tensor
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT, in GPT-2's names.
+
+    Shapes: n_layer blocks of n_head heads over n_embd channels, vocab_size tokens, at most block_size positions;
+    the MLP is n_inner wide (default 4 · n_embd). positions: "learned" vectors as in GPT-2, or "rope", rotary
+    angles position · rope_theta^(-2i/D), with which a small model learns far sooner.
+    Raises: ValueError that names the field and its value.
+    Source: Radford et al. 2019 (GPT-2); Su et al. 2021 (RoPE).
+    """
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int
+    block_size: int
+    positions: str = "learned"
+    rope_theta: float = 10000.0
+    n_inner: int | None = None
+    layer_norm_epsilon: float = 1e-5
+
+    def __post_init__(self):
+        if self.n_inner is None:
+            object.__setattr__(self, "n_inner", 4 * self.n_embd)
+        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_inner"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"GPTConfig: {name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"GPTConfig: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.positions not in ("learned", "rope"):
+            raise ValueError(f'GPTConfig: positions must be "learned" or "rope", got {self.positions!r}')
+        if self.positions == "rope" and self.n_embd // self.n_head % 2:
+            raise ValueError(f"GPTConfig: rope turns pairs, but a head has {self.n_embd // self.n_head} channels (odd)")
+        if not (self.rope_theta > 0 and self.layer_norm_epsilon > 0):
+            raise ValueError("GPTConfig: rope_theta and layer_norm_epsilon must be positive")
+
+
+class Attention(Module):
+    """Causal self-attention, (B, T, C) -> (B, T, C), with separate projections so that each can carry its own LoRA."""
+
+    def __init__(self, config, rng, dtype):
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear.init(C, C, rng, dtype) for _ in range(4))
+
+    def __call__(self, x, rope, cache):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if rope:
+            q, k = F.rotary(q, *rope, self.n_head), F.rotary(k, *rope, self.n_head)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        return self.o_proj(F.attention(q, k, v, self.n_head))
+
+
+class MLP(Module):
+    """Two linears around a gelu, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config, rng, dtype):
+        self.up_proj = Linear.init(config.n_embd, config.n_inner, rng, dtype)
+        self.down_proj = Linear.init(config.n_inner, config.n_embd, rng, dtype)
+
+    def __call__(self, x):
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class Block(Module):
+    """x + attn(ln_1(x)), then x + mlp(ln_2(x)): (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config, rng, dtype):
+        self.ln_1 = _layer_norm(config, dtype)
+        self.attn = Attention(config, rng, dtype)
+        self.ln_2 = _layer_norm(config, dtype)
+        self.mlp = MLP(config, rng, dtype)
+
+    def __call__(self, x, rope, cache):
+        x = x + self.attn(self.ln_1(x), rope, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+def _layer_norm(config, dtype):
+    ones, zeros = np.ones(config.n_embd, dtype), np.zeros(config.n_embd, dtype)
+    return LayerNorm(Tensor(ones, requires_grad=True), Tensor(zeros, requires_grad=True), config.layer_norm_epsilon)
+
+
+class GPT(Module):
+    """A GPT whose head is its embedding table, transposed (tied).
+
+    Shapes: `model(ids)`: ids (B, T) integers on the host -> logits Tensor (B, T, V), float32 unless `dtype` says
+    otherwise. `rng` is a `numpy.random.Generator`: the same seed gives the same weights on every backend.
+    Raises: ValueError for ids that are empty, out of range or longer than block_size; TypeError if not integers.
+    Source: Radford et al. 2019 (GPT-2), section 2.3; weights drawn with variance 1 / fan-in.
+
+    >>> config = GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=11, block_size=16)
+    >>> GPT(config, np.random.default_rng(0))(np.array([[1, 2, 3]])).shape
+    (1, 3, 11)
+    """
+
+    def __init__(self, config, rng, dtype="float32"):
+        self.config = config
+        self.wte = Embedding(normal(rng, config.n_embd**-0.5, (config.vocab_size, config.n_embd), dtype))
+        if config.positions == "learned":
+            self.wpe = Embedding(normal(rng, config.n_embd**-0.5, (config.block_size, config.n_embd), dtype))
+        self.h = [Block(config, rng, dtype) for _ in range(config.n_layer)]
+        self.ln_f = _layer_norm(config, dtype)
+
+    def __call__(self, ids, cache=None):
+        return F.linear(self.hidden(ids, cache), self.wte.weight)
+
+    def hidden(self, ids, cache=None):
+        """What the head reads, (B, T) -> (B, T, C). With a cache, `ids` continue the positions it holds."""
+        ids = np.asarray(ids)
+        start = 0 if cache is None else cache.length
+        if ids.ndim != 2 or ids.size == 0:
+            raise ValueError(f"GPT: ids must have shape (B, T) with B, T >= 1, got {ids.shape}")
+        if start + ids.shape[1] > self.config.block_size:
+            raise ValueError(
+                f"GPT: {start + ids.shape[1]} positions do not fit in a context of {self.config.block_size} "
+                "(block_size); shorten the input"
+            )
+        x, rope = self.wte(ids), None
+        positions = np.arange(start, start + ids.shape[1])
+        if self.config.positions == "learned":
+            x = x + self.wpe(positions)
+        else:
+            rope = self._rope(positions)
+        for i, block in enumerate(self.h):
+            x = block(x, rope, None if cache is None else cache.layers[i])
+        return self.ln_f(x)
+
+    def loss(self, ids, targets):
+        """Mean next-token loss in nats: ids and targets (B, T) -> scalar Tensor; a target of -100 carries no loss."""
+        return F.cross_entropy(self(ids), targets)
+
+    def _rope(self, positions):
+        """cos and sin (T, D/2) of the rotary angles."""
+        D = self.config.n_embd // self.config.n_head
+        angles = positions[:, None] * self.config.rope_theta ** (-np.arange(0, D, 2) / D)
+        table = self.wte.weight.data
+        move = get_array_module(table).asarray
+        return move(np.cos(angles).astype(table.dtype)), move(np.sin(angles).astype(table.dtype))
+
+
+class KeyValueCache:
+    """The keys and values of the positions already read, so that generating a token costs one position, not T."""
+
+    def __init__(self, n_layer):
+        self.layers = [_LayerCache() for _ in range(n_layer)]
+
+    @property
+    def length(self):
+        """How many positions the cache holds."""
+        return 0 if self.layers[0].k is None else self.layers[0].k.shape[1]
+
+
+class _LayerCache:
+    k = v = None  # arrays (B, S, C)
+
+    def extend(self, k, v):
+        """Append k, v (B, T, C) to what is held; returns all of it as Tensors (B, S + T, C)."""
+        if self.k is None:
+            self.k, self.v = k.data, v.data
+        else:
+            concatenate = get_array_module(k.data).concatenate
+            self.k, self.v = concatenate([self.k, k.data], axis=1), concatenate([self.v, v.data], axis=1)
+        return Tensor(self.k), Tensor(self.v)
+
+
+def generate(model, ids, max_new_tokens, *, temperature=0.0, top_k=None, stop=None, rng=None):
+    """Continue each row of `ids`, one token at a time, with a key/value cache and no graph.
+
+    Shapes: ids (B, T) integers -> NumPy array (B, T + n), n <= max_new_tokens. temperature 0 takes the likeliest
+    token, else tokens are drawn by `rng` from softmax(logits / temperature), of the top_k likeliest if given.
+    After the token `stop` a row is filled with it; when every row has stopped, generation ends.
+    Raises: ValueError for ids that do not fit or would outgrow block_size, temperature < 0, top_k outside 1 .. V,
+    stop outside the vocabulary, or temperature > 0 without an rng.
+    Source: Fan et al. 2018 (top-k sampling).
+    """
+    ids, V, limit = np.asarray(ids), model.config.vocab_size, model.config.block_size
+    if ids.ndim != 2 or ids.size == 0 or max_new_tokens < 0 or ids.shape[1] + max_new_tokens > limit:
+        raise ValueError(f"generate: ids {ids.shape} + {max_new_tokens} new tokens: need (B, T), sum <= {limit}")
+    if temperature < 0 or (temperature > 0 and rng is None):
+        raise ValueError(f"generate: temperature {temperature} (rng={rng}): need >= 0, and an rng to draw with if > 0")
+    if not (top_k is None or 1 <= top_k <= V) or not (stop is None or 0 <= stop < V):
+        raise ValueError(f"generate: top_k {top_k} must be None or 1 .. {V}, stop {stop} None or 0 .. {V - 1}")
+
+    cache, unread = KeyValueCache(model.config.n_layer), ids
+    stopped = np.zeros(len(ids), bool)
+    with no_grad():
+        for _ in range(max_new_tokens):
+            last = model.hidden(unread, cache)[:, -1]
+            logits = to_numpy(F.linear(last, model.wte.weight).data).astype(np.float64)
+            token = _choose(logits, temperature, top_k, rng)
+            if stop is not None:
+                token[stopped] = stop
+                stopped |= token == stop
+            unread = token[:, None]
+            ids = np.concatenate([ids, unread], axis=1)
+            if stopped.all():
+                break
+    return ids
+
+
+def _choose(logits, temperature, top_k, rng):
+    """One token id per row of logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k is not None:
+        logits = np.where(logits < np.sort(logits)[:, -top_k, None], -np.inf, logits)
+    return (logits / temperature + rng.gumbel(size=logits.shape)).argmax(-1)  # Gumbel-max: a draw from softmax

@@ -1,0 +1,93 @@
+"""Nodes, edges, and the one walk that carries gradients along them. Knows nothing of values or of operations.
+
+A result remembers its inputs as edges; an edge holds a vector-Jacobian product (VJP), the function that turns
+a gradient of the result into gradients of those inputs. An operation states its VJPs; chaining, adding up,
+ordering and freeing are written here, once.
+"""
+
+import contextlib
+import contextvars
+
+_recording = contextvars.ContextVar("recording", default=True)  # one value per thread
+
+
+@contextlib.contextmanager
+def no_grad():
+    """Within this block (and this thread) no graph is recorded and dropout does nothing.
+
+    Shapes: touches no array. Raises: nothing of its own. Source: PyTorch's `torch.no_grad`.
+
+    >>> from minilora import Tensor
+    >>> w = Tensor([2.0], requires_grad=True)
+    >>> with no_grad():
+    ...     (w * w).requires_grad
+    False
+    """
+    token = _recording.set(False)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def is_recording():
+    """False inside `no_grad()`, True elsewhere."""
+    return _recording.get()
+
+
+class Node:
+    """A tensor's place in the graph: `edges` to its inputs, each `(nodes, vjp)`, but never its values.
+
+    It is an object apart from the Tensor so that an edge keeps alive only what its VJP closes over.
+    A leaf (a parameter) has no edges; it is where `grad` comes to rest.
+    """
+
+    __slots__ = ("shape", "edges", "grad", "__weakref__")
+
+    def __init__(self, shape, edges=()):
+        self.shape, self.edges, self.grad = shape, edges, None
+
+
+def backpropagate(root, dy):
+    """Carry the gradient `dy` of `root` down to every leaf below it, and add it to the leaf's `grad`.
+
+    A node's gradient is complete once each of its consumers has added a part, so consumers are counted
+    first and each node is visited once. Recursing along every path instead would double the work at
+    every residual connection: 2^n visits for n of them.
+    """
+    consumers, unseen = {root: 0}, [root]
+    while unseen:
+        for nodes, _ in unseen.pop().edges:
+            for node in nodes:
+                if node is not None and node not in consumers:
+                    unseen.append(node)
+                consumers[node] = consumers.get(node, 0) + 1
+
+    gradients, complete = {root: dy}, [root]
+    while complete:
+        node = complete.pop()
+        dnode = gradients.pop(node)  # an interior gradient is freed as soon as it has been passed on
+        if not node.edges:  # a leaf. The copy: VJPs may return views, and .grad must own its memory
+            node.grad = dnode.copy() if node.grad is None else node.grad + dnode
+        for nodes, vjp in node.edges:
+            ds = vjp(dnode)
+            for source, d in zip(nodes, ds if isinstance(ds, tuple) else (ds,), strict=True):
+                if source is None:
+                    continue
+                d = unbroadcast(d, source.shape)
+                gradients[source] = gradients[source] + d if source in gradients else d  # never in place
+                consumers[source] -= 1
+                if consumers[source] == 0:
+                    complete.append(source)
+
+
+def unbroadcast(d, shape):
+    """Sum the gradient `d` over the axes that broadcasting added or stretched, back to `shape`."""
+    if d.shape == shape:
+        return d
+    summed = d.sum(axis=tuple(range(d.ndim - len(shape))))
+    stretched = tuple(i for i, n in enumerate(shape) if n == 1 and summed.ndim == len(shape) and summed.shape[i] != 1)
+    summed = summed.sum(axis=stretched, keepdims=True)
+    if summed.shape != shape:
+        raise ValueError(f"a VJP returned a gradient of shape {d.shape} for an input of shape {shape}")
+    return summed

@@ -1,0 +1,250 @@
+"""LoRA: a frozen weight plus a trainable low-rank update. Knows Linear layers; knows nothing of GPT.
+
+    y = x Wᵀ + b + scaling · (x Aᵀ) Bᵀ        ΔW = scaling · B A        scaling = alpha / r
+
+Shapes: W (out, in), lora_A (r, in), lora_B (out, r). (Tutorials that print A (d, r), B (r, d) and "BAx" cannot
+be run: that product does not exist.) A starts random and B zero, so ΔW starts as exactly zero.
+
+The base is never written. `attach` returns a new model that shares its arrays, `merge` a new plain model; to
+detach, or to un-merge, is to go on using the base. There is no merged flag and no active adapter to get wrong.
+"""
+
+import math
+import re
+from collections import namedtuple
+from dataclasses import dataclass
+
+from . import functional as F
+from .backend import get_array_module
+from .nn import Linear, Module, uniform
+from .tensor import Tensor
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What to adapt, and how strongly. Names and meanings are PEFT's.
+
+    r: rank of the update. alpha: its strength (no default: alpha changes what r means).
+    target_modules: a list of names or dotted endings, ["q_proj", "mlp.up_proj"]; or one regular expression that
+    matches whole names; or "all-linear". dropout: on the adapter's input, while training. use_rslora: scale by
+    alpha / √r, which keeps the update's size as r grows.
+    Shapes: none. Raises: ValueError or TypeError that names the field and its value.
+    Source: Hu et al. 2021, section 4.1; Kalajdzievski 2023 (rsLoRA).
+
+    >>> LoRAConfig(r=8, alpha=16, target_modules=["q_proj", "v_proj"]).scaling
+    2.0
+    """
+
+    r: int
+    alpha: float
+    target_modules: tuple | str
+    dropout: float = 0.0
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ValueError(f"LoRAConfig: r must be a whole number of at least 1, got {self.r!r}")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
+            raise TypeError(f"LoRAConfig: alpha must be a number, got {self.alpha!r}; alpha = r gives a scaling of 1")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"LoRAConfig: alpha must be finite and positive, got {self.alpha!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRAConfig: dropout must lie in [0, 1), got {self.dropout!r}")
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if not self.target_modules or not all(isinstance(t, str) and t for t in self.target_modules):
+            raise ValueError(f"LoRAConfig: target_modules must name at least one module, got {self.target_modules!r}")
+
+    @property
+    def scaling(self):
+        """alpha / r, or alpha / √r with use_rslora."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class LoRAPair(Module):
+    """The two factors of one update: lora_A (r, in) and lora_B (out, r)."""
+
+    def __init__(self, lora_A, lora_B):
+        self.lora_A, self.lora_B = lora_A, lora_B
+
+
+class LoRALinear(Linear):
+    """A Linear with an adapter beside it: weight and bias keep their names and arrays, lora_A and lora_B are added.
+
+    It needs no gradient of its own: it is two more `linear`s.
+    """
+
+    def __init__(self, linear, lora_A, lora_B, scaling, dropout=0.0, rng=None):
+        super().__init__(linear.weight, linear.bias)
+        self.lora_A, self.lora_B = lora_A, lora_B
+        self.scaling, self.dropout, self.rng = scaling, dropout, rng
+
+    def __call__(self, x):
+        thin = F.linear(F.dropout(x, self.dropout, self.rng), self.lora_A)  # (..., r)
+        update = F.linear(thin * self.scaling, self.lora_B)  # scaled while it is thin
+        return F.linear(x, self.weight, self.bias) + update
+
+    def merged(self):
+        """The plain Linear with weight W + scaling · B A, in an array of its own."""
+        return Linear(Tensor(self.weight.data + self.scaling * (self.lora_B.data @ self.lora_A.data)), self.bias)
+
+
+class Adapter(Module):
+    """What LoRA learns, as data apart from any model: trained, saved, loaded, stacked and refused as one object.
+
+    Shapes: `pairs` maps a module's name to its LoRAPair, lora_A (r, in) and lora_B (out, r); `config` is a LoRAConfig;
+    `base` the fingerprint of the model it belongs to (`model.fingerprint()`), or None if that is unknown.
+    `parameters()` and `named_parameters()` (`h.0.attn.q_proj.lora_A`) are what the optimizer is given.
+    Raises: ValueError, naming the module and both shapes, if a pair does not have rank `config.r`.
+    Source: Hu et al. 2021, section 4.1.
+    """
+
+    def __init__(self, config, pairs, base):
+        for name, pair in pairs.items():
+            A, B = pair.lora_A.shape, pair.lora_B.shape
+            if len(A) != 2 or len(B) != 2 or not A[0] == B[1] == config.r:
+                raise ValueError(f"{name}: lora_A {A}, lora_B {B}: need (r, in) and (out, r) with r={config.r}")
+        self.config, self.pairs, self.base = config, dict(pairs), base
+
+    def named_parameters(self):
+        """(name, Tensor) for every lora_A and lora_B, named by the module they adapt."""
+        return ((name.removeprefix("pairs."), p) for name, p in super().named_parameters())
+
+    def layer(self, name, linear, rng):
+        """The layer that stands for the Linear `name` in an adapted model."""
+        pair = self.pairs[name]
+        return LoRALinear(linear, pair.lora_A, pair.lora_B, self.config.scaling, self.config.dropout, rng)
+
+    def misfits(self, modules, fingerprint):
+        """Why this adapter does not belong on these modules, as lines; none if it does."""
+        lines = []
+        for name, pair in self.pairs.items():
+            module, A, B = modules.get(name), pair.lora_A, pair.lora_B
+            if isinstance(module, LoRALinear):
+                lines.append(f"{name} already carries LoRA; merge first, or use stack")
+            elif not isinstance(module, Linear):
+                lines.append(f"{name} is adapted, but the base has {type(module).__name__} there, not Linear")
+            elif module.weight.shape != (B.shape[0], A.shape[1]):
+                lines.append(f"{name}: weight {module.weight.shape}, but lora_A {A.shape} and lora_B {B.shape}")
+            else:
+                F.check_same(f"attaching an adapter to {name}", module.weight, A, B)
+        if self.base is not None and fingerprint is not None and not lines:
+            for name in sorted(self.base.keys() | fingerprint.keys()):
+                ours, theirs = self.base.get(name, "absent"), fingerprint.get(name, "absent")
+                if ours != theirs:
+                    lines.append(f"{name}: made for {ours}, this base has {theirs}")
+        return lines
+
+
+def check_fits(who, base, adapter, check_base=True):
+    """Raise ValueError with every reason why `adapter` (or a Stack) does not belong on `base`."""
+    lines = adapter.misfits(dict(base.named_modules()), base.fingerprint() if check_base else None)
+    if lines:
+        more = f"\n  ... and {len(lines) - 8} more" * (len(lines) > 8)
+        raise ValueError(f"{who}: this adapter does not fit this base:\n  " + "\n  ".join(lines[:8]) + more)
+
+
+def find_targets(model, target_modules):
+    """The names of the Linear layers that `target_modules` selects, in the model's order.
+
+    Raises: ValueError that lists what exists, if any of the patterns matches nothing.
+    Source: the matching rules of PEFT's LoraConfig.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    if target_modules == "all-linear":
+        matched = {"all-linear": linears}
+    elif isinstance(target_modules, str):
+        matched = {target_modules: [name for name in linears if re.fullmatch(target_modules, name)]}
+    else:
+        matched = {t: [n for n in linears if n == t or n.endswith(f".{t}")] for t in target_modules}
+    unmatched = [pattern for pattern, names in matched.items() if not names]
+    if unmatched:
+        hint = " (a string is a regex for whole names; a list holds endings)" * isinstance(target_modules, str)
+        raise ValueError(f"target_modules {unmatched} match no Linear layer{hint}. There are: {', '.join(linears)}")
+    chosen = {name for names in matched.values() for name in names}
+    return [name for name in linears if name in chosen]
+
+
+def init_adapter(model, config, rng, *, allow_large_r=False):
+    """A new adapter for `model`: A uniform in ±1/√in, B zero, so that attaching it changes nothing.
+
+    Shapes: for each targeted weight (out, in), lora_A (r, in) and lora_B (out, r), in its dtype and on its backend.
+    `rng` is a `numpy.random.Generator`.
+    Raises: ValueError if a pattern matches nothing, the model already carries an adapter, or r exceeds min(in, out)
+    of a weight (such a rank costs more than it can express) without allow_large_r=True.
+    Source: Hu et al. 2021, section 4.1; A as in the authors' code, Kaiming-uniform(√5) over fan-in = in.
+    """
+    modules, pairs = dict(model.named_modules()), {}
+    for name in find_targets(model, config.target_modules):
+        if isinstance(modules[name], LoRALinear):
+            raise ValueError(f"init_adapter: {name} already carries LoRA; call it on the base, or on merge(model)")
+        W = modules[name].weight.data
+        if config.r > min(W.shape) and not allow_large_r:
+            raise ValueError(
+                f"init_adapter: r={config.r} exceeds min(in, out) of {name}, weight {W.shape}; "
+                "a smaller r expresses the same updates, or pass allow_large_r=True"
+            )
+        A = uniform(rng, 1 / math.sqrt(W.shape[1]), (config.r, W.shape[1]), W)
+        B = Tensor(get_array_module(W).zeros((W.shape[0], config.r), W.dtype), requires_grad=True)
+        pairs[name] = LoRAPair(A, B)
+    return Adapter(config, pairs, model.fingerprint())
+
+
+def attach(base, adapter, *, rng=None, check_base=True):
+    """A new model: `base`, frozen, with the adapter's updates added. `base` itself is not touched.
+
+    Shapes: the new model takes and returns what `base` does; it shares every array with `base` and with `adapter`.
+    `rng` draws the adapter's dropout and is needed to train if there is any. The result holds only the adapter's
+    tensors as trainable. check_base=False skips the fingerprint: for a base changed on purpose.
+    Raises: ValueError listing every misfit: modules absent, of another shape or adapted already, another base;
+    TypeError for another dtype or backend. Nothing has changed then.
+    Source: Hu et al. 2021, eq. 3.
+    """
+    check_fits("attach", base, adapter, check_base)
+    return base.frozen().rebuild(
+        lambda name, child: adapter.layer(name, child, rng) if name in adapter.pairs else None
+    )
+
+
+def merge(model):
+    """A new plain model with ΔW added into each adapted weight: no extra work at inference.
+
+    Shapes: as `model`. Adapted weights are new arrays, all others are shared with the base, so every tensor is
+    frozen (`trainable_copy()` gives a model to train on). The base and the adapter are not touched.
+    Raises: ValueError if no layer carries an adapter, if rows carry different ones, or if a merged weight would
+    not be finite.
+    Source: Hu et al. 2021, section 4.1 ("No Additional Inference Latency").
+    """
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    if not adapted:
+        raise ValueError("merge: no layer of this model carries an adapter; call it on what attach returned")
+
+    def replace(name, child):
+        if not isinstance(child, LoRALinear):
+            return None
+        plain = child.merged()
+        if not get_array_module(plain.weight.data).isfinite(plain.weight.data).all():
+            raise ValueError(f"merge: the merged weight of {name} is not finite; the adapter holds inf or nan")
+        return plain
+
+    return model.rebuild(replace)
+
+
+class ParameterReport(namedtuple("ParameterReport", "trainable total trainable_bytes total_bytes")):
+    """Counts of numbers and of bytes, summed over the arrays of a model."""
+
+    def __str__(self):
+        share = 100 * self.trainable / self.total
+        return f"{self.trainable:,} of {self.total:,} parameters trainable ({share:.2f} %): {self.trainable_bytes:,} bytes"
+
+
+def parameter_report(model):
+    """How much of `model` (or of an adapter) is trained: a ParameterReport, counted from the arrays."""
+    tensors = model.parameters()
+    trained = [t for t in tensors if t.requires_grad]
+    return ParameterReport(
+        sum(t.size for t in trained), sum(t.size for t in tensors),
+        sum(t.data.nbytes for t in trained), sum(t.data.nbytes for t in tensors),
+    )
+
+

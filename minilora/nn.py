@@ -1,0 +1,155 @@
+"""Named tensors in a tree, and trees rebuilt out of place. Knows nothing of GPT or of LoRA."""
+
+import copy
+import hashlib
+import math
+
+from . import functional as F
+from .backend import get_array_module, to_device, to_numpy
+from .tensor import Tensor
+
+
+class Module:
+    """Anything that holds Tensors and Modules as attributes, in lists or in dicts. No registration, no train/eval mode.
+
+    Names are the dotted paths of PyTorch: `h.0.attn.q_proj.weight`. A Module is never changed in place by
+    this library: `rebuild` and everything made with it return a new tree that shares what did not change.
+    """
+
+    def named_children(self):
+        """(name, Tensor or Module) for each direct child, in order of definition; items of a list are `name.0`, ..."""
+        for key, value in vars(self).items():
+            for i, item in _items(value) or [("", value)]:
+                if isinstance(item, (Tensor, Module)):
+                    yield f"{key}.{i}".rstrip("."), item
+
+    def named_modules(self, prefix=""):
+        """(dotted name, Module) for this module (named `prefix`) and every one below it."""
+        yield prefix, self
+        for name, child in self.named_children():
+            if isinstance(child, Module):
+                yield from child.named_modules(f"{prefix}.{name}".lstrip("."))
+
+    def named_parameters(self):
+        """(dotted name, Tensor) for every Tensor in the tree, frozen ones too; a shared Tensor appears once."""
+        seen = set()
+        for path, module in self.named_modules():
+            for name, child in module.named_children():
+                if isinstance(child, Tensor) and id(child) not in seen:
+                    seen.add(id(child))
+                    yield f"{path}.{name}".lstrip("."), child
+
+    def parameters(self):
+        """The Tensors of `named_parameters()`, as a list."""
+        return [p for _, p in self.named_parameters()]
+
+    def rebuild(self, replace, prefix=""):
+        """A copy of the tree in which `replace(dotted name, child)` stands for each child it does not return None for.
+
+        A Module for which it returns None is rebuilt in turn; a Tensor is shared. This tree is not touched.
+        """
+        new = copy.copy(self)
+        for key, value in vars(self).items():
+            if isinstance(value, (list, dict)):
+                items = {i: _rebuilt(item, replace, f"{prefix}{key}.{i}") for i, item in _items(value)}
+                setattr(new, key, items if isinstance(value, dict) else list(items.values()))
+            else:
+                setattr(new, key, _rebuilt(value, replace, f"{prefix}{key}"))
+        return new
+
+    def frozen(self):
+        """The same model over the same arrays with no trainable tensor: nothing records an edge to it."""
+        return self.map_tensors(lambda t: Tensor(t.data))
+
+    def trainable_copy(self):
+        """An independent model with arrays of its own, all of them trainable: for full fine-tuning."""
+        return self.map_tensors(lambda t: Tensor(t.data.copy(), requires_grad=True))
+
+    def astype(self, dtype):
+        """A copy in another float dtype (float64 is for checking), on the same backend."""
+        return self.map_tensors(lambda t: Tensor(t.data.astype(dtype), t.requires_grad))
+
+    def to_device(self, xp):
+        """A copy whose arrays belong to the array module `xp`, numpy or cupy."""
+        return self.map_tensors(lambda t: Tensor(to_device(t.data, xp), t.requires_grad))
+
+    def map_tensors(self, f):
+        """A copy in which each Tensor t is f(t); a Tensor that is shared stays shared."""
+        done = {}
+        replace = lambda _, t: done.setdefault(id(t), f(t)) if isinstance(t, Tensor) else None
+        return self.rebuild(replace)
+
+    def fingerprint(self):
+        """{name: 16 hex digits of the SHA-256 of shape and values} for every tensor: which base is this?
+
+        Values are hashed as float32, so that a float64 copy made for checking is still the same base.
+        """
+        return {name: _digest(p.data) for name, p in self.named_parameters()}
+
+
+def _items(container):
+    if isinstance(container, dict):
+        return list(container.items())
+    return list(enumerate(container)) if isinstance(container, list) else []
+
+
+def _rebuilt(value, replace, name):
+    if not isinstance(value, (Tensor, Module)):
+        return value
+    new = replace(name, value)
+    if new is not None:
+        return new
+    return value.rebuild(replace, f"{name}.") if isinstance(value, Module) else value
+
+
+def _digest(array):
+    values = to_numpy(array).astype("<f4")
+    return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()[:16]
+
+
+def uniform(rng, bound, shape, like):
+    """A trainable Tensor, uniform in ±bound, drawn by NumPy, with the dtype and backend of the array `like`."""
+    return Tensor(to_device(rng.uniform(-bound, bound, shape).astype(like.dtype), get_array_module(like)), True)
+
+
+def normal(rng, std, shape, dtype):
+    """A trainable Tensor of normal numbers with standard deviation `std`, drawn by NumPy in float64, then cast."""
+    return Tensor((rng.standard_normal(shape) * std).astype(dtype), requires_grad=True)
+
+
+class Linear(Module):
+    """y = x Wᵀ + b with weight (out, in), bias (out,) or None: x (..., in) -> (..., out)."""
+
+    def __init__(self, weight, bias=None):
+        if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+            raise ValueError(f"Linear: weight (out, in) and bias (out,) expected, got {weight} and {bias}")
+        self.weight, self.bias = weight, bias
+
+    @classmethod
+    def init(cls, in_features, out_features, rng, dtype="float32"):
+        """Weights normal with variance 1 / in, so that outputs are as large as inputs; bias zero."""
+        weight = normal(rng, 1 / math.sqrt(in_features), (out_features, in_features), dtype)
+        return cls(weight, Tensor(weight.data[:, 0] * 0, requires_grad=True))
+
+    def __call__(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Embedding(Module):
+    """Row ids[...] of weight (V, C): ids (...) -> (..., C)."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, ids):
+        return F.embedding(self.weight, ids)
+
+
+class LayerNorm(Module):
+    """Layer normalisation with weight and bias (C,): x (..., C) -> (..., C)."""
+
+    def __init__(self, weight, bias, eps=1e-5):
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def __call__(self, x):
+        return F.layer_norm(x, self.weight, self.bias, self.eps)

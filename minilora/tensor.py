@@ -1,0 +1,228 @@
+"""An array that remembers how to differentiate itself. Knows nothing of neural networks.
+
+An operation says what it computed and, for each input, how a gradient of its output becomes
+a gradient of that input (a vector-Jacobian product, VJP):
+
+    y = record(a * b, (x, lambda dy: dy * b), (w, lambda dy: dy * a))
+
+`record` keeps only the pairs whose input needs a gradient. Dropping a pair drops its closure, and with
+the closure the activation it held alive: freezing a weight is an edge that is not there.
+"""
+
+import numbers
+from types import SimpleNamespace
+
+import numpy as np
+
+from .backend import get_array_module
+from .graph import Node, backpropagate, is_recording
+
+
+def record(y, *edges):
+    """The result `y` of an op as a Tensor, with an edge to each input that needs a gradient.
+
+    An edge is `(input, vjp)` with `vjp(dy) -> dinput`, or, where inputs share backward work,
+    `((a, b, ...), vjp)` with `vjp(dy) -> (da, db, ...)`. A gradient may have the broadcast shape
+    of its input; the engine sums it back. VJPs close over arrays and shapes, never over Tensors.
+    An input that is None (a bias that is not there) has no edge.
+    """
+    kept = []
+    if is_recording():
+        for inputs, vjp in edges:
+            inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+            nodes = tuple(None if t is None else t.node for t in inputs)
+            if any(node is not None for node in nodes):
+                kept.append((nodes, vjp))
+    out = Tensor(y)
+    out.node = Node(y.shape, tuple(kept)) if kept else None
+    return out
+
+
+def check_same(op, *tensors):
+    """Raise TypeError unless all `tensors` share one backend and one dtype; nothing is promoted silently."""
+    get_array_module(*(t.data for t in tensors))
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) > 1:
+        names = " and ".join(sorted(d.name for d in dtypes))
+        raise TypeError(f"{op} mixes {names}; convert one side with .astype before the Tensor is made")
+
+
+class Tensor:
+    """An array of floats, and the node that knows where it came from.
+
+    Shapes: `data`, NumPy or CuPy, has any shape and any float dtype, which every operation keeps;
+    `grad` is an array like it, on leaves only.
+    Raises: TypeError for data that are not floats, and for operands of two backends or two dtypes;
+    ValueError, with both shapes, for shapes that do not fit.
+    Source: reverse-mode differentiation, Griewank & Walther, "Evaluating Derivatives", chapter 3.
+
+    >>> x = Tensor([1.0, 2.0], requires_grad=True)
+    >>> (x * x).sum().backward()
+    >>> x.grad
+    array([2., 4.])
+    """
+
+    __slots__ = ("data", "node")
+    __array_ufunc__ = None  # so that `array * tensor` comes to Tensor.__rmul__, for NumPy and CuPy alike
+
+    def __init__(self, data, requires_grad=False):
+        if isinstance(data, Tensor):
+            raise TypeError("Tensor(tensor) is ambiguous; write Tensor(t.data) for a new leaf that shares its array")
+        if not hasattr(data, "dtype") or isinstance(data, np.generic):
+            data = np.asarray(data)
+        get_array_module(data)
+        if data.dtype.kind != "f":
+            raise TypeError(f"a Tensor holds floats, got {data.dtype}; convert with .astype(np.float32)")
+        self.data = data
+        self.node = Node(data.shape) if requires_grad else None
+
+    shape = property(lambda self: self.data.shape)
+    ndim = property(lambda self: self.data.ndim)
+    size = property(lambda self: self.data.size)
+    dtype = property(lambda self: self.data.dtype)
+    requires_grad = property(lambda self: self.node is not None)
+
+    @property
+    def grad(self):
+        """The accumulated gradient of a leaf, or None. Assign None to clear it."""
+        return None if self.node is None else self.node.grad
+
+    @grad.setter
+    def grad(self, value):
+        if self.node is None:
+            raise ValueError("a frozen tensor has no gradient; make it with Tensor(data, requires_grad=True)")
+        self.node.grad = value
+
+    def __repr__(self):
+        return f"Tensor({self.data}, requires_grad={self.requires_grad})"
+
+    def item(self):
+        """The single value as a Python float. On a GPU this waits for it: never inside a step."""
+        return self.data.item()
+
+    def backward(self, dy=None):
+        """Add the gradient of this tensor, weighted by `dy`, to the `.grad` of every leaf it depends on.
+
+        Shapes: `dy` like this tensor; it may be left out (one) for a single number.
+        Raises: ValueError if nothing here needs a gradient, or the shapes differ.
+        """
+        xp = get_array_module(self.data)
+        if self.node is None:
+            raise ValueError("nothing to differentiate: no input requires a gradient, or no_grad() was active")
+        if dy is None and self.size != 1:
+            raise ValueError(f"backward() needs one number, got shape {self.shape}; use .sum(), or pass dy")
+        dy = xp.ones_like(self.data) if dy is None else dy
+        check_same("backward(dy)", self, Tensor(dy))
+        if dy.shape != self.shape:
+            raise ValueError(f"backward(dy) got dy of shape {dy.shape} for a tensor of shape {self.shape}")
+        backpropagate(self.node, dy)
+
+    def _operand(self, op, other):
+        """`other` as an operand of `self`: a Tensor, an array (then a constant) or a Python number."""
+        if isinstance(other, numbers.Real):
+            return SimpleNamespace(data=float(other), node=None)  # a Python number has no dtype of its own
+        other = other if isinstance(other, Tensor) else Tensor(other)
+        check_same(op, self, other)
+        try:
+            np.broadcast_shapes(self.shape, other.shape)
+        except ValueError:
+            raise ValueError(f"{op}: shapes {self.shape} and {other.shape} do not broadcast; reshape one") from None
+        return other
+
+    def __add__(self, other):
+        other = self._operand("+", other)
+        return record(self.data + other.data, (self, lambda dy: dy), (other, lambda dy: dy))
+
+    def __mul__(self, other):
+        other = self._operand("*", other)
+        a, b = self.data, other.data
+        return record(a * b, (self, lambda dy: dy * b), (other, lambda dy: dy * a))
+
+    def __truediv__(self, other):
+        other = self._operand("/", other)
+        a, b = self.data, other.data
+        return record(a / b, (self, lambda dy: dy / b), (other, lambda dy: -dy * a / (b * b)))
+
+    def __rtruediv__(self, other):  # number / tensor, or array / tensor
+        other, b = self._operand("/", other), self.data
+        a = other.data
+        return record(a / b, (self, lambda dy: -dy * a / (b * b)))
+
+    def __sub__(self, other):
+        return self + -other
+
+    def __rsub__(self, other):
+        return -self + other
+
+    def __neg__(self):
+        return record(-self.data, (self, lambda dy: -dy))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __matmul__(self, other):
+        """`self @ other` as NumPy does it: (..., n, k) @ (..., k, m) -> (..., n, m); 1-D operands are vectors."""
+        other = other if isinstance(other, Tensor) else Tensor(other)
+        check_same("@", self, other)
+        if min(self.ndim, other.ndim) == 0 or self.shape[-1] != other.shape[-2:][0]:
+            raise ValueError(f"@: shapes {self.shape} and {other.shape} do not chain: (n, k) @ (k, m) needs equal k")
+        x = self if self.ndim > 1 else self.reshape(1, -1)
+        w = other if other.ndim > 1 else other.reshape(-1, 1)
+        a, b = x.data, w.data
+        y = record(a @ b, (x, lambda dy: dy @ b.swapaxes(-1, -2)), (w, lambda dy: a.swapaxes(-1, -2) @ dy))
+        rows, columns = y.shape[-2:-1] * (self.ndim > 1), y.shape[-1:] * (other.ndim > 1)
+        return y.reshape(y.shape[:-2] + rows + columns) if 1 in (self.ndim, other.ndim) else y
+
+    def __rmatmul__(self, other):
+        return Tensor(other) @ self
+
+    def sum(self, axis=None, keepdims=False):
+        """The sum over `axis` (an int, a tuple, or None for all)."""
+        xp, shape = get_array_module(self.data), self.shape
+        y = self.data.sum(axis=axis, keepdims=True)
+        kept = y.shape
+        dself = lambda dy: xp.broadcast_to(dy.reshape(kept), shape)
+        return record(y if keepdims else y.squeeze(axis), (self, dself))
+
+    def mean(self, axis=None, keepdims=False):
+        """The mean over `axis`. Raises ValueError if there is nothing to average."""
+        total = self.sum(axis, keepdims)
+        if self.size == 0:
+            raise ValueError(f"the mean of an empty tensor of shape {self.shape} is not defined")
+        return total / (self.size // total.size)
+
+    def reshape(self, *shape):
+        """The same numbers in another shape: `x.reshape(2, 3)` or `x.reshape((2, 3))`."""
+        before = self.shape
+        return record(self.data.reshape(*shape), (self, lambda dy: dy.reshape(before)))
+
+    def transpose(self, *axes):
+        """The axes in another order; reversed if none are given."""
+        axes = axes or tuple(reversed(range(self.ndim)))
+        inverse = tuple(int(i) for i in np.argsort([a % self.ndim for a in axes]))
+        return record(self.data.transpose(axes), (self, lambda dy: dy.transpose(inverse)))
+
+    def exp(self):
+        """e to the power of each element."""
+        y = get_array_module(self.data).exp(self.data)
+        return record(y, (self, lambda dy: dy * y))
+
+    def log(self):
+        """The natural logarithm of each element."""
+        x = self.data
+        return record(get_array_module(x).log(x), (self, lambda dy: dy / x))
+
+    def tanh(self):
+        """The hyperbolic tangent of each element."""
+        y = get_array_module(self.data).tanh(self.data)
+        return record(y, (self, lambda dy: dy * (1 - y * y)))
+
+    def __getitem__(self, index):
+        """NumPy's indexing with integers, slices, None, ... and arrays; an element picked twice gets both gradients."""
+        xp, shape = get_array_module(self.data), self.shape
+
+        def dself(dy):
+            dx = xp.zeros(shape, dy.dtype)
+            xp.add.at(dx, index, dy)  # `dx[index] += dy` would keep only one of several picks
+            return dx
+
+        return record(xp.asarray(self.data[index]), (self, dself))
