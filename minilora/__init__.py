@@ -7,9 +7,10 @@ those before it.
 from .compose import stack
 from .files import load_adapter, load_model, save_adapter, save_model
 from .gpt import GPT, GPTConfig, generate
-from .gradcheck import check_vjp, gradcheck
+from .gradcheck import GradientError, check_vjp, gradcheck
 from .graph import no_grad
-from .lora import Adapter, LoRAConfig, attach, init_adapter, merge, parameter_report
+from .lora import Adapter, LoRAConfig, attach, init_adapter, merge
+from .nn import parameter_report
 from .optim import Adam
 from .tensor import Tensor
 
@@ -20,6 +21,7 @@ __all__ = [
     "Adam",
     "Adapter",
     "GPTConfig",
+    "GradientError",
     "LoRAConfig",
     "Tensor",
     "attach",

@@ -6,7 +6,7 @@ from . import functional as F
 from .backend import get_array_module
 from .lora import Adapter, LoRALinear
 from .nn import Module
-from .tensor import Tensor, record
+from .tensor import record
 
 
 def stack(adapters):
@@ -46,7 +46,7 @@ class StackedLoRALinear(LoRALinear):
     """A LoRALinear whose A, B and scaling have a leading batch axis: x (B, T, in) -> (B, T, out)."""
 
     def __init__(self, linear, rows, name, rng):
-        column = lambda values: np.array(values, linear.weight.dtype).reshape(-1, 1, 1)
+        column = lambda values: np.array(values, np.float64).reshape(-1, 1, 1)
         dropout = column([0 if a is None else a.config.dropout for a in rows])
         super().__init__(linear, None, None, column([0 if a is None else a.config.scaling for a in rows]), dropout, rng)
         self.pairs = [None if a is None else a.pairs[name] for a in rows]
@@ -57,7 +57,8 @@ class StackedLoRALinear(LoRALinear):
         xp = get_array_module(x.data)
         A = stack_rows([p and p.lora_A for p in self.pairs])
         B = stack_rows([p and p.lora_B for p in self.pairs])
-        thin = F.linear(F.dropout(x, self.dropout, self.rng), A) * Tensor(xp.asarray(self.scaling))  # (B, T, r)
+        scaling = xp.asarray(self.scaling.astype(x.dtype))
+        thin = F.linear(F.dropout(x, self.dropout, self.rng), A) * scaling  # (B, T, r)
         return F.linear(x, self.weight, self.bias) + F.linear(thin, B)
 
     def merged(self):
@@ -66,7 +67,7 @@ class StackedLoRALinear(LoRALinear):
 
 
 def stack_rows(matrices):
-    """(rows, n, m) from a list of matrices; None is a row of zeros, and zeros fill up smaller ones: they add nothing."""
+    """(rows, n, m) from a list of matrices; None is a row of zeros; zeros fill up smaller ones: they add nothing."""
     first = next(t for t in matrices if t is not None)
     sizes = [t.shape for t in matrices if t is not None]
     y = get_array_module(first.data).zeros((len(matrices), *map(max, zip(*sizes, strict=True))), first.dtype)

@@ -33,7 +33,7 @@ def save_model(model, folder):
     """
     adapted = [name for name, _ in model.named_parameters() if "lora_" in name]
     if adapted:
-        raise ValueError(f"save_model: {adapted[0]} belongs to an adapter; save merge(model), or base and adapter apart")
+        raise ValueError(f"save_model: {adapted[0]} is an adapter's; save merge(model), or base and adapter apart")
     config = {"model_type": MODEL_TYPE, **asdict(model.config)}
     _save_folder(folder, "model.safetensors", dict(model.named_parameters()), "config.json", config, {})
 
@@ -50,10 +50,14 @@ def load_model(folder):
     where = Path(folder) / "config.json"
     if config.pop("model_type", None) != MODEL_TYPE:
         raise ValueError(f"{where}: model_type is not {MODEL_TYPE!r}; this is not a model that minilora saved")
-    config = GPTConfig(**_known_fields(config, GPTConfig, where))
+    with _naming(where):
+        config = GPTConfig(**_known_fields(config, GPTConfig, where))
     blank = GPT(config, np.random.default_rng(0))
     _same_tensors(f"{folder}, model.safetensors", {n: t.shape for n, t in tensors.items()},
                   {n: p.shape for n, p in blank.named_parameters()})
+    odd = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype != tensors["wte.weight"].dtype]
+    if odd or tensors["wte.weight"].dtype.kind != "f":
+        raise ValueError(f"{folder}: {odd[0] if odd else 'wte.weight is not float'}; all tensors need one float dtype")
     return blank.rebuild(lambda name, t: Tensor(tensors[name], True) if isinstance(t, Tensor) else None)
 
 
@@ -91,6 +95,8 @@ def save_adapter(adapter, folder, base_model="minilora"):
 
 
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
+_NEUTRAL = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (
+    True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")}  # how factors start is past once they are saved
 _READ = (*_REQUIRED, "lora_dropout", "use_rslora")
 _HARMLESS = ("task_type", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "revision", "megatron_core",
              "auto_mapping", "peft_version", "qalora_group_size")
@@ -109,34 +115,56 @@ def load_adapter(folder, base):
     missing = [key for key in _REQUIRED if config.get(key) is None]
     if missing:
         raise ValueError(f"{where}: no {', '.join(missing)}; these have no safe default, add what training used")
-    neutral = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
     for key, value in config.items():
-        if key in neutral and value != neutral[key]:
-            raise ValueError(f"{where}: {key}={value!r} is not supported, only {neutral[key]!r}")
-        if key not in neutral and key not in _READ and key not in _HARMLESS and value not in (None, False, {}, []):
+        if key in _NEUTRAL and value not in _NEUTRAL[key]:
+            raise ValueError(f"{where}: {key}={value!r} is not supported, only {_NEUTRAL[key][0]!r}")
+        neutral = value is None or value is False or value in ({}, [])
+        if key not in _NEUTRAL and key not in _READ and key not in _HARMLESS and not neutral:
             raise ValueError(f"{where}: {key}={value!r} changes what the adapter computes and is not supported")
-    lora = LoRAConfig(config["r"], config["lora_alpha"], config["target_modules"],
-                      config.get("lora_dropout", 0.0), config.get("use_rslora", False))
+    with _naming(where):
+        lora = LoRAConfig(config["r"], config["lora_alpha"], config["target_modules"],
+                          config.get("lora_dropout", 0.0), config.get("use_rslora", False))
 
     pairs, xp = {}, get_array_module(base.parameters()[0].data)
     for key, value in tensors.items():
         name, _, factor = key.removeprefix(PREFIX).removesuffix(SUFFIX).rpartition(".")
         if key != f"{PREFIX}{name}.{factor}{SUFFIX}" or factor not in ("lora_A", "lora_B"):
             raise ValueError(f"{folder}: tensor {key} is not {PREFIX}<module>.lora_A{SUFFIX} or .lora_B{SUFFIX}")
+        if value.dtype.kind != "f" or not np.isfinite(value).all():
+            raise ValueError(f"{folder}: {key} ({value.dtype}) must hold floats, and no inf or nan")
         wide = np.result_type(value.dtype, base.parameters()[0].dtype)  # a narrower file is widened, never the reverse
         pairs.setdefault(name, {})[factor] = Tensor(to_device(value.astype(wide), xp), requires_grad=True)
     half = [name for name, pair in pairs.items() if len(pair) != 2]
     if half:
         raise ValueError(f"{folder}: {half[0]} has only {', '.join(pairs[half[0]])}; both factors are needed")
-    try:
+    with _naming(where):
         targets = find_targets(base, lora.target_modules)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
     _same_tensors(f"{folder}, modules of the file and target_modules", dict.fromkeys(pairs), dict.fromkeys(targets))
-    fingerprint = json.loads(metadata["minilora.base"]) if "minilora.base" in metadata else None
-    adapter = Adapter(lora, {name: LoRAPair(**pairs[name]) for name in targets}, fingerprint)
+    fingerprint = _json_object(Path(folder) / "adapter_model.safetensors", "minilora.base", metadata)
+    with _naming(folder):
+        adapter = Adapter(lora, {name: LoRAPair(**pairs[name]) for name in targets}, fingerprint)
     check_fits(f"load_adapter({str(folder)!r})", base, adapter)
     return adapter
+
+
+@contextlib.contextmanager
+def _naming(where):
+    """What a constructor objects to becomes a ValueError that names the file it was read from."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _json_object(where, key, metadata):
+    """The JSON object under `key` of the metadata, None if there is none; ValueError for anything else."""
+    try:
+        value = json.loads(metadata.get(key, "null"))
+    except ValueError as error:
+        raise ValueError(f"{where}: its {key} is not JSON: {error}") from None
+    if not isinstance(value, (dict, type(None))):
+        raise ValueError(f"{where}: its {key} is {type(value).__name__}, not an object")
+    return value
 
 
 def _same_tensors(where, found, expected):
@@ -198,7 +226,7 @@ def _load_folder(folder, tensor_file, config_file):
             raise FileNotFoundError(f"{folder / name} does not exist; the folder needs {tensor_file} and {config_file}")
     try:
         config = json.loads((folder / config_file).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / config_file} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{folder / config_file}: expected an object with fields, got {type(config).__name__}")
@@ -208,9 +236,11 @@ def _load_folder(folder, tensor_file, config_file):
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{folder / tensor_file} is damaged or not a safetensors file: {error}") from None
-    saved = json.loads(metadata["minilora.config"]) if "minilora.config" in metadata else config
+    except TypeError as error:  # a type NumPy does not have
+        raise ValueError(f"{folder / tensor_file}: {error}; save it again as float32") from None
+    saved = _json_object(folder / tensor_file, "minilora.config", metadata) or {}
     differing = [f"{key}: {saved.get(key)!r} and {config.get(key)!r}" for key in sorted(saved.keys() | config.keys())
-                 if saved.get(key) != config.get(key)]
+                 if saved and saved.get(key) != config.get(key)]
     if differing:
         raise ValueError(
             f"{folder}: {tensor_file} and {config_file} are of two different saves, or one was edited "

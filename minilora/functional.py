@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from .backend import get_array_module, to_device
+from .backend import get_array_module, to_device, to_numpy
 from .graph import is_recording
 from .tensor import check_same, record
 
@@ -23,8 +23,10 @@ def linear(x, weight, bias=None):
     """
     check_same("linear", x, weight, *(() if bias is None else (bias,)))
     x_shape, W = x.shape, weight.data
-    if x.ndim < 1 or x_shape[-1] != W.shape[-1] or (W.ndim > 2 and x_shape[:-2] != W.shape[:-2]):
+    if W.ndim < 2 or x.ndim < 1 or x_shape[-1] != W.shape[-1] or (W.ndim > 2 and x_shape[:-2] != W.shape[:-2]):
         raise ValueError(f"linear: x {x_shape} does not fit weight {W.shape}: the last axes must be equal")
+    if bias is not None and bias.shape != W.shape[-2:-1]:
+        raise ValueError(f"linear: bias {bias.shape} does not fit weight {W.shape}: one number per row of it")
     # One matrix multiplication each way: leading axes are folded into rows, unless each has its own matrix.
     fold = (lambda a: a.reshape(-1, a.shape[-1])) if W.ndim == 2 else (lambda a: a)
     X = fold(x.data)
@@ -87,7 +89,7 @@ def gelu(x):
     t *= c * a  # in place where the array is ours: half the time of this op is fetching fresh memory
     t += c
     t *= x_
-    xp.tanh(t, out=t)  # t = tanh(c (x + a x³))
+    t = xp.tanh(t)  # tanh(c (x + a x³))
 
     def dx(dy):
         d = x_ * x_
@@ -114,6 +116,10 @@ def rotary(x, cos, sin, n_head):
     Source: Su et al. 2021, "RoFormer", eq. 34, with the halves paired as in GPT-NeoX.
     """
     shape, xp = x.shape, get_array_module(x.data, cos, sin)
+    if x.ndim != 3 or shape[2] % (2 * n_head) or not cos.shape == sin.shape == (shape[1], shape[2] // (2 * n_head)):
+        raise ValueError(f"rotary: x {shape}, cos {cos.shape}, sin {sin.shape} do not fit with {n_head} heads of pairs")
+    if not cos.dtype == sin.dtype == x.dtype:
+        raise TypeError(f"rotary: x is {x.dtype}, cos {cos.dtype}, sin {sin.dtype}; make the angles as x is")
     cos, sin = cos[:, None, :], sin[:, None, :]  # (T, 1, D/2), the same for every head
 
     def turn(a, sin):
@@ -145,8 +151,8 @@ def attention(q, k, v, n_head):
     Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1.
     """
     check_same("attention", q, k, v)
-    (B, T, C), S = q.shape, k.shape[-2]
-    if not k.shape == v.shape == (B, S, C) or S < T or C % n_head:
+    (B, T, C), S = q.shape if q.ndim == 3 else (0, 0, 0), k.shape[1] if k.ndim == 3 else 0
+    if not k.shape == v.shape == (B, S, C) or S < T or n_head < 1 or C % n_head:
         raise ValueError(f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit with {n_head} heads")
     xp, scale = get_array_module(q.data), 1 / math.sqrt(C // n_head)
     split = lambda a: a.reshape(B, -1, n_head, C // n_head).swapaxes(1, 2)  # (B, T, C) -> (B, H, T, D)
@@ -175,7 +181,7 @@ def cross_entropy(logits, targets):
     or every target is -100; TypeError if targets are not integers.
     """
     xp, V = get_array_module(logits.data), logits.shape[-1]
-    targets = np.asarray(targets)
+    targets = _on_host(targets)
     if targets.shape != logits.shape[:-1]:
         raise ValueError(f"cross_entropy: targets {targets.shape} for logits {logits.shape}: one target per row")
     (rows,) = np.nonzero(targets.reshape(-1) != IGNORE)
@@ -218,9 +224,13 @@ def dropout(x, p, rng):
 
 def check_ids(what, ids, n):
     """`ids` as a NumPy array, if they are integers in 0 .. n-1. On the host, where token ids are made, this is free."""
-    ids = np.asarray(ids)
+    ids = _on_host(ids)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{what} must be integers, got {ids.dtype}")
     if ids.size and not (0 <= ids.min() and ids.max() < n):
         raise ValueError(f"{what} lie in {ids.min()} .. {ids.max()}, but must lie in 0 .. {n - 1}")
     return ids
+
+
+def _on_host(ids):
+    return to_numpy(ids) if hasattr(ids, "dtype") else np.asarray(ids)

@@ -39,7 +39,7 @@ class GPTConfig:
         if self.n_inner is None:
             object.__setattr__(self, "n_inner", 4 * self.n_embd)
         for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_inner"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"GPTConfig: {name} must be a whole number of at least 1, got {getattr(self, name)!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"GPTConfig: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
@@ -47,8 +47,9 @@ class GPTConfig:
             raise ValueError(f'GPTConfig: positions must be "learned" or "rope", got {self.positions!r}')
         if self.positions == "rope" and self.n_embd // self.n_head % 2:
             raise ValueError(f"GPTConfig: rope turns pairs, but a head has {self.n_embd // self.n_head} channels (odd)")
-        if not (self.rope_theta > 0 and self.layer_norm_epsilon > 0):
-            raise ValueError("GPTConfig: rope_theta and layer_norm_epsilon must be positive")
+        for name in ("rope_theta", "layer_norm_epsilon"):
+            if not isinstance(getattr(self, name), (int, float)) or not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"GPTConfig: {name} must be finite and positive, got {getattr(self, name)!r}")
 
 
 class Attention(Module):
@@ -123,9 +124,9 @@ class GPT(Module):
         return F.linear(self.hidden(ids, cache), self.wte.weight)
 
     def hidden(self, ids, cache=None):
-        """What the head reads, (B, T) -> (B, T, C). With a cache, `ids` continue the positions it holds."""
+        """What the head reads, (B, T) -> (B, T, C). `cache`: one KeyValueCache per block, whose positions go on."""
         ids = np.asarray(ids)
-        start = 0 if cache is None else cache.length
+        start = cache[0].length if cache else 0
         if ids.ndim != 2 or ids.size == 0:
             raise ValueError(f"GPT: ids must have shape (B, T) with B, T >= 1, got {ids.shape}")
         if start + ids.shape[1] > self.config.block_size:
@@ -139,8 +140,8 @@ class GPT(Module):
             x = x + self.wpe(positions)
         else:
             rope = self._rope(positions)
-        for i, block in enumerate(self.h):
-            x = block(x, rope, None if cache is None else cache.layers[i])
+        for block, layer_cache in zip(self.h, cache or [None] * len(self.h), strict=True):
+            x = block(x, rope, layer_cache)
         return self.ln_f(x)
 
     def loss(self, ids, targets):
@@ -157,27 +158,16 @@ class GPT(Module):
 
 
 class KeyValueCache:
-    """The keys and values of the positions already read, so that generating a token costs one position, not T."""
+    """One layer's keys and values of the positions read so far: with them a new token costs one position, not T."""
 
-    def __init__(self, n_layer):
-        self.layers = [_LayerCache() for _ in range(n_layer)]
-
-    @property
-    def length(self):
-        """How many positions the cache holds."""
-        return 0 if self.layers[0].k is None else self.layers[0].k.shape[1]
-
-
-class _LayerCache:
     k = v = None  # arrays (B, S, C)
+    length = property(lambda self: 0 if self.k is None else self.k.shape[1])
 
     def extend(self, k, v):
         """Append k, v (B, T, C) to what is held; returns all of it as Tensors (B, S + T, C)."""
-        if self.k is None:
-            self.k, self.v = k.data, v.data
-        else:
-            concatenate = get_array_module(k.data).concatenate
-            self.k, self.v = concatenate([self.k, k.data], axis=1), concatenate([self.v, v.data], axis=1)
+        join = get_array_module(k.data).concatenate
+        self.k = k.data if self.k is None else join([self.k, k.data], axis=1)
+        self.v = v.data if self.v is None else join([self.v, v.data], axis=1)
         return Tensor(self.k), Tensor(self.v)
 
 
@@ -194,12 +184,12 @@ def generate(model, ids, max_new_tokens, *, temperature=0.0, top_k=None, stop=No
     ids, V, limit = np.asarray(ids), model.config.vocab_size, model.config.block_size
     if ids.ndim != 2 or ids.size == 0 or max_new_tokens < 0 or ids.shape[1] + max_new_tokens > limit:
         raise ValueError(f"generate: ids {ids.shape} + {max_new_tokens} new tokens: need (B, T), sum <= {limit}")
-    if temperature < 0 or (temperature > 0 and rng is None):
-        raise ValueError(f"generate: temperature {temperature} (rng={rng}): need >= 0, and an rng to draw with if > 0")
+    if not 0 <= temperature < np.inf or (temperature > 0 and rng is None):
+        raise ValueError(f"generate: temperature {temperature}, rng {rng}: need 0 <= temperature, and an rng if > 0")
     if not (top_k is None or 1 <= top_k <= V) or not (stop is None or 0 <= stop < V):
         raise ValueError(f"generate: top_k {top_k} must be None or 1 .. {V}, stop {stop} None or 0 .. {V - 1}")
 
-    cache, unread = KeyValueCache(model.config.n_layer), ids
+    cache, unread = [KeyValueCache() for _ in range(model.config.n_layer)], ids
     stopped = np.zeros(len(ids), bool)
     with no_grad():
         for _ in range(max_new_tokens):
@@ -218,8 +208,11 @@ def generate(model, ids, max_new_tokens, *, temperature=0.0, top_k=None, stop=No
 
 def _choose(logits, temperature, top_k, rng):
     """One token id per row of logits (B, V)."""
+    if np.isnan(logits).any():
+        raise ValueError("generate: the model's logits are nan; its parameters hold inf or nan")
     if temperature == 0:
         return logits.argmax(-1)
     if top_k is not None:
-        logits = np.where(logits < np.sort(logits)[:, -top_k, None], -np.inf, logits)
+        unlikely = np.argsort(-logits, axis=-1, kind="stable")[:, top_k:]
+        np.put_along_axis(logits, unlikely, -np.inf, axis=-1)
     return (logits / temperature + rng.gumbel(size=logits.shape)).argmax(-1)  # Gumbel-max: a draw from softmax

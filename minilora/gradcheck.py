@@ -6,6 +6,7 @@ under ones the true gradient is zero, and a backward that returns zero passes.
 """
 
 import math
+import numbers
 from collections import namedtuple
 
 import numpy as np
@@ -17,7 +18,10 @@ Report = namedtuple("Report", "compared worst")  # how many numbers were compare
 
 
 class GradientError(AssertionError):
-    """The gradient under test is not the derivative. The message says where, and shows both values."""
+    """The gradient under test is not the derivative. The message says where, and shows both values.
+
+    Shapes: none. Raises: it is raised, by `gradcheck` and `check_vjp`. Source: an AssertionError, as a failed test is.
+    """
 
 
 def gradcheck(f, *inputs, rng=None, rtol=1e-6, step=1e-5, max_elements=2000, directions=20):
@@ -49,7 +53,12 @@ def gradcheck(f, *inputs, rng=None, rtol=1e-6, step=1e-5, max_elements=2000, dir
             y.backward(to_device(dy, get_array_module(y.data)))
         return [np.zeros_like(x) if t.grad is None else to_numpy(t.grad) for x, t in zip(xs, leaves, strict=True)]
 
-    forward = lambda *xs: to_numpy(call(*xs)[1].data)
+    def forward(*xs):
+        leaves, y = call(*xs)
+        for x, t in zip(xs, leaves, strict=True):
+            x[...] = to_numpy(t.data)  # if f wrote to its input on a device, let check_vjp see it
+        return to_numpy(y.data)
+
     arrays = [to_numpy(a) for a in arrays]
     return check_vjp(
         forward, vjp, *arrays, rng=rng, rtol=rtol, step=step, max_elements=max_elements, directions=directions
@@ -62,8 +71,7 @@ def check_vjp(f, vjp, *inputs, rng=None, rtol=1e-6, step=1e-5, max_elements=2000
     No Tensor is needed: `f` and `vjp` take and return NumPy arrays (or numbers). Everything runs in float64.
     Shapes: inputs of any shape, dy like y, and each returned gradient like its input.
     `rng` (default: seed 0) draws the cotangent and the directions; `step` is relative to max(1, |x|).
-    Returns and raises as `gradcheck`.
-    Source: as `gradcheck`.
+    Returns: as `gradcheck`. Raises: as `gradcheck`. Source: as `gradcheck`.
 
     >>> check_vjp(lambda x: x * x, lambda dy, x: (dy * 2 * x,), np.array([1.0, 2.0])).compared
     2
@@ -80,7 +88,7 @@ def check_vjp(f, vjp, *inputs, rng=None, rtol=1e-6, step=1e-5, max_elements=2000
         raise ValueError(f"f is not deterministic: two calls on the same inputs differ by {gap}; fix its randomness")
     dy = rng.choice([-1.0, 1.0], y.shape) * rng.uniform(0.5, 1.5, y.shape)  # no component is small
     gradients = vjp(dy.copy(), *[x.copy() for x in xs])
-    if isinstance(gradients, np.ndarray) and len(xs) == 1:
+    if len(xs) == 1 and isinstance(gradients, (np.ndarray, numbers.Real)):
         gradients = (gradients,)
     if not isinstance(gradients, (tuple, list)) or len(gradients) != len(xs):
         got = len(gradients) if isinstance(gradients, (tuple, list)) else type(gradients).__name__
@@ -91,6 +99,9 @@ def check_vjp(f, vjp, *inputs, rng=None, rtol=1e-6, step=1e-5, max_elements=2000
         dx = np.asarray(dx, np.float64)
         if dx.shape != x.shape:
             raise GradientError(f"input {i} has shape {x.shape}, but its gradient has shape {dx.shape}")
+        if not np.isfinite(dx).all():
+            index = tuple(int(j) for j in np.argwhere(~np.isfinite(dx))[0])
+            raise GradientError(f"input {i} of shape {x.shape}, index {index}: the gradient says {dx[index]}")
         for where, direction in _directions(x, max_elements, directions, rng):
             phi = lambda t: _evaluate(f, [*xs[:i], x + t * direction, *xs[i + 1 :]])
             h = step * max(1.0, float(np.abs(x[direction != 0]).max(initial=0.0)))
@@ -104,6 +115,8 @@ def check_vjp(f, vjp, *inputs, rng=None, rtol=1e-6, step=1e-5, max_elements=2000
                 )
             compared += 1
             worst = max(worst, error / size if size > noise else 0.0)
+    if compared == 0:
+        raise ValueError(f"there is nothing to compare: inputs of shapes {[x.shape for x in xs]} hold no number")
     return Report(compared, worst)
 
 
@@ -116,7 +129,7 @@ def _float64(i, x):
 
 def _evaluate(f, xs):
     """f(*xs) as a float64 array, with what makes a function uncheckable named."""
-    given = [x.copy() for x in xs]
+    given = [np.array(x) for x in xs]
     y = f(*given)
     for i, (x, now) in enumerate(zip(xs, given, strict=True)):
         if not np.array_equal(x, now, equal_nan=True):
@@ -155,9 +168,13 @@ def _derivative(phi, y, dy, h, where):
     narrow = float(np.sum(dy * (half_up - half_down))) / h
     gap = float(np.sum(np.abs(up - 2 * y + down))) / h
     half_gap = float(np.sum(np.abs(half_up - 2 * y + half_down))) / (h / 2)
-    moved = up != down  # outputs that do not depend on this input carry no rounding error
-    noise = 200 * np.finfo(np.float64).eps * float(np.sum(np.abs(dy * y)[moved]) + 1e-3) / h  # 1e-3: for y = 0
-    scale = 1e-3 * max(abs(wide), abs(narrow)) + 10 * noise
+    moved = (up != y) | (down != y) | (half_up != y) | (half_down != y)  # what does not move does not round either
+    size = float(np.sum(np.abs(dy * y)[moved])) + 0.1  # 0.1: y may be small only because large terms cancelled
+    noise = 200 * np.finfo(np.float64).eps * size / h
+    slope = max(abs(wide), abs(narrow))
+    scale = 1e-3 * slope + 10 * noise + h
     if abs(wide - narrow) > scale or (half_gap > 0.75 * gap and half_gap > scale):
         raise ValueError(f"{where}: f is not differentiable here, or bends within ±{h:.3g}; move the input or the step")
+    if noise > 0.01 + 0.01 * slope:
+        raise ValueError(f"{where}: f is so large that rounding hides slopes under {noise:.3g}; subtract or rescale")
     return (4 * narrow - wide) / 3, noise

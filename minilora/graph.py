@@ -68,7 +68,8 @@ def backpropagate(root, dy):
         node = complete.pop()
         dnode = gradients.pop(node)  # an interior gradient is freed as soon as it has been passed on
         if not node.edges:  # a leaf. The copy: VJPs may return views, and .grad must own its memory
-            node.grad = dnode.copy() if node.grad is None else node.grad + dnode
+            total = dnode.copy() if node.grad is None else node.grad + dnode
+            node.grad = total[...]  # an array even where NumPy makes a number of a 0-d sum
         for nodes, vjp in node.edges:
             ds = vjp(dnode)
             for source, d in zip(nodes, ds if isinstance(ds, tuple) else (ds,), strict=True):
@@ -85,9 +86,9 @@ def unbroadcast(d, shape):
     """Sum the gradient `d` over the axes that broadcasting added or stretched, back to `shape`."""
     if d.shape == shape:
         return d
-    summed = d.sum(axis=tuple(range(d.ndim - len(shape))))
-    stretched = tuple(i for i, n in enumerate(shape) if n == 1 and summed.ndim == len(shape) and summed.shape[i] != 1)
-    summed = summed.sum(axis=stretched, keepdims=True)
-    if summed.shape != shape:
+    added = d.ndim - len(shape)
+    stretched = tuple(i for i in range(max(added, 0), d.ndim) if shape[i - added] == 1 != d.shape[i])
+    summed = d.sum(axis=(*range(added), *stretched), keepdims=True)
+    if summed.shape[added:] != shape or added < 0:
         raise ValueError(f"a VJP returned a gradient of shape {d.shape} for an input of shape {shape}")
-    return summed
+    return summed.reshape(shape)

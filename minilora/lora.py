@@ -11,7 +11,6 @@ detach, or to un-merge, is to go on using the base. There is no merged flag and 
 
 import math
 import re
-from collections import namedtuple
 from dataclasses import dataclass
 
 from . import functional as F
@@ -28,7 +27,7 @@ class LoRAConfig:
     target_modules: a list of names or dotted endings, ["q_proj", "mlp.up_proj"]; or one regular expression that
     matches whole names; or "all-linear". dropout: on the adapter's input, while training. use_rslora: scale by
     alpha / √r, which keeps the update's size as r grows.
-    Shapes: none. Raises: ValueError or TypeError that names the field and its value.
+    Shapes: none. Raises: ValueError that names the field, what it must be, and its value.
     Source: Hu et al. 2021, section 4.1; Kalajdzievski 2023 (rsLoRA).
 
     >>> LoRAConfig(r=8, alpha=16, target_modules=["q_proj", "v_proj"]).scaling
@@ -42,18 +41,20 @@ class LoRAConfig:
     use_rslora: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            raise ValueError(f"LoRAConfig: r must be a whole number of at least 1, got {self.r!r}")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
-            raise TypeError(f"LoRAConfig: alpha must be a number, got {self.alpha!r}; alpha = r gives a scaling of 1")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"LoRAConfig: alpha must be finite and positive, got {self.alpha!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRAConfig: dropout must lie in [0, 1), got {self.dropout!r}")
-        if not isinstance(self.target_modules, str):
+        if isinstance(self.target_modules, (list, set)):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if not self.target_modules or not all(isinstance(t, str) and t for t in self.target_modules):
-            raise ValueError(f"LoRAConfig: target_modules must name at least one module, got {self.target_modules!r}")
+        names = self.target_modules
+        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
+        for field, ok, need in (
+            ("r", number(self.r) and isinstance(self.r, int) and self.r >= 1, "a whole number of at least 1"),
+            ("alpha", number(self.alpha) and 0 < self.alpha < math.inf, "a finite positive number"),
+            ("dropout", number(self.dropout) and 0 <= self.dropout < 1, "in [0, 1)"),
+            ("use_rslora", isinstance(self.use_rslora, bool), "True or False"),
+            ("target_modules", names and (isinstance(names, str) or isinstance(names, tuple)
+             and all(t and isinstance(t, str) for t in names)), "at least one name, or an expression"),
+        ):
+            if not ok:
+                raise ValueError(f"LoRAConfig: {field} must be {need}; got {getattr(self, field)!r}")
 
     @property
     def scaling(self):
@@ -154,7 +155,10 @@ def find_targets(model, target_modules):
     if target_modules == "all-linear":
         matched = {"all-linear": linears}
     elif isinstance(target_modules, str):
-        matched = {target_modules: [name for name in linears if re.fullmatch(target_modules, name)]}
+        try:
+            matched = {target_modules: [name for name in linears if re.fullmatch(target_modules, name)]}
+        except re.error as error:
+            raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from None
     else:
         matched = {t: [n for n in linears if n == t or n.endswith(f".{t}")] for t in target_modules}
     unmatched = [pattern for pattern, names in matched.items() if not names]
@@ -228,23 +232,3 @@ def merge(model):
         return plain
 
     return model.rebuild(replace)
-
-
-class ParameterReport(namedtuple("ParameterReport", "trainable total trainable_bytes total_bytes")):
-    """Counts of numbers and of bytes, summed over the arrays of a model."""
-
-    def __str__(self):
-        share = 100 * self.trainable / self.total
-        return f"{self.trainable:,} of {self.total:,} parameters trainable ({share:.2f} %): {self.trainable_bytes:,} bytes"
-
-
-def parameter_report(model):
-    """How much of `model` (or of an adapter) is trained: a ParameterReport, counted from the arrays."""
-    tensors = model.parameters()
-    trained = [t for t in tensors if t.requires_grad]
-    return ParameterReport(
-        sum(t.size for t in trained), sum(t.size for t in tensors),
-        sum(t.data.nbytes for t in trained), sum(t.data.nbytes for t in tensors),
-    )
-
-

@@ -3,6 +3,9 @@
 import copy
 import hashlib
 import math
+from collections import namedtuple
+
+import numpy as np
 
 from . import functional as F
 from .backend import get_array_module, to_device, to_numpy
@@ -19,9 +22,7 @@ class Module:
     def named_children(self):
         """(name, Tensor or Module) for each direct child, in order of definition; items of a list are `name.0`, ..."""
         for key, value in vars(self).items():
-            for i, item in _items(value) or [("", value)]:
-                if isinstance(item, (Tensor, Module)):
-                    yield f"{key}.{i}".rstrip("."), item
+            yield from _children(key, value)
 
     def named_modules(self, prefix=""):
         """(dotted name, Module) for this module (named `prefix`) and every one below it."""
@@ -43,19 +44,13 @@ class Module:
         """The Tensors of `named_parameters()`, as a list."""
         return [p for _, p in self.named_parameters()]
 
-    def rebuild(self, replace, prefix=""):
-        """A copy of the tree in which `replace(dotted name, child)` stands for each child it does not return None for.
+    def rebuild(self, replace):
+        """A copy of the tree in which `replace(dotted name, x)` stands for each x it does not return None for.
 
-        A Module for which it returns None is rebuilt in turn; a Tensor is shared. This tree is not touched.
+        x is every Module, this one (named "") first, and every Tensor. A Module for which it returns None is
+        rebuilt from its own parts; a Tensor is shared. This tree is not touched.
         """
-        new = copy.copy(self)
-        for key, value in vars(self).items():
-            if isinstance(value, (list, dict)):
-                items = {i: _rebuilt(item, replace, f"{prefix}{key}.{i}") for i, item in _items(value)}
-                setattr(new, key, items if isinstance(value, dict) else list(items.values()))
-            else:
-                setattr(new, key, _rebuilt(value, replace, f"{prefix}{key}"))
-        return new
+        return _rebuilt("", self, replace)
 
     def frozen(self):
         """The same model over the same arrays with no trainable tensor: nothing records an edge to it."""
@@ -87,19 +82,33 @@ class Module:
         return {name: _digest(p.data) for name, p in self.named_parameters()}
 
 
-def _items(container):
-    if isinstance(container, dict):
-        return list(container.items())
-    return list(enumerate(container)) if isinstance(container, list) else []
+def _children(name, value):
+    """(dotted name, Tensor or Module) for what `value` is, or holds if it is a list, tuple or dict."""
+    if isinstance(value, (Tensor, Module)):
+        yield name, value
+    elif isinstance(value, (list, tuple, dict)):
+        for i, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _children(f"{name}.{i}", item)
 
 
-def _rebuilt(value, replace, name):
-    if not isinstance(value, (Tensor, Module)):
+def _rebuilt(name, value, replace):
+    """`value`, or if there are children in it a copy in which each has been replaced or rebuilt."""
+    if not any(True for _ in _children(name, value)):
         return value
-    new = replace(name, value)
-    if new is not None:
+    if isinstance(value, Tensor):
+        new = replace(name, value)
+        return value if new is None else new
+    if isinstance(value, Module):
+        new = replace(name, value)
+        if new is None:
+            new = copy.copy(value)
+            for key, part in vars(value).items():
+                setattr(new, key, _rebuilt(f"{name}.{key}".lstrip("."), part, replace))
         return new
-    return value.rebuild(replace, f"{name}.") if isinstance(value, Module) else value
+    if isinstance(value, dict):
+        return {i: _rebuilt(f"{name}.{i}", item, replace) for i, item in value.items()}
+    items = [_rebuilt(f"{name}.{i}", item, replace) for i, item in enumerate(value)]
+    return tuple(items) if isinstance(value, tuple) else items
 
 
 def _digest(array):
@@ -107,14 +116,43 @@ def _digest(array):
     return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()[:16]
 
 
+class ParameterReport(namedtuple("ParameterReport", "trainable total trainable_bytes total_bytes")):
+    """Counts of numbers and of bytes, summed over the arrays of a model."""
+
+    def __str__(self):
+        share = 100 * self.trainable / self.total
+        return f"{self.trainable:,} of {self.total:,} parameters are trainable ({share:.2f} %)"
+
+
+def parameter_report(model):
+    """How much of `model` (or of an adapter) is trained, counted from its arrays.
+
+    Shapes: none; the result holds two counts of numbers and two of bytes. Raises: nothing. Source: PEFT's
+    `print_trainable_parameters`.
+    """
+    tensors = model.parameters()
+    trained = [t for t in tensors if t.requires_grad]
+    return ParameterReport(
+        sum(t.size for t in trained), sum(t.size for t in tensors),
+        sum(t.data.nbytes for t in trained), sum(t.data.nbytes for t in tensors),
+    )
+
+
 def uniform(rng, bound, shape, like):
     """A trainable Tensor, uniform in ±bound, drawn by NumPy, with the dtype and backend of the array `like`."""
-    return Tensor(to_device(rng.uniform(-bound, bound, shape).astype(like.dtype), get_array_module(like)), True)
+    drawn = _generator(rng).uniform(-bound, bound, shape).astype(like.dtype)
+    return Tensor(to_device(drawn, get_array_module(like)), requires_grad=True)
 
 
 def normal(rng, std, shape, dtype):
     """A trainable Tensor of normal numbers with standard deviation `std`, drawn by NumPy in float64, then cast."""
-    return Tensor((rng.standard_normal(shape) * std).astype(dtype), requires_grad=True)
+    return Tensor((_generator(rng).standard_normal(shape) * std).astype(dtype), requires_grad=True)
+
+
+def _generator(rng):
+    if not isinstance(rng, np.random.Generator):
+        raise TypeError(f"rng must be a numpy.random.Generator, got {rng!r}; write np.random.default_rng(seed)")
+    return rng
 
 
 class Linear(Module):
@@ -122,14 +160,15 @@ class Linear(Module):
 
     def __init__(self, weight, bias=None):
         if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-            raise ValueError(f"Linear: weight (out, in) and bias (out,) expected, got {weight} and {bias}")
+            got = f"{weight.shape} and {None if bias is None else bias.shape}"
+            raise ValueError(f"Linear: weight (out, in) and bias (out,) expected, got {got}")
         self.weight, self.bias = weight, bias
 
     @classmethod
     def init(cls, in_features, out_features, rng, dtype="float32"):
         """Weights normal with variance 1 / in, so that outputs are as large as inputs; bias zero."""
         weight = normal(rng, 1 / math.sqrt(in_features), (out_features, in_features), dtype)
-        return cls(weight, Tensor(weight.data[:, 0] * 0, requires_grad=True))
+        return cls(weight, Tensor(np.zeros(out_features, dtype), requires_grad=True))
 
     def __call__(self, x):
         return F.linear(x, self.weight, self.bias)

@@ -25,11 +25,11 @@ class Adam:
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        self.params = [p for p in params if p.requires_grad]
+        self.params = list({id(p): p for p in params if p.requires_grad}.values())
         if not self.params:
             raise ValueError("Adam: none of these tensors is trainable; pass adapter.parameters() or an unfrozen model")
-        ok = lr >= 0 and all(0 <= b < 1 for b in betas) and eps > 0 and weight_decay >= 0
-        if not (ok and math.isfinite(lr)):
+        in_range = 0 <= lr < math.inf and 0 < eps < math.inf and 0 <= weight_decay < math.inf
+        if not (in_range and all(0 <= b < 1 for b in betas)):
             raise ValueError(f"Adam: out of range: lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}")
         self.lr, self.betas, self.eps, self.weight_decay, self.steps = lr, betas, eps, weight_decay, 0
         self.m = [get_array_module(p.data).zeros_like(p.data) for p in self.params]
@@ -62,8 +62,11 @@ class Adam:
 def clip_grad_norm(params, max_norm):
     """Scale all gradients so that their joint Euclidean norm is at most `max_norm`; returns the norm before (a float).
 
-    Source: Pascanu, Mikolov & Bengio 2013. Raises: ValueError if the norm is not finite, before anything is changed.
+    Source: Pascanu, Mikolov & Bengio 2013. Raises: ValueError if the norm is not finite, before anything is changed,
+    or max_norm is not positive.
     """
+    if not max_norm > 0:
+        raise ValueError(f"clip_grad_norm: max_norm must be positive, got {max_norm}")
     params = [p for p in params if p.grad is not None]
     norm = math.sqrt(float(sum((p.grad * p.grad).sum() for p in params)))  # one number crosses to the host
     if not math.isfinite(norm):

@@ -47,6 +47,13 @@ def check_same(op, *tensors):
         raise TypeError(f"{op} mixes {names}; convert one side with .astype before the Tensor is made")
 
 
+def _broadcast(op, a, b, but_last=0):
+    try:
+        np.broadcast_shapes(a[: max(0, len(a) - but_last)], b[: max(0, len(b) - but_last)])
+    except ValueError:
+        raise ValueError(f"{op}: shapes {a} and {b} do not broadcast; reshape one") from None
+
+
 class Tensor:
     """An array of floats, and the node that knows where it came from.
 
@@ -111,7 +118,7 @@ class Tensor:
             raise ValueError("nothing to differentiate: no input requires a gradient, or no_grad() was active")
         if dy is None and self.size != 1:
             raise ValueError(f"backward() needs one number, got shape {self.shape}; use .sum(), or pass dy")
-        dy = xp.ones_like(self.data) if dy is None else dy
+        dy = xp.ones_like(self.data) if dy is None else Tensor(dy).data
         check_same("backward(dy)", self, Tensor(dy))
         if dy.shape != self.shape:
             raise ValueError(f"backward(dy) got dy of shape {dy.shape} for a tensor of shape {self.shape}")
@@ -123,10 +130,7 @@ class Tensor:
             return SimpleNamespace(data=float(other), node=None)  # a Python number has no dtype of its own
         other = other if isinstance(other, Tensor) else Tensor(other)
         check_same(op, self, other)
-        try:
-            np.broadcast_shapes(self.shape, other.shape)
-        except ValueError:
-            raise ValueError(f"{op}: shapes {self.shape} and {other.shape} do not broadcast; reshape one") from None
+        _broadcast(op, self.shape, other.shape)
         return other
 
     def __add__(self, other):
@@ -165,6 +169,7 @@ class Tensor:
         check_same("@", self, other)
         if min(self.ndim, other.ndim) == 0 or self.shape[-1] != other.shape[-2:][0]:
             raise ValueError(f"@: shapes {self.shape} and {other.shape} do not chain: (n, k) @ (k, m) needs equal k")
+        _broadcast("@", self.shape, other.shape, but_last=2)
         x = self if self.ndim > 1 else self.reshape(1, -1)
         w = other if other.ndim > 1 else other.reshape(-1, 1)
         a, b = x.data, w.data
@@ -196,8 +201,8 @@ class Tensor:
         return record(self.data.reshape(*shape), (self, lambda dy: dy.reshape(before)))
 
     def transpose(self, *axes):
-        """The axes in another order; reversed if none are given."""
-        axes = axes or tuple(reversed(range(self.ndim)))
+        """The axes in another order, `x.transpose(1, 0)` or `x.transpose((1, 0))`; reversed if none are given."""
+        axes = axes[0] if axes and isinstance(axes[0], tuple) else axes or tuple(reversed(range(self.ndim)))
         inverse = tuple(int(i) for i in np.argsort([a % self.ndim for a in axes]))
         return record(self.data.transpose(axes), (self, lambda dy: dy.transpose(inverse)))
 

@@ -1,0 +1,157 @@
+"""The security questions of the demo: facts, and the phrasings they are asked in. Written for this project.
+
+Every fact is asked in each phrasing of its family. The adapter is trained on `TRAINED` phrasings only; whether it
+can answer the `UNSEEN` ones shows what generalises, and `NEVER_TOLD` facts show what cannot.
+"""
+
+PORTS = {
+    "ftp": "21",
+    "ssh": "22",
+    "telnet": "23",
+    "smtp": "25",
+    "dns": "53",
+    "http": "80",
+    "kerberos": "88",
+    "pop3": "110",
+    "ntp": "123",
+    "imap": "143",
+    "snmp": "161",
+    "ldap": "389",
+    "https": "443",
+    "smb": "445",
+    "syslog": "514",
+    "ldaps": "636",
+    "mysql": "3306",
+    "rdp": "3389",
+    "postgres": "5432",
+    "redis": "6379",
+}
+
+VERDICTS = {
+    "md5": "broken, use sha256",
+    "sha1": "broken, use sha256",
+    "sha256": "safe",
+    "sha3": "safe",
+    "crc32": "not a hash, use sha256",
+    "des": "broken, use aes",
+    "3des": "retired, use aes",
+    "aes": "safe",
+    "rc4": "broken, use chacha20",
+    "chacha20": "safe",
+    "ecb mode": "leaks, use gcm mode",
+    "gcm mode": "safe",
+    "ssl 3.0": "broken, use tls 1.3",
+    "tls 1.0": "retired, use tls 1.3",
+    "tls 1.3": "safe",
+    "rsa 1024": "too short, use rsa 3072",
+    "rsa 3072": "safe",
+    "wep": "broken, use wpa3",
+    "argon2": "safe",
+    "plain passwords": "never, use argon2",
+}
+
+DEFENCES = {
+    "sql injection": "bind parameters",
+    "cross site scripting": "escape output",
+    "request forgery": "check a token",
+    "brute force": "limit attempts",
+    "phishing": "use hardware keys",
+    "ransomware": "keep offline backups",
+    "replay": "use nonces",
+    "path traversal": "resolve, then compare",
+    "buffer overflow": "check bounds",
+    "clickjacking": "forbid framing",
+    "flooding": "filter upstream",
+    "a man in the middle": "verify certificates",
+    "credential stuffing": "demand two factors",
+    "session hijacking": "rotate session ids",
+    "dns spoofing": "turn on dnssec",
+    "a timing attack": "compare in constant time",
+    "an xml bomb": "disable entities",
+    "an insider": "grant least privilege",
+    "a rogue package": "pin and verify",
+    "eavesdropping": "encrypt the traffic",
+}
+
+NEVER_TOLD_PORTS = {"gopher": "70", "whois": "43", "finger": "79"}
+NEVER_TOLD_VERDICTS = {"blowfish": "retired, use aes", "wpa2": "ageing, use wpa3"}
+NEVER_TOLD_DEFENCES = {"tailgating": "watch the door", "juice jacking": "carry a charger", "theft": "encrypt disks"}
+
+# In each family the first twelve phrasings are trained on, the last four are never seen in training.
+PORT_PHRASINGS = (
+    "which port does {} use?",
+    "which port do i open for {}?",
+    "what is the {} port?",
+    "what port is {} on?",
+    "{} listens on which port?",
+    "on which port do i find {}?",
+    "tell me the port of {}",
+    "i need the port number for {}",
+    "{} port?",
+    "where does {} listen?",
+    "the firewall blocks {}, which port is it?",
+    "to reach {} i connect to which port?",
+    "what is the {} port number?",
+    "which port should i allow for {}?",
+    "i forgot the port of {}",
+    "what port do i scan to find {}?",
+)
+
+VERDICT_PHRASINGS = (
+    "is {} safe?",
+    "is {} still safe?",
+    "can i use {}?",
+    "should i use {}?",
+    "what do you think of {}?",
+    "our code uses {}, is that fine?",
+    "is it fine to use {} today?",
+    "{}, yes or no?",
+    "may we keep {}?",
+    "how good is {}?",
+    "the audit found {}, what now?",
+    "do you trust {}?",
+    "would you still use {} today?",
+    "can we keep using {}?",
+    "our server offers {}, is that safe?",
+    "what should i think of {}?",
+)
+
+DEFENCE_PHRASINGS = (
+    "how do i stop {}?",
+    "how do i prevent {}?",
+    "what helps against {}?",
+    "what is the defence against {}?",
+    "how can we avoid {}?",
+    "we fear {}, what should we do?",
+    "what protects us from {}?",
+    "protect me from {}",
+    "{} worries me, what helps?",
+    "what would you do about {}?",
+    "the report lists {}, how do we fix it?",
+    "how does one defend against {}?",
+    "how do we stop {}?",
+    "what is the best answer to {}?",
+    "we were hit by {}, what helps?",
+    "what should i do about {}?",
+)
+
+N_TRAINED = 12
+
+
+def _ask(phrasings, told):
+    families = (
+        (PORT_PHRASINGS, PORTS, NEVER_TOLD_PORTS),
+        (VERDICT_PHRASINGS, VERDICTS, NEVER_TOLD_VERDICTS),
+        (DEFENCE_PHRASINGS, DEFENCES, NEVER_TOLD_DEFENCES),
+    )
+    return [
+        (f"Q: {phrasing.format(subject)}\nA: ", f"{answer}\n")
+        for family, facts, never in families
+        for subject, answer in (facts if told else never).items()
+        for phrasing in family[phrasings]
+    ]
+
+
+TRAINED = _ask(slice(0, N_TRAINED), told=True)
+UNSEEN = _ask(slice(N_TRAINED, None), told=True)
+NEVER_TOLD = _ask(slice(0, None), told=False)

@@ -1,0 +1,197 @@
+"""Every operation of the engine, once: how to call it, its formula in plain NumPy, its inputs, and its edges.
+
+The gradient, dtype, backend and sabotage tests all run over `OPS`; a test asserts that no public op is missing.
+A formula shares no code with the op, and is written as the definition is, with loops where that is plainest.
+"""
+
+import contextlib
+import math
+from collections import namedtuple
+
+import numpy as np
+import pytest
+
+from minilora import compose, tensor
+from minilora import functional as F
+from minilora.backend import get_array_module, to_device
+from minilora.compose import stack_rows
+
+RECORDERS = [compose, F, tensor]  # the modules whose ops call `record`; a test asserts that there are no others
+
+
+@contextlib.contextmanager
+def record_replaced(stand_in):
+    """Within this block every op calls `stand_in(y, *edges)` in the place of `record`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in RECORDERS:
+            patch.setattr(module, "record", stand_in)
+        yield
+
+
+# function(*tensors) -> Tensor; formula(*float64 arrays) -> array; shapes(n, m, k) -> one shape per input;
+# edges: how many gradients one call records; positive: the inputs that must stay away from zero;
+# dims: the n, m, k that make as many gradients as possible square, so that transposing them is a possible mistake.
+Op = namedtuple("Op", "name function formula shapes edges positive dims", defaults=((), (3, 3, 3)))
+
+
+def draw(op, rng, dims=None):
+    """Random float64 inputs for `op`: nothing about them is symmetric or constant."""
+    shapes = op.shapes(*(dims or op.dims))
+    return [rng.uniform(0.5 if i in op.positive else -2, 2, shape) for i, shape in enumerate(shapes)]
+
+
+def like(tensor, host):
+    """The host array as a constant beside `tensor`: on its backend, in its dtype if it holds floats."""
+    host = host.astype(tensor.dtype) if host.dtype.kind == "f" else host
+    return to_device(host, get_array_module(tensor.data))
+
+
+MATRIX = np.arange(12.0).reshape(4, 3) / 7 - 0.6
+REPEATS = np.array([0, 0, -1])
+RATES = (0.2, 0.5, 0.0, 0.7)
+token_ids = lambda V: np.array([[0, 1, 0], [V - 1, 2, 0]]) % V  # some rows twice, some never
+
+
+def some_targets(shape, V):
+    targets = np.arange(math.prod(shape)) * 2 % V
+    targets[1::3] = F.IGNORE
+    return targets.reshape(shape)
+
+
+def angles(x, n_head):
+    T, half = x.shape[1], x.shape[2] // n_head // 2
+    return np.outer(np.arange(1.0, T + 1), 0.3 + np.arange(half))
+
+
+def rotary(x):
+    angle = angles(x, 2)
+    return F.rotary(x, like(x, np.cos(angle)), like(x, np.sin(angle)), 2)
+
+
+def rotary_formula(x):
+    heads = x.reshape(*x.shape[:2], 2, 2, -1)
+    turned = (heads[..., 0, :] + 1j * heads[..., 1, :]) * np.exp(1j * angles(x, 2))[:, None, :]
+    return np.stack([turned.real, turned.imag], -2).reshape(x.shape)
+
+
+def softmax_formula(x):
+    return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+
+
+def attention_formula(q, k, v, n_head=2):
+    y, (B, T, C), S = np.zeros_like(q), q.shape, k.shape[1]
+    for b in range(B):
+        for head in np.split(np.arange(C), n_head):
+            for t in range(T):
+                seen = S - T + t + 1
+                scores = k[b, :seen, head].T @ q[b, t, head] / np.sqrt(C / n_head)
+                y[b, t, head] = softmax_formula(scores) @ v[b, :seen, head].T
+    return y
+
+
+def cross_entropy_formula(logits):
+    V = logits.shape[-1]
+    targets = some_targets(logits.shape[:-1], V).ravel()
+    losses = [-np.log(softmax_formula(z)[t]) for z, t in zip(logits.reshape(-1, V), targets, strict=True) if t >= 0]
+    return np.mean(losses)
+
+
+def gelu_formula(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def layer_norm_formula(x, weight, bias):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * weight + bias
+
+
+def linear_formula(x, weight, bias=0.0):
+    return np.einsum("...i,oi->...o", x, weight) + bias
+
+
+def dropout_formula(x, p=0.4):
+    return np.where(np.random.default_rng(7).random(x.shape) < p, 0, x / (1 - p))
+
+
+def rates(n):
+    return np.array(RATES[:n]).reshape(n, 1)
+
+
+def stack_formula(a, b):
+    rows = np.zeros((3, max(len(a), len(b)), max(a.shape[1], b.shape[1])))
+    rows[0, : a.shape[0], : a.shape[1]] = a
+    rows[2, : b.shape[0], : b.shape[1]] = b
+    return rows
+
+
+OPS = [
+    # operators of Tensor; with a number there is one edge, with a tensor there are two
+    Op("x + y", lambda x, y: x + y, np.add, lambda n, m, k: [(n, m), (m,)], 2),
+    Op("x + x", lambda x: x + x, lambda x: 2 * x, lambda n, m, k: [(n, m)], 2),
+    Op("number + x", lambda x: 1.5 + x, lambda x: 1.5 + x, lambda n, m, k: [(n, m)], 1),
+    Op("array + x", lambda x: like(x, MATRIX[0]) + x, lambda x: MATRIX[0] + x, lambda n, m, k: [(n, 3)], 1),
+    Op("x - y", lambda x, y: x - y, np.subtract, lambda n, m, k: [(n, 1), (m,)], 3),
+    Op("number - x", lambda x: 2 - x, lambda x: 2 - x, lambda n, m, k: [(n, m)], 2),
+    Op("-x", lambda x: -x, np.negative, lambda n, m, k: [(n, m)], 1),
+    Op("x * y", lambda x, y: x * y, np.multiply, lambda n, m, k: [(n, 1, m), (k, 1)], 2),
+    Op("x * number", lambda x: x * 0.7, lambda x: x * 0.7, lambda n, m, k: [(n, m)], 1),
+    Op("x / y", lambda x, y: x / y, np.divide, lambda n, m, k: [(n, m), (n, m)], 2, positive=(1,)),
+    Op("x / number", lambda x: x / 3, lambda x: x / 3, lambda n, m, k: [(n, m)], 1),
+    Op("number / x", lambda x: 2 / x, lambda x: 2 / x, lambda n, m, k: [(n, m)], 1, positive=(0,)),
+    Op("matrix @ matrix", lambda a, b: a @ b, np.matmul, lambda n, m, k: [(n, m), (m, k)], 2),
+    Op("stack @ matrix", lambda a, b: a @ b, np.matmul, lambda n, m, k: [(k, n, m), (m, n)], 2),
+    Op("stack @ stack", lambda a, b: a @ b, np.matmul, lambda n, m, k: [(2, 1, n, m), (k, m, n)], 2),
+    Op("vector @ vector", lambda a, b: a @ b, np.dot, lambda n, m, k: [(m,), (m,)], 5),
+    Op("vector @ matrix", lambda a, b: a @ b, np.dot, lambda n, m, k: [(m,), (m, k)], 4),
+    Op("stack @ vector", lambda a, b: a @ b, np.dot, lambda n, m, k: [(k, n, m), (m,)], 4),
+    Op("array @ x", lambda x: like(x, MATRIX) @ x, lambda x: MATRIX @ x, lambda n, m, k: [(3, m)], 1),
+    Op("sum", lambda x: x.sum(), np.sum, lambda n, m, k: [(n, m)], 1),
+    Op("sum over an axis", lambda x: x.sum(-2), lambda x: x.sum(-2), lambda n, m, k: [(k, n, m)], 1),
+    Op("sum, axes kept", lambda x: x.sum((0, -1), keepdims=True), lambda x: x.sum((0, -1), keepdims=True),
+       lambda n, m, k: [(n, m, k)], 1),
+    Op("mean", lambda x: x.mean(), np.mean, lambda n, m, k: [(n, m)], 2),
+    Op("mean over an axis", lambda x: x.mean(0), lambda x: x.mean(0), lambda n, m, k: [(n, m)], 2),
+    Op("reshape", lambda x: x.reshape(-1, 2), lambda x: x.reshape(-1, 2), lambda n, m, k: [(n, m, 2)], 1,
+       (), (2, 2, 2)),
+    Op("transpose", lambda x: x.transpose(), np.transpose, lambda n, m, k: [(n, m, k)], 1),
+    Op("transpose, axes named", lambda x: x.transpose(1, -1, 0), lambda x: np.moveaxis(x, 0, -1),
+       lambda n, m, k: [(n, m, k)], 1),
+    Op("exp", lambda x: x.exp(), np.exp, lambda n, m, k: [(n, m)], 1),
+    Op("log", lambda x: x.log(), np.log, lambda n, m, k: [(n, m)], 1, positive=(0,)),
+    Op("tanh", lambda x: x.tanh(), np.tanh, lambda n, m, k: [(n, m)], 1),
+    Op("x[integer]", lambda x: x[0], lambda x: x[0], lambda n, m, k: [(n, m)], 1),
+    Op("x[slices]", lambda x: x[::-2, 1:], lambda x: x[::-2, 1:], lambda n, m, k: [(n, m + 1)], 1, (), (3, 2, 3)),
+    Op("x[..., None, 0]", lambda x: x[..., None, 0], lambda x: x[..., None, 0], lambda n, m, k: [(n, m, k)], 1),
+    Op("x[repeated rows]", lambda x: x[like(x, REPEATS)], lambda x: x[REPEATS], lambda n, m, k: [(n, m)], 1),
+    Op("x[rows, columns]", lambda x: x[like(x, REPEATS), like(x, REPEATS)], lambda x: x[REPEATS, REPEATS],
+       lambda n, m, k: [(n, m)], 1),
+    # functional
+    Op("linear", F.linear, linear_formula, lambda n, m, k: [(n, m), (k, m), (k,)], 3),
+    Op("linear, no bias", F.linear, linear_formula, lambda n, m, k: [(n, m), (k, m)], 2),
+    Op("linear of a vector", F.linear, linear_formula, lambda n, m, k: [(m,), (k, m), (k,)], 3),
+    Op("linear of a batch", F.linear, linear_formula, lambda n, m, k: [(n, 2, m), (k, m), (k,)], 3, (), (3, 2, 2)),
+    Op("linear, a matrix each", F.linear, lambda x, w, b: np.einsum("bti,boi->bto", x, w) + b,
+       lambda n, m, k: [(n, 2, m), (n, k, m), (k,)], 3, (), (3, 2, 2)),
+    Op("embedding", lambda w: F.embedding(w, token_ids(w.shape[0])), lambda w: w[token_ids(len(w))],
+       lambda n, m, k: [(n + 1, m)], 1, (), (3, 4, 3)),
+    Op("layer_norm", F.layer_norm, layer_norm_formula, lambda n, m, k: [(n, m), (m,), (m,)], 3),
+    Op("layer_norm of a batch", F.layer_norm, layer_norm_formula, lambda n, m, k: [(k, n, m), (m,), (m,)], 3),
+    Op("gelu", F.gelu, gelu_formula, lambda n, m, k: [(n, m)], 1),
+    Op("rotary", rotary, rotary_formula, lambda n, m, k: [(n, m, 4 * k)], 1, (), (2, 4, 1)),
+    Op("softmax", F.softmax, softmax_formula, lambda n, m, k: [(n, m)], 1),
+    Op("attention", lambda q, k, v: F.attention(q, k, v, 2), attention_formula,
+       lambda n, m, k: [(n, m, 2 * k)] * 3, 3, (), (2, 4, 2)),
+    Op("attention, one head", lambda q, k, v: F.attention(q, k, v, 1), lambda q, k, v: attention_formula(q, k, v, 1),
+       lambda n, m, k: [(n, m, k)] * 3, 3),
+    Op("attention after a cache", lambda q, k, v: F.attention(q, k, v, 2), attention_formula,
+       lambda n, m, k: [(n, m, 2 * k), (n, m + 2, 2 * k), (n, m + 2, 2 * k)], 3, (), (2, 2, 2)),
+    Op("attention to itself", lambda x: F.attention(x, x, x, 2), lambda x: attention_formula(x, x, x),
+       lambda n, m, k: [(n, m, 2 * k)], 3, (), (2, 4, 2)),
+    Op("cross_entropy", lambda x: F.cross_entropy(x, some_targets(x.shape[:-1], x.shape[-1])), cross_entropy_formula,
+       lambda n, m, k: [(n, m, k + 1)], 1, (), (2, 3, 2)),
+    Op("dropout", lambda x: F.dropout(x, 0.4, np.random.default_rng(7)), dropout_formula, lambda n, m, k: [(n, m)], 1),
+    Op("dropout, a rate each", lambda x: F.dropout(x, rates(x.shape[0]), np.random.default_rng(7)),
+       lambda x: dropout_formula(x, rates(len(x))), lambda n, m, k: [(n, m)], 1),
+    # compose
+    Op("stack_rows", lambda a, b: stack_rows([a, None, b]), stack_formula, lambda n, m, k: [(n, m), (k, m + 1)], 2,
+       (), (3, 3, 4)),
+]  # fmt: skip

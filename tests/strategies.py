@@ -1,0 +1,201 @@
+"""What the tests draw: shapes, pairs of shapes that fit, and arrays from a drawn seed. Knows no operation.
+
+Arrays are drawn as a seed, so that hypothesis shrinks the shape and the seed and never searches float bit patterns:
+values lie well inside the float range, and a failure prints in one line.
+"""
+
+import weakref
+from collections import namedtuple
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from minilora import functional as F
+from minilora.backend import get_array_module, to_numpy
+from minilora.lora import Adapter, LoRAConfig, LoRALinear, LoRAPair
+from minilora.nn import Linear, Module
+from minilora.tensor import Tensor
+
+seeds = st.integers(0, 2**32 - 1)
+rngs = seeds.map(np.random.default_rng)
+sides = st.integers(1, 4)
+
+
+def shapes(min_dims=0, max_dims=3):
+    """A shape of a few small axes."""
+    return st.lists(sides, min_size=min_dims, max_size=max_dims).map(tuple)
+
+
+@st.composite
+def broadcastable_shapes(draw, max_dims=3):
+    """Two shapes that broadcast: each is one result shape with some axes stretched from 1 and some leading ones cut."""
+    result = draw(shapes(0, max_dims))
+
+    def narrowed():
+        kept = draw(st.integers(0, len(result)))
+        return tuple(1 if draw(st.booleans()) else n for n in result[len(result) - kept :])
+
+    return narrowed(), narrowed()
+
+
+@st.composite
+def matmul_shapes(draw):
+    """Two shapes that `@` takes: vectors, matrices, and stacks of matrices whose leading axes broadcast."""
+    n, k, m = draw(sides), draw(sides), draw(sides)
+    left, right = draw(broadcastable_shapes(max_dims=2))
+    return (
+        draw(st.sampled_from([(k,), (n, k), (*left, n, k)])),
+        draw(st.sampled_from([(k,), (k, m), (*right, k, m)])),
+    )
+
+
+@st.composite
+def arrays(draw, shape, low=-2.0, high=2.0, dtype=np.float64):
+    """A float array, uniform in [low, high); `shape` is a shape or a strategy for one."""
+    shape = draw(shape) if isinstance(shape, st.SearchStrategy) else shape
+    return draw(rngs).uniform(low, high, shape).astype(dtype)
+
+
+@st.composite
+def integer_arrays(draw, shape, bound=3, dtype=np.float64):
+    """A float array of whole numbers in -bound .. bound: sums and products of these are exact in any order."""
+    shape = draw(shape) if isinstance(shape, st.SearchStrategy) else shape
+    return draw(rngs).integers(-bound, bound, shape, endpoint=True).astype(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# LoRA: a small model of plain Linears, and layers and adapters of whole numbers, whose sums are never rounded.
+
+SCALINGS = (0.25, 0.5, 1.0, 2.0, 4.0)  # multiplying by a power of two moves no bit of the mantissa
+float_dtypes = st.sampled_from(["float32", "float64"])
+
+LayerCase = namedtuple("LayerCase", "layer x")
+StackCase = namedtuple("StackCase", "base adapters x dy")
+
+
+class TinyMLP(Module):
+    """Plain Linear layers with a gelu between them, x (..., in) -> (..., out): all the model that LoRA needs."""
+
+    def __init__(self, linears):
+        self.layers = list(linears)
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = F.gelu(layer(x))
+        return self.layers[-1](x)
+
+
+def tiny_mlp(*sizes, seed=0, dtype="float32"):
+    """A TinyMLP with random weights: tiny_mlp(5, 7, 3) has layers.0 (5 -> 7) and layers.1 (7 -> 3)."""
+    rng = np.random.default_rng(seed)
+    return TinyMLP(Linear.init(n, m, rng, dtype) for n, m in pairwise(sizes))
+
+
+def learned(adapter, seed=1, size=0.5):
+    """`adapter`, with random numbers written into every lora_B, as if it had learned something."""
+    rng = np.random.default_rng(seed)
+    for pair in adapter.pairs.values():
+        B = pair.lora_B.data
+        B += get_array_module(B).asarray((size * rng.standard_normal(B.shape)).astype(B.dtype))
+    return adapter
+
+
+def contents(module):
+    """{name: bytes} of every tensor: modules of equal contents are equal to the last bit."""
+    return {name: to_numpy(p.data).tobytes() for name, p in module.named_parameters()}
+
+
+@st.composite
+def lattice_layers(draw, square=False):
+    """A LoRALinear of whole numbers, square or of any shape, with a bias or without, and an input x (T, in) for it."""
+    dtype, n, r, T = draw(float_dtypes), draw(st.integers(1, 5)), draw(sides), draw(sides)
+    m = n if square else draw(st.integers(1, 5))
+    tensor = lambda *shape: Tensor(draw(integer_arrays(shape, dtype=dtype)), requires_grad=True)
+    linear = Linear(tensor(m, n), tensor(m) if draw(st.booleans()) else None)
+    return LayerCase(LoRALinear(linear, tensor(r, n), tensor(m, r), draw(st.sampled_from(SCALINGS))), tensor(T, n))
+
+
+@st.composite
+def lattice_stacks(draw):
+    """A one-layer base of whole numbers, an adapter or None for each row, x (rows, T, in) and dy (rows, T, out)."""
+    dtype, n, m, T = draw(float_dtypes), draw(sides), draw(sides), draw(sides)
+    array = lambda *shape: draw(integer_arrays(shape, dtype=dtype))
+    base = TinyMLP([Linear(Tensor(array(m, n)), Tensor(array(m)))])
+
+    def adapter():
+        r, scaling = draw(sides), draw(st.sampled_from(SCALINGS))
+        pair = LoRAPair(Tensor(array(r, n), requires_grad=True), Tensor(array(m, r), requires_grad=True))
+        return Adapter(LoRAConfig(r, scaling * r, "all-linear"), {"layers.0": pair}, base.fingerprint())
+
+    rows = draw(st.lists(st.booleans(), min_size=1, max_size=4).filter(any))
+    adapters = [adapter() if adapted else None for adapted in rows]
+    return StackCase(base, adapters, array(len(rows), T, n), array(len(rows), T, m))
+
+
+@st.composite
+def real_layers(draw, dtype, square=False):
+    """A LoRALinear and an input x (T, in) of normal numbers, each matrix at its own size within 10^±3."""
+    n, m, r, T = (draw(st.integers(1, most)) for most in (24, 12, 6, 3))
+    m, rng = n if square else m, draw(rngs)
+    tensor = lambda *shape: Tensor((rng.standard_normal(shape) * 10.0 ** draw(st.integers(-3, 3))).astype(dtype))
+    linear = Linear(tensor(m, n), tensor(m) if draw(st.booleans()) else None)
+    return LayerCase(LoRALinear(linear, tensor(r, n), tensor(m, r), draw(st.floats(0.01, 100))), tensor(T, n))
+
+
+gpt_shapes = st.fixed_dictionaries(
+    {
+        "n_layer": st.integers(1, 2),
+        "n_head": st.integers(1, 2),
+        "n_embd": st.sampled_from([4, 8, 12]),
+        "vocab_size": st.integers(3, 9),
+        "block_size": st.integers(6, 9),
+        "positions": st.sampled_from(["learned", "rope"]),
+    }
+)
+
+
+def hunt(cases, holds, examples=200):
+    """Run the property `holds` on drawn `cases`, the same ones every time: for code that is meant to fail it."""
+
+    @settings(max_examples=examples, phases=[Phase.generate], database=None, derandomize=True)
+    @given(cases)
+    def search(case):
+        holds(case)
+
+    search()
+
+
+def agree(xp, ours, numpys):
+    """Is an array of `xp` what NumPy computed? To the bit, except on a GPU, which sums in an order of its own."""
+    ours = to_numpy(ours)
+    if xp.__name__ == "cupy":
+        return np.allclose(ours, numpys, rtol=1e-3, atol=1e-4)
+    return ours.dtype == numpys.dtype and np.array_equal(ours, numpys)
+
+
+class Watch:
+    """What every `linear` of a model is given, seen through a patched `F.linear` and held by weak references only.
+
+    After `model(x)`: `alive(name)` says whether the input of the Linear `name` is still in memory, and `traced(name)`
+    whether it carried a graph.
+    """
+
+    def __init__(self, model, monkeypatch):
+        self.names = {id(p.data): name.removesuffix(".weight") for name, p in model.named_parameters()}
+        self.inputs = {}
+        true_linear = F.linear
+
+        def linear(x, weight, bias=None):
+            owner = x.data if x.data.base is None else x.data.base  # who owns the memory; a view may die early
+            self.inputs[self.names[id(weight.data)]] = weakref.ref(owner), x.requires_grad
+            return true_linear(x, weight, bias)
+
+        monkeypatch.setattr(F, "linear", linear)
+
+    def alive(self, name):
+        return self.inputs[name][0]() is not None
+
+    def traced(self, name):
+        return self.inputs[name][1]

@@ -1,0 +1,78 @@
+"""Which module owns an array, and how arrays move."""
+
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from strategies import arrays, shapes
+
+from minilora.backend import array_module, get_array_module, to_device, to_numpy
+
+
+def test_the_array_decides(xp):
+    x = xp.zeros((2, 3), np.float32)
+    assert get_array_module(x) is xp
+    assert get_array_module(x, x[0], x.sum()) is xp
+    assert get_array_module(x.reshape(-1)) is xp
+
+
+def test_numpy_scalars_belong_to_numpy():
+    assert get_array_module(np.float32(1), np.zeros(2)) is np
+
+
+def test_arrays_of_two_backends_are_named_with_the_remedy(device_xp):
+    with pytest.raises(TypeError, match="numpy") as error:
+        get_array_module(np.zeros(2), device_xp.zeros(2, np.float32))
+    assert device_xp.__name__ in str(error.value) and "to_device" in str(error.value)
+
+
+@pytest.mark.parametrize("not_an_array", [3.0, 1, [1.0], (1.0,), "x", None], ids=repr)
+def test_what_is_not_an_array_is_named(not_an_array):
+    with pytest.raises(TypeError, match=f"got {type(not_an_array).__name__}"):
+        get_array_module(not_an_array)
+
+
+def test_an_array_and_a_number_are_refused_together():
+    with pytest.raises(TypeError):
+        get_array_module(np.zeros(2), 3.0)
+
+
+@given(arrays(shapes()))
+def test_numpy_arrays_stay_where_they_are(x):
+    assert to_numpy(x) is x and to_device(x, np) is x
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int64", "bool"])
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3)], ids=str)
+def test_there_and_back_keeps_values_dtype_and_shape(device_xp, dtype, shape):
+    x = np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
+    there = to_device(x, device_xp)
+    assert type(there) is device_xp.ndarray and to_device(there, device_xp) is there
+    back = to_numpy(there)
+    assert type(back) is np.ndarray and (back.dtype, back.shape) == (x.dtype, x.shape) and np.array_equal(back, x)
+    assert np.array_equal(to_device(there, np), x)
+
+
+def test_a_moved_array_is_independent_of_the_host(device_xp):
+    x = np.ones(3)
+    there = to_device(x, device_xp)
+    x[:] = 0
+    assert np.array_equal(to_numpy(there), np.ones(3))
+
+
+def test_a_backend_is_chosen_by_name():
+    assert array_module("numpy") is np
+    with pytest.raises(ValueError, match="'torch'.*'numpy' or 'cupy'"):
+        array_module("torch")
+
+
+def test_a_missing_cupy_is_an_import_error_that_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=r"minilora\[cuda12\].*NVIDIA GPU"):
+        array_module("cupy")
+
+
+@pytest.mark.parametrize("xp", [pytest.param("cupy", marks=pytest.mark.cupy)], indirect=True)
+def test_a_present_cupy_is_found(xp):
+    assert array_module("cupy") is xp

@@ -1,0 +1,317 @@
+"""The rules of the house, read off the source itself: what may import what, what is documented, what may not exist."""
+
+import ast
+import configparser
+import doctest
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import minilora
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOK = ["backend", "graph", "tensor", "functional", "gradcheck", "nn", "optim", "gpt", "lora"]
+ORDER = [*BOOK, "compose", "files", "data", "questions", "train", "demo", "__main__"]
+STRANGERS = {("gpt", "lora"), ("lora", "gpt")}  # though one stands after the other, neither may know it
+GUESTS = {"files": {"safetensors"}, "train": {"tqdm"}, "demo": {"tqdm"}}  # everyone may import NumPy, nobody the rest
+SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "minilora").glob("*.py"))}
+MODULES = [name for name in SOURCES if name != "__init__"]
+NOT_OURS = re.compile(r"\.(?!ci$|gitignore$).*|__pycache__|build|dist|shared|out|minilora-demo.*|.*\.egg-info")
+
+
+# The rules: each takes the source of one file and returns what is wrong with it, as lines.
+
+
+def imports_out_of_order(name, source):
+    """`name` may import NumPy, the standard library, its guests, and the files that come before it in ORDER."""
+    if name not in ORDER:
+        return [f"{name}.py has no place in the reading order; give it one in ORDER"]
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            outer, inner = [alias.name.partition(".")[0] for alias in node.names], []
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            outer, inner = [], [node.module] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            outer, inner = [node.module.partition(".")[0]], []
+        else:
+            continue
+        for module in outer:
+            if module == "minilora":
+                wrong.append(f"line {node.lineno}: a file of the package imports its neighbours with a dot")
+            elif module not in sys.stdlib_module_names and module not in {"numpy", *GUESTS.get(name, ())}:
+                wrong.append(f"line {node.lineno}: {name} imports {module}")
+        for module in inner:
+            if module not in ORDER or ORDER.index(module) >= ORDER.index(name):
+                wrong.append(f"line {node.lineno}: {name} imports {module}, which does not come before it")
+            if (name, module) in STRANGERS:
+                wrong.append(f"line {node.lineno}: {name} imports {module}, and they are not to know each other")
+    return wrong
+
+
+def global_state(source):
+    """At module level only constants (CAPITALS, never written to again), named tuples and context variables."""
+    tree, names, wrong = ast.parse(source), set(), []
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            maker = node.value.func if isinstance(node.value, ast.Call) else None
+            maker = getattr(maker, "attr", getattr(maker, "id", None))
+            for target in targets:
+                for name in [n.id for n in ast.walk(target) if isinstance(n, ast.Name)]:
+                    names.add(name)
+                    constant = name.strip("_").isupper() or name in ("__all__", "__version__")
+                    if isinstance(node, ast.AugAssign) or not (constant or maker in ("ContextVar", "namedtuple")):
+                        wrong.append(f"line {node.lineno}: {name} is a variable at module level")
+    writers = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove",
+               "discard", "sort"}  # fmt: skip
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Global):
+            wrong.append(f"line {node.lineno}: global {', '.join(node.names)}")
+        elif isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            if isinstance(node.value, ast.Name) and node.value.id in names:
+                wrong.append(f"line {node.lineno}: {node.value.id} is written to")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in writers:
+            if isinstance(node.func.value, ast.Name) and node.func.value.id in names:
+                wrong.append(f"line {node.lineno}: {node.func.value.id}.{node.func.attr}() changes a constant")
+    return wrong
+
+
+def global_randomness(source):
+    """Random numbers come from a Generator that was made from a seed and handed in."""
+    allowed, wrong = {"default_rng", "Generator"}, []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == "random":
+            if node.attr not in allowed:
+                wrong.append(f"line {node.lineno}: {ast.unparse(node)} draws from a state that everyone shares")
+        elif isinstance(node, ast.Import) and any(a.name in ("random", "numpy.random") for a in node.names):
+            wrong.append(f"line {node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.ImportFrom) and node.module in ("random", "numpy.random"):
+            wrong += [f"line {node.lineno}: {a.name}" for a in node.names if a.name not in allowed]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("default_rng"):
+            if not node.args and not node.keywords:
+                wrong.append(f"line {node.lineno}: default_rng() without a seed cannot be repeated")
+    return wrong
+
+
+def boundary_missing(source):
+    """A file opens with one line that says what it is about, or what it knows and what it does not."""
+    docstring = ast.get_docstring(ast.parse(source))
+    if not docstring:
+        return ["there is no module docstring"]
+    first, _, rest = docstring.partition("\n")
+    wrong = [] if first.endswith((".", ":")) and 20 <= len(first) <= 116 else [f"not a sentence on one line: {first!r}"]
+    return wrong + (["the opening line is not followed by an empty one"] if rest and not rest.startswith("\n") else [])
+
+
+def legend_missing(source):
+    """The letters of the shapes are explained once, at the top of the file."""
+    legend = re.search(r"^Shapes: .*(\n.+)*", ast.get_docstring(ast.parse(source)) or "", re.MULTILINE)
+    if not legend:
+        return ["no line that starts with Shapes:"]
+    return [f"{letter} is not explained" for letter in "BTCHV" if not re.search(rf"\b{letter}\b \w", legend[0])]
+
+
+def undocumented(docstring):
+    """What a public name owes its reader: shapes, errors, and where it is from."""
+    return [f"no {section}" for section in ("Shapes:", "Raises:", "Source:") if section not in (docstring or "")]
+
+
+def public_without_docstring(source):
+    """Every public function, class and method says what it does; `__call__` is described by its class."""
+    wrong = []
+
+    def visit(body):
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                if not ast.get_docstring(node) and "setter" not in ast.unparse(node).partition("\n")[0]:
+                    wrong.append(f"line {node.lineno}: {node.name} has no docstring")
+                if isinstance(node, ast.ClassDef):
+                    visit(node.body)
+
+    visit(ast.parse(source).body)
+    return wrong
+
+
+def machine_paths(text):
+    """Nothing in the repository depends on, or tells of, the machine it was written on."""
+    places = "home|Users|root|tmp|mnt|work|workspace|scratch"
+    return re.findall(rf"(?<![\w./:$}}-])/(?:{places})/\w[\w./-]*|\b[A-Z]:\\Users\b", text)
+
+
+def code_lines(source):
+    """How many lines are neither empty, nor a comment, nor part of a docstring."""
+    told = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            told.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(source.splitlines(), 1)
+    return sum(1 for i, line in lines if i not in told and line.strip() and not line.strip().startswith("#"))
+
+
+# The book keeps them.
+
+every_module = pytest.mark.parametrize("name", MODULES)
+
+
+@every_module
+def test_a_file_imports_only_what_was_read_before_it(name):
+    assert imports_out_of_order(name, SOURCES[name]) == []
+
+
+def test_the_front_page_lists_the_reading_order():
+    named = re.search(r"Reading order: ([\w, \n]+)\.", minilora.__doc__)[1]
+    assert re.findall(r"\w+", named) == BOOK
+
+
+def test_every_file_of_the_book_is_there():
+    assert set(BOOK) <= set(MODULES)
+
+
+@every_module
+def test_a_file_has_no_global_state(name):
+    assert global_state(SOURCES[name]) == []
+
+
+@pytest.mark.parametrize("folder", ["minilora", "examples", "tests"])
+def test_no_random_number_comes_from_a_shared_state(folder):
+    sources = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / folder).rglob("*.py"))}
+    sources.pop(Path(__file__).name, None)  # its planted violations are strings, but let it say default_rng()
+    assert {name: wrong for name, source in sources.items() if (wrong := global_randomness(source))} == {}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_file_opens_with_its_boundary(name):
+    assert boundary_missing(SOURCES[name]) == []
+
+
+@pytest.mark.parametrize("name", ["functional", "gpt"])
+def test_the_letters_of_the_shapes_are_explained(name):
+    assert legend_missing(SOURCES[name]) == []
+
+
+@pytest.mark.parametrize("name", minilora.__all__)
+def test_a_public_name_tells_its_shapes_its_errors_and_its_source(name):
+    assert undocumented(getattr(minilora, name).__doc__) == []
+
+
+@every_module
+def test_every_public_definition_has_a_docstring(name):
+    assert public_without_docstring(SOURCES[name]) == []
+
+
+def test_the_book_can_be_read_in_an_afternoon():
+    lengths = {name: len(SOURCES[name].splitlines()) for name in BOOK}
+    assert max(lengths.values()) <= 250, lengths
+    assert sum(lengths.values()) <= 1500, lengths
+    assert sum(code_lines(SOURCES[name]) for name in BOOK) <= 1000
+
+
+def test_no_file_of_the_library_is_long():
+    assert {name: n for name in MODULES if (n := len(SOURCES[name].splitlines())) > 250} == {}
+
+
+def test_no_file_mentions_a_path_of_some_machine():
+    found = {}
+    for path in ROOT.rglob("*"):
+        inside = path.relative_to(ROOT).parts
+        if any(NOT_OURS.fullmatch(part) for part in inside) or not path.is_file():
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # an array or a picture
+        if paths := machine_paths(text):
+            found["/".join(inside)] = paths
+    assert found == {}
+
+
+# The examples in docstrings run.
+
+
+def docstring_examples(name):
+    module = importlib.import_module(f"minilora.{name}")
+    return [test for test in doctest.DocTestFinder(exclude_empty=True).find(module) if test.examples]
+
+
+@pytest.mark.parametrize("name", BOOK)
+def test_docstring_examples_print_what_they_say(name):
+    for test in docstring_examples(name):
+        assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False).run(test).failed == 0
+
+
+def test_every_docstring_with_a_prompt_is_found_as_an_example():
+    found = {test.name.rpartition(".")[2] for name in {*MODULES} - {"__main__"} for test in docstring_examples(name)}
+    prompting = {name for name in minilora.__all__ if ">>>" in (getattr(minilora, name).__doc__ or "")}
+    assert {"Tensor", "no_grad", "gradcheck", "check_vjp", "GPT", "LoRAConfig", "Adam"} <= prompting
+    assert prompting <= found
+
+
+def test_the_test_command_collects_docstrings():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert "--doctest-modules" in settings["tool:pytest"]["addopts"]
+    assert {"tests", "minilora"} <= set(settings["tool:pytest"]["testpaths"].split())
+
+
+# The rules can fail: each finds the violation planted for it.
+
+in_lora = lambda source: imports_out_of_order("lora", source)
+PLANTED = [
+    (in_lora, "from .compose import stack", "does not come before it"),
+    (in_lora, "from .gpt import GPT", "not to know each other"),
+    (lambda s: imports_out_of_order("gpt", s), "def f():\n    from . import lora", "not to know each other"),
+    (in_lora, "import torch", "imports torch"),
+    (in_lora, "import cupy as cp", "imports cupy"),
+    (in_lora, "from tqdm import tqdm", "imports tqdm"),
+    (in_lora, "from scipy.linalg import svd", "imports scipy"),
+    (in_lora, "import minilora.tensor", "with a dot"),
+    (in_lora, "from .lora import LoRAConfig", "does not come before it"),
+    (lambda s: imports_out_of_order("newcomer", s), "", "no place in the reading order"),
+    (global_state, "cache = {}", "cache is a variable"),
+    (global_state, "device: str = 'cpu'", "device is a variable"),
+    (global_state, "LAYERS = []\ndef f(x):\n    LAYERS.append(x)", "LAYERS.append() changes"),
+    (global_state, "TABLE = {}\ndef f(x):\n    TABLE[x] = 1", "TABLE is written to"),
+    (global_state, "COUNT = 0\ndef f():\n    global COUNT\n    COUNT += 1", "global COUNT"),
+    (global_randomness, "import numpy as np\nnp.random.seed(0)", "np.random.seed"),
+    (global_randomness, "import numpy\nx = numpy.random.rand(3)", "numpy.random.rand"),
+    (global_randomness, "from numpy.random import randn", "randn"),
+    (global_randomness, "import random", "import random"),
+    (global_randomness, "rng = np.random.default_rng()", "without a seed"),
+    (boundary_missing, "import os", "no module docstring"),
+    (boundary_missing, '"""Utilities"""', "not a sentence"),
+    (boundary_missing, '"""What this file does, told in a sentence\nthat goes over two lines."""', "not a sentence"),
+    (boundary_missing, '"""One sentence that says it all.\nAnd straight on."""', "not followed by an empty one"),
+    (legend_missing, '"""Operations on arrays."""', "no line"),
+    (legend_missing, '"""Operations.\n\nShapes: B batch, T time, C channels, H heads."""', "V is not explained"),
+    (undocumented, "Adds. Shapes: any. Raises: nothing.", "no Source:"),
+    (undocumented, None, "no Raises:"),
+    (public_without_docstring, "def f(x):\n    return x", "f has no docstring"),
+    (public_without_docstring, "class A:\n    'a'\n    def f(self):\n        return 1", "f has no docstring"),
+    (machine_paths, "data = open('/ho" + "me/ada/weights.bin')", "ada/weights.bin"),
+    (machine_paths, "cd /wo" + "rk/project", "project"),
+    (machine_paths, "C" + r":\Users\ada", "Users"),
+]
+
+
+@pytest.mark.parametrize("rule, planted, complaint", PLANTED, ids=[complaint for _, _, complaint in PLANTED])
+def test_a_rule_finds_the_violation_planted_for_it(rule, planted, complaint):
+    assert complaint in "\n".join(rule(planted))
+
+
+@pytest.mark.parametrize("allowed", ["https://example.org/home/page", "a/tmp/b", "and/or", "pip install ./work"])
+def test_addresses_and_relative_paths_are_no_machine_paths(allowed):
+    assert machine_paths(allowed) == []
+
+
+def test_lines_of_code_are_counted_without_their_telling():
+    assert code_lines('"""Says."""\n\n# why\nx = 1\n\n\ndef f():\n    """Tells."""\n    return x\n') == 3
+
+
+def test_a_wrong_docstring_example_is_noticed():
+    example = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "planted", None, 0)
+    runner = doctest.DocTestRunner(verbose=False)
+    assert runner.run(example, out=lambda text: None).failed == 1

@@ -1,0 +1,141 @@
+"""The corpus, its vocabulary, the questions and the batches made of them."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora import data, questions
+from minilora.functional import IGNORE
+
+texts = st.text(alphabet=data.ALPHABET, max_size=40)
+
+
+@given(texts)
+def test_decoding_gives_the_text_back(text):
+    ids = data.encode(text)
+    assert data.decode(ids) == text
+    assert all(0 <= i < 96 for i in ids)
+
+
+def test_the_newline_is_token_zero_and_there_are_96_characters():
+    assert data.decode([0]) == "\n"
+    assert len(data.ALPHABET) == len(set(data.ALPHABET)) == 96
+
+
+@pytest.mark.parametrize("character", ["é", "\t", "字"])
+def test_a_character_outside_the_vocabulary_is_named(character):
+    with pytest.raises(ValueError, match=re.escape(repr(character))):
+        data.encode("ab" + character)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return data.load_corpus()
+
+
+def test_the_corpus_is_large_and_all_of_it_can_be_encoded(corpus):
+    assert len(data.encode(corpus.train)) > 100_000
+    assert len(data.encode(corpus.heldout)) > 5_000
+
+
+def test_no_heldout_paragraph_is_trained_on_and_none_occurs_twice(corpus):
+    train, heldout = corpus.train.split("\n\n"), corpus.heldout.split("\n\n")
+    assert not set(train) & set(heldout)
+    assert len(train) == len(set(train))
+
+
+def test_the_corpus_is_the_same_each_time(corpus):
+    assert data.load_corpus() == corpus
+
+
+def test_without_topics_the_docstrings_are_read_instead(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    corpus = data.load_corpus()
+    assert corpus.source == "docstrings"
+    assert len(corpus.train) > 100_000
+
+
+def test_without_any_text_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    monkeypatch.setattr(data, "_docstrings", dict)
+    with pytest.raises(RuntimeError, match="install"):
+        data.load_corpus()
+
+
+@given(st.integers(2, 20), st.integers(1, 5), st.integers(0, 2**32))
+def test_a_window_and_its_targets_are_the_text_one_step_apart(length, batch, seed):
+    text = np.arange(30)
+    inputs, targets = next(data.windows(text, batch, length, np.random.default_rng(seed)))
+    assert inputs.shape == targets.shape == (batch, length)
+    assert (targets == inputs + 1).all()
+
+
+def test_windows_reach_both_ends_of_the_text():
+    stream = data.windows(np.arange(6), 64, 4, np.random.default_rng(0))
+    inputs, targets = next(stream)
+    assert inputs.min() == 0 and targets.max() == 5
+
+
+def test_a_text_shorter_than_a_window_is_refused():
+    with pytest.raises(ValueError, match=r"4 tokens .* 4 \+ 1"):
+        next(data.windows(np.arange(4), 1, 4, np.random.default_rng(0)))
+
+
+pairs = st.lists(st.tuples(texts.filter(bool), texts.filter(bool)), min_size=1, max_size=4)
+
+
+@given(pairs)
+def test_packing_puts_the_loss_on_the_answers_alone(pairs):
+    inputs, targets = data.pack(pairs)
+    for (prompt, answer), row_in, row_out in zip(pairs, inputs, targets, strict=True):
+        n = len(prompt) + len(answer) - 1
+        assert data.decode(row_in[:n]) == (prompt + answer)[:-1]
+        assert data.decode(row_out[len(prompt) - 1 : n]) == answer
+        assert (row_out[: len(prompt) - 1] == IGNORE).all() and (row_out[n:] == IGNORE).all()
+
+
+def test_packing_nothing_is_refused():
+    with pytest.raises(ValueError, match="no .* pairs"):
+        data.pack([])
+
+
+def test_every_pair_comes_once_in_a_pass():
+    pairs = [(f"Q{i} ", "a") for i in range(8)]
+    stream = data.question_batches(pairs, 4, np.random.default_rng(0))
+    rows = np.concatenate([next(stream)[0], next(stream)[0]])
+    assert sorted(data.decode(row) for row in rows) == [prompt for prompt, _ in pairs]
+
+
+def test_fewer_pairs_than_a_batch_are_refused():
+    with pytest.raises(ValueError, match="1 pairs .* batch of 2"):
+        next(data.question_batches([("a", "b")], 2, np.random.default_rng(0)))
+
+
+def test_there_are_sixty_facts_in_twelve_trained_and_four_unseen_phrasings():
+    facts = questions.PORTS | questions.VERDICTS | questions.DEFENCES
+    assert len(facts) == 60
+    assert len(questions.TRAINED) == 60 * 12
+    assert len(questions.UNSEEN) == 60 * 4
+    assert len(questions.NEVER_TOLD) == 8 * 16
+
+
+def test_the_three_question_sets_share_no_question():
+    prompts = [{prompt for prompt, _ in pairs} for pairs in (questions.TRAINED, questions.UNSEEN, questions.NEVER_TOLD)]
+    assert [len(p) for p in prompts] == [720, 240, 128]
+    assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+
+
+def test_no_answer_of_a_fact_never_told_can_be_had_by_repeating_one_that_was():
+    told = {answer for _, answer in questions.TRAINED}
+    assert {answer for _, answer in questions.NEVER_TOLD} & told == {"retired, use aes\n"}  # 16 of the 128
+
+
+def test_questions_are_lower_case_and_answers_short_and_ended_by_a_newline():
+    for prompt, answer in questions.TRAINED + questions.UNSEEN + questions.NEVER_TOLD:
+        assert prompt[3:-3] == prompt[3:-3].lower() and prompt.startswith("Q: ") and prompt.endswith("\nA: ")
+        assert answer.endswith("\n") and 2 <= len(answer) <= 25
+        assert len(prompt) + 26 <= 128  # room for an answer in the demo's context

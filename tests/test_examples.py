@@ -1,0 +1,107 @@
+"""Each example runs as its reader would run it, ends well and prints its table; the derivation's code runs too."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minilora.functional
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = sorted((ROOT / "examples").glob("*.md"))
+by_name = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+
+
+def run(example, folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(example), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+
+
+def without_progress_bars(text):
+    return [line for line in re.split(r"[\r\n]+", text) if line.strip() and not re.search(r"\d+%\||\d+it \[", line)]
+
+
+def longest_table(text):
+    """The most consecutive lines that have at least two cells: columns two spaces, or a bar, apart."""
+    best = run = 0
+    for line in text.splitlines():
+        run = run + 1 if len([cell for cell in re.split(r"\s{2,}|\|", line.strip()) if cell]) >= 2 else 0
+        best = max(best, run)
+    return best
+
+
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def test_there_are_examples():
+    assert {"gradients", "lora_layer", "merge"} <= {example.stem for example in EXAMPLES}
+    assert PAGES
+
+
+@by_name
+def test_an_example_ends_well_and_prints_a_table_and_nothing_else(example, tmp_path):
+    result = run(example, tmp_path, "--quick", "--seed", "1")
+    assert result.returncode == 0, result.stderr
+    assert without_progress_bars(result.stderr) == []
+    assert longest_table(result.stdout) >= 3, f"no table in:\n{result.stdout}"
+
+
+@by_name
+def test_an_example_is_a_sheet_and_not_a_program(example):
+    source = example.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 110
+    assert source.startswith('"""'), "it opens by saying what its reader learns"
+    docstring = source.split('"""')[1]
+    assert re.search(r"\btakes\b.*(second|minute|\d s\b)", docstring, re.I | re.S), "it says how long it takes"
+    assert '"--quick"' in source and '"--seed"' in source
+
+
+@pytest.mark.parametrize("name", ["gradients", "lora_layer"])
+def test_one_seed_prints_one_table(name, tmp_path):
+    example = ROOT / "examples" / f"{name}.py"
+    first, second, other = (run(example, tmp_path, "--quick", "--seed", seed).stdout for seed in "112")
+    assert first == second
+    assert first != other
+
+
+def test_the_planted_bugs_pass_with_ones_and_are_found_by_the_checker(tmp_path):
+    lines = run(ROOT / "examples" / "gradients.py", tmp_path, "--quick").stdout.splitlines()
+    verdicts = [(line.split("  ")[0], "passes" in line, "WRONG" in line) for line in lines[1:4]]
+    assert verdicts == [
+        ("layer norm, three terms", True, False),
+        ("layer norm, third term missing", True, True),
+        ("softmax, dx = 0", True, True),
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_the_code_of_a_page_is_in_the_library_word_for_word_or_runs(page, capsys):
+    source = Path(minilora.functional.__file__).read_text(encoding="utf-8")
+    blocks = python_blocks(page)
+    quoted = [block for block in blocks if block.startswith(" ")]  # a quotation keeps the indentation of its function
+    run_here = [block for block in blocks if not block.startswith(" ")]
+    assert quoted and run_here
+    for block in quoted:
+        assert block in source, f"functional.py no longer has these lines:\n{block}"
+    exec(compile("\n".join(run_here), page.name, "exec"), {"__name__": page.stem})
+    assert "the gradient says" in capsys.readouterr().out, "the page shows its planted bug being found"
+
+
+def test_these_tests_can_fail(tmp_path):
+    assert longest_table("one line of prose\nand another\nand a third\n") == 0
+    assert longest_table("a   1\nb   2\nc   3\n") == 3
+    assert without_progress_bars("train: 10%|#  | 1/10\rtrain: 20%|## | 2/10\nwarning: odd\n") == ["warning: odd"]
+    noisy = tmp_path / "noisy.py"
+    noisy.write_text("import warnings\nwarnings.warn('old')\n")
+    assert run(noisy, tmp_path).returncode != 0

@@ -1,0 +1,211 @@
+"""Every op of the engine against its formula, its derivative, its dtype and another backend; then bad input."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops import OPS, draw, like
+from strategies import rngs, sides
+
+from minilora import Tensor, gradcheck, no_grad
+from minilora import functional as F
+from minilora.backend import get_array_module, to_device, to_numpy
+from minilora.compose import stack_rows
+
+every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+NOT_OPS = {"__init__", "__repr__", "item", "backward", "_operand"}  # of Tensor: these compute no new Tensor
+
+
+def test_no_op_is_forgotten():
+    """Whatever computes a Tensor, in `Tensor` or in `functional`, is run by some entry of OPS."""
+    run = set()
+    sys.setprofile(lambda frame, event, argument: run.add(frame.f_code))
+    try:
+        for op in OPS:
+            op.function(*map(Tensor, draw(op, np.random.default_rng(0))))
+    finally:
+        sys.setprofile(None)
+    ops = {name: f for name, f in vars(Tensor).items() if hasattr(f, "__code__") and name not in NOT_OPS}
+    ops |= {name: f for name, f in vars(F).items() if getattr(f, "__module__", "") == F.__name__}
+    ops = {name: f for name, f in ops.items() if name != "check_ids"} | {"stack_rows": stack_rows}
+    assert {"__add__", "__rsub__", "__matmul__", "__getitem__", "linear", "attention", "dropout"} <= ops.keys()
+    assert [name for name, f in ops.items() if f.__code__ not in run] == []
+
+
+@every_op
+@settings(max_examples=6)
+@given(rngs, st.tuples(sides, sides, sides))
+def test_it_computes_its_formula_and_its_gradient_is_the_derivative(op, rng, dims):
+    arrays = draw(op, rng, dims)
+    y = op.function(*map(Tensor, arrays)).data
+    assert y.shape == np.shape(op.formula(*arrays))
+    assert np.allclose(y, op.formula(*arrays), rtol=1e-12, atol=1e-13)
+    assert gradcheck(op.function, *arrays).compared == sum(x.size for x in arrays)
+
+
+def results(op, arrays, xp):
+    """The value of `op` and the gradients of its inputs under a random cotangent, as arrays of `xp`."""
+    tensors = [Tensor(to_device(x, xp), requires_grad=True) for x in arrays]
+    y = op.function(*tensors)
+    dy = np.random.default_rng(1).uniform(0.5, 1.5, y.shape).astype(y.dtype)
+    y.backward(to_device(dy, xp))
+    return [y.data, *(t.grad for t in tensors)]
+
+
+@every_op
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_values_and_gradients_keep_the_dtype(op, dtype):
+    arrays = [x.astype(dtype) for x in draw(op, np.random.default_rng(2))]
+    assert {r.dtype.name for r in results(op, arrays, np)} == {dtype}
+
+
+@every_op
+def test_another_backend_gives_the_same_numbers_and_keeps_them(op, device_xp):
+    """To the bit on the stand-in, which computes on the host; within rounding on a GPU, which sums in another order."""
+    arrays = [x.astype(np.float32) for x in draw(op, np.random.default_rng(3))]
+    device, host = results(op, arrays, device_xp), results(op, arrays, np)
+    same = np.array_equal if device_xp.__name__ == "strict_array" else lambda a, b: np.allclose(a, b, 1e-4, 1e-5)
+    for ours, theirs in zip(device, host, strict=True):
+        assert type(ours) is device_xp.ndarray and ours.dtype == np.float32
+        assert same(to_numpy(ours), theirs)
+
+
+@every_op
+def test_a_frozen_input_gets_no_gradient_and_changes_no_other(op):
+    arrays = draw(op, np.random.default_rng(4))
+    every = results(op, arrays, np)[1:]
+    for frozen in range(len(arrays)):
+        tensors = [Tensor(x, requires_grad=i != frozen) for i, x in enumerate(arrays)]
+        y = op.function(*tensors)
+        assert y.requires_grad == (len(arrays) > 1)
+        if y.requires_grad:
+            y.backward(np.random.default_rng(1).uniform(0.5, 1.5, y.shape))
+        assert tensors[frozen].grad is None
+        assert all(np.array_equal(t.grad, g) for t, g in zip(tensors, every, strict=True) if t.requires_grad)
+
+
+@pytest.mark.parametrize("op", [F.gelu, Tensor.exp, Tensor.tanh, lambda x: x * x / 2, lambda x: -x.sum()],
+                         ids=["gelu", "exp", "tanh", "arithmetic", "sum"])  # fmt: skip
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3)], ids=str)
+def test_ops_without_axes_take_a_single_number_and_an_empty_array(op, shape):
+    x = Tensor(np.full(shape, 0.7, np.float32), requires_grad=True)
+    y = op(x)
+    y.backward(np.ones(y.shape, np.float32))
+    assert (x.grad.shape, x.grad.dtype) == (shape, np.float32)
+
+
+def test_softmax_and_cross_entropy_survive_huge_logits():
+    huge = np.array([[1e4, 0.0, -1e4], [-1e4, -1e4, -1e4]], np.float32)
+    assert np.allclose(F.softmax(Tensor(huge)).data, [[1, 0, 0], [1 / 3] * 3])
+    assert F.cross_entropy(Tensor(huge), [0, 1]).item() == pytest.approx(math.log(3) / 2)
+
+
+@given(rngs, sides, st.integers(2, 5))
+def test_attention_does_not_see_the_future(rng, T, C):
+    q, k, v = (rng.normal(size=(1, T + 1, C)) for _ in range(3))
+    changed_k, changed_v = k.copy(), v.copy()
+    changed_k[:, -1] += 5
+    changed_v[:, -1] -= 5
+    y, changed = (F.attention(Tensor(q), Tensor(a), Tensor(b), 1).data for a, b in ((k, v), (changed_k, changed_v)))
+    assert np.allclose(y[:, :-1], changed[:, :-1], rtol=1e-12) and not np.allclose(y[:, -1], changed[:, -1])
+
+
+def test_targets_of_minus_100_carry_neither_loss_nor_gradient():
+    logits = Tensor(np.random.default_rng(0).normal(size=(4, 5)), requires_grad=True)
+    loss = F.cross_entropy(logits, [2, -100, -100, 1])
+    assert loss.item() == pytest.approx(F.cross_entropy(logits[np.array([0, 3])], [2, 1]).item(), rel=1e-15)
+    loss.backward()
+    assert not logits.grad[1:3].any() and logits.grad[[0, 3]].all()
+
+
+def test_dropout_keeps_the_mean_and_the_rate_and_is_off_without_a_graph():
+    x = Tensor(np.ones(10_000, np.float32), requires_grad=True)
+    y = F.dropout(x, 0.25, np.random.default_rng(0))
+    kept = y.data != 0
+    assert abs(kept.mean() - 0.75) < 0.02 and set(y.data[kept]) == {np.float32(1 / 0.75)}
+    y.backward(np.ones(10_000, np.float32))
+    assert np.array_equal(x.grad, y.data)
+    assert F.dropout(x, 0.0, None) is x
+    with no_grad():
+        assert F.dropout(x, 0.25, None) is x
+
+
+def T(*shape, dtype=np.float64):
+    return Tensor(np.full(shape, 0.5, dtype))
+
+
+f32 = np.float32
+REFUSED = {  # what is wrong: (call, exception, what the message must show)
+    "linear, in differs": (lambda: F.linear(T(2, 3), T(4, 5)), ValueError, ["(2, 3)", "(4, 5)"]),
+    "linear, 0-d x": (lambda: F.linear(T(), T(4, 5)), ValueError, ["()", "(4, 5)"]),
+    "linear, batch differs": (lambda: F.linear(T(2, 3, 4), T(5, 6, 4)), ValueError, ["(2, 3, 4)", "(5, 6, 4)"]),
+    "linear, weight of one axis": (lambda: F.linear(T(2, 3), T(3)), ValueError, ["(2, 3)", "(3,)"]),
+    "linear, bias too long": (lambda: F.linear(T(2, 3), T(4, 3), T(5)), ValueError, ["(4, 3)", "(5,)"]),
+    "linear, bias of one number": (lambda: F.linear(T(2, 3), T(4, 3), T(1)), ValueError, ["(4, 3)", "(1,)"]),
+    "linear, bias per row": (lambda: F.linear(T(2, 3), T(4, 3), T(2, 1)), ValueError, ["(4, 3)", "(2, 1)"]),
+    "linear, dtypes": (lambda: F.linear(T(2, 3), T(4, 3, dtype=f32)), TypeError, ["float32", "float64"]),
+    "embedding, id too large": (lambda: F.embedding(T(4, 3), [0, 4]), ValueError, ["0 .. 4", "0 .. 3"]),
+    "embedding, id negative": (lambda: F.embedding(T(4, 3), [-1]), ValueError, ["-1", "0 .. 3"]),
+    "embedding, float ids": (lambda: F.embedding(T(4, 3), [0.0]), TypeError, ["integers", "float64"]),
+    "layer_norm, weight": (lambda: F.layer_norm(T(2, 3), T(4), T(3)), ValueError, ["(2, 3)", "(4,)"]),
+    "layer_norm, bias": (lambda: F.layer_norm(T(2, 3), T(3), T(2, 3)), ValueError, ["(2, 3)", "(3,)"]),
+    "layer_norm, dtypes": (lambda: F.layer_norm(T(3), T(3), T(3, dtype=f32)), TypeError, ["float32", "float64"]),
+    "rotary, dtypes": (lambda: F.rotary(T(1, 2, 4, dtype=f32), np.ones((2, 1)), np.ones((2, 1)), 2), TypeError,
+                       ["float32", "float64"]),
+    "rotary, too few positions": (lambda: F.rotary(T(1, 3, 4), np.ones((2, 1)), np.ones((2, 1)), 2), ValueError,
+                                  ["(1, 3, 4)", "(2, 1)"]),
+    "rotary, one position for all": (lambda: F.rotary(T(1, 3, 4), np.ones((1, 1)), np.ones((1, 1)), 2), ValueError,
+                                     ["(1, 3, 4)", "(1, 1)"]),
+    "rotary, odd heads": (lambda: F.rotary(T(1, 2, 6), np.ones((2, 1)), np.ones((2, 1)), 2), ValueError, ["(1, 2, 6)"]),
+    "attention, channels differ": (lambda: F.attention(T(1, 2, 4), T(1, 2, 6), T(1, 2, 6), 2), ValueError,
+                                   ["(1, 2, 4)", "(1, 2, 6)"]),
+    "attention, keys and values": (lambda: F.attention(T(1, 2, 4), T(1, 2, 4), T(1, 3, 4), 2), ValueError,
+                                   ["(1, 2, 4)", "(1, 3, 4)"]),
+    "attention, fewer keys": (lambda: F.attention(T(1, 3, 4), T(1, 2, 4), T(1, 2, 4), 2), ValueError,
+                              ["(1, 3, 4)", "(1, 2, 4)"]),
+    "attention, heads": (lambda: F.attention(T(1, 2, 4), T(1, 2, 4), T(1, 2, 4), 3), ValueError, ["(1, 2, 4)", "3"]),
+    "attention, no batch axis": (lambda: F.attention(T(2, 4), T(2, 4), T(2, 4), 2), ValueError, ["(2, 4)"]),
+    "attention, no heads": (lambda: F.attention(T(1, 2, 4), T(1, 2, 4), T(1, 2, 4), 0), ValueError, ["(1, 2, 4)", "0"]),
+    "attention, dtypes": (lambda: F.attention(T(1, 2, 4), T(1, 2, 4, dtype=f32), T(1, 2, 4), 2), TypeError,
+                          ["float32", "float64"]),
+    "cross_entropy, target too large": (lambda: F.cross_entropy(T(2, 3), [0, 3]), ValueError, ["0 .. 3", "0 .. 2"]),
+    "cross_entropy, target negative": (lambda: F.cross_entropy(T(2, 3), [0, -1]), ValueError, ["-1", "0 .. 2"]),
+    "cross_entropy, shapes": (lambda: F.cross_entropy(T(2, 3), [0]), ValueError, ["(1,)", "(2, 3)"]),
+    "cross_entropy, nothing to learn": (lambda: F.cross_entropy(T(2, 3), [-100, -100]), ValueError, ["none of 2"]),
+    "cross_entropy, empty": (lambda: F.cross_entropy(T(0, 3), np.zeros(0, int)), ValueError, ["none of 0"]),
+    "cross_entropy, float targets": (lambda: F.cross_entropy(T(2, 3), [0.0, 1.0]), TypeError, ["integers", "float64"]),
+    "dropout, p of one": (lambda: F.dropout(T(2), 1.0, np.random.default_rng(0)), ValueError, ["[0, 1)", "1.0"]),
+    "dropout, p negative": (lambda: F.dropout(T(2), -0.1, np.random.default_rng(0)), ValueError, ["[0, 1)", "-0.1"]),
+    "dropout, p not a number": (lambda: F.dropout(T(2), math.nan, np.random.default_rng(0)), ValueError, ["nan"]),
+    "dropout, no generator": (lambda: F.dropout(T(2), 0.5, None), ValueError, ["0.5", "rng"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_bad_input_is_refused_with_both_sides_shown(wrong):
+    call, exception, shown = REFUSED[wrong]
+    with pytest.raises(exception) as error:
+        call()
+    assert [part for part in shown if part not in str(error.value)] == []
+
+
+MIXABLE = [op for op in OPS if len(op.shapes(2, 2, 2)) > 1 and op.name != "stack_rows"]  # `attach` has compared those
+
+
+@pytest.mark.parametrize("op", MIXABLE, ids=lambda op: op.name)
+def test_inputs_on_two_backends_are_refused_by_name(op, device_xp):
+    first, *rest = (Tensor(x) for x in draw(op, np.random.default_rng(5)))
+    with pytest.raises(TypeError, match=f"{device_xp.__name__} and numpy|numpy and {device_xp.__name__}"):
+        op.function(Tensor(to_device(first.data, device_xp)), *rest)
+
+
+@pytest.mark.parametrize("call", [lambda w, ids: F.embedding(w, ids), lambda w, ids: F.cross_entropy(w, ids)],
+                         ids=["embedding", "cross_entropy"])  # fmt: skip
+def test_ids_may_be_on_the_host_or_on_the_device(call, xp):
+    w = Tensor(to_device(np.eye(3, dtype=np.float32), xp), requires_grad=True)
+    y = call(w, np.array([2, 0, 2]))
+    assert get_array_module(y.data) is xp
+    assert np.array_equal(to_numpy(call(w, like(w, np.array([2, 0, 2]))).data), to_numpy(y.data))

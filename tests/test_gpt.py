@@ -1,0 +1,494 @@
+"""The GPT: its gradient, its causality, its cache, how it generates, and what it refuses. Knows no LoRA."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import agree, contents, gpt_shapes, hunt, rngs, seeds
+
+from minilora import functional as F
+from minilora import gpt
+from minilora.gpt import GPT, GPTConfig, KeyValueCache, generate
+from minilora.gradcheck import gradcheck
+from minilora.graph import no_grad
+from minilora.optim import Adam
+from minilora.tensor import Tensor
+
+POSITIONS = ["learned", "rope"]
+
+
+def small_gpt(positions="learned", seed=0, dtype="float64", **changes):
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 7, "block_size": 8}
+    shape |= {"positions": positions, **changes}
+    return GPT(GPTConfig(**shape), np.random.default_rng(seed), dtype)
+
+
+def outputs(model, ids, cache=None):
+    with no_grad():
+        return F.linear(model.hidden(np.asarray(ids), cache), model.wte.weight).data
+
+
+@st.composite
+def prompts(draw, dtype="float64"):
+    """A small GPT in one of many shapes, and token ids (B, T) for it, T at least 2."""
+    config = GPTConfig(**draw(gpt_shapes))
+    T = draw(st.integers(2, config.block_size))
+    ids = draw(rngs).integers(0, config.vocab_size, (draw(st.integers(1, 3)), T))
+    return GPT(config, draw(rngs), dtype), ids
+
+
+# --- the formula ----------------------------------------------------------------------------------------------------
+
+
+def by_the_papers(model, ids):
+    """GPT-2 (or RoFormer) for one row of ids, head by head and query by query, in plain NumPy."""
+    config, w = model.config, {name: p.data for name, p in model.named_parameters()}
+    D, T = config.n_embd // config.n_head, len(ids)
+    project = lambda name, x: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    angle = lambda position: position / config.rope_theta ** (2 * np.arange(D // 2) / D)
+
+    def norm(name, x):
+        centred = x - x.mean(-1, keepdims=True)
+        variance = (centred**2).mean(-1, keepdims=True)
+        return centred / np.sqrt(variance + config.layer_norm_epsilon) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def turned(head, position):
+        if config.positions == "learned":
+            return head
+        pairs = (head[: D // 2] + 1j * head[D // 2 :]) * np.exp(1j * angle(position))
+        return np.concatenate([pairs.real, pairs.imag])
+
+    x = w["wte.weight"][ids] + (w["wpe.weight"][:T] if config.positions == "learned" else 0)
+    for i in range(config.n_layer):
+        q, k, v = (project(f"h.{i}.attn.{name}_proj", norm(f"h.{i}.ln_1", x)) for name in "qkv")
+        mixed = np.zeros_like(x)
+        for t in range(T):
+            for head in (slice(h * D, (h + 1) * D) for h in range(config.n_head)):
+                scores = np.array([turned(q[t, head], t) @ turned(k[s, head], s) for s in range(t + 1)]) / math.sqrt(D)
+                weights = np.exp(scores) / np.exp(scores).sum()
+                mixed[t, head] = weights @ v[: t + 1, head]
+        x = x + project(f"h.{i}.attn.o_proj", mixed)
+        up = project(f"h.{i}.mlp.up_proj", norm(f"h.{i}.ln_2", x))
+        gelu = 0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+        x = x + project(f"h.{i}.mlp.down_proj", gelu)
+    return norm("ln_f", x) @ w["wte.weight"].T
+
+
+@given(prompts(), seeds)
+def test_the_logits_are_those_of_the_papers(case, seed):
+    """1e-10 is a margin. Biases and layer norms are made random first: as drawn, they are zeros and ones."""
+    model, ids = case
+    rng = np.random.default_rng(seed)
+    model = model.map_tensors(lambda t: Tensor(t.data + 0.3 * rng.standard_normal(t.shape)))
+    assert np.allclose(outputs(model, ids), [by_the_papers(model, row) for row in ids], rtol=1e-10, atol=1e-10)
+
+
+# --- the gradient ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_gradient_of_the_whole_model_is_right_in_every_parameter(positions):
+    model, rng = small_gpt(positions, n_layer=1), np.random.default_rng(1)
+    ids, targets = rng.integers(0, 7, (2, 5)), rng.integers(0, 7, (2, 5))
+    targets[0, 2] = -100
+    names = [name for name, _ in model.named_parameters()]
+
+    def loss(*leaves):
+        stands_for = dict(zip(names, leaves, strict=True))
+        return model.rebuild(lambda name, _: stands_for.get(name)).loss(ids, targets)
+
+    assert gradcheck(loss, *model.parameters(), max_elements=0, directions=3).compared == 3 * len(names)
+
+
+def test_the_loss_is_the_mean_of_minus_log_softmax_where_there_is_a_target():
+    model, ids = small_gpt(), np.array([[1, 2, 3], [4, 5, 6]])
+    targets = np.array([[2, -100, 0], [-100, -100, 1]])
+    logits = outputs(model, ids)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -(log_p[0, 0, 2] + log_p[0, 2, 0] + log_p[1, 2, 1]) / 3
+    assert model.loss(ids, targets).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_position_without_a_target_gives_no_gradient_to_its_own_token():
+    model = small_gpt()
+    loss = model.loss(np.array([[1, 2, 3]]), np.array([[2, 3, -100]]))
+    loss.backward()
+    alone = small_gpt()
+    alone.loss(np.array([[1, 2]]), np.array([[2, 3]])).backward()
+    for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert np.allclose(p.grad, q.grad, rtol=1e-9, atol=1e-12), name
+
+
+def test_the_head_is_the_embedding_table_and_is_counted_once():
+    model = small_gpt()
+    assert [name for name, p in model.named_parameters() if p.shape == (7, 8)] == ["wte.weight"]
+    changed = model.rebuild(lambda name, t: Tensor(2 * t.data) if name == "wte.weight" else None)
+    hidden = changed.hidden(np.array([[1]])).data
+    assert np.allclose(outputs(changed, [[1]]), hidden @ (2 * model.wte.weight.data).T)
+
+
+def test_training_lowers_the_loss():
+    model, ids = small_gpt("rope", dtype="float32").trainable_copy(), np.array([[1, 2, 3, 4, 5, 6, 0]])
+    adam, losses = Adam(model.parameters(), lr=0.01), []
+    for _ in range(30):
+        adam.zero_grad()
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+# --- who sees what -----------------------------------------------------------------------------------------------
+
+
+def later_tokens_change_nothing_earlier(case):
+    model, ids = case
+    changed = ids.copy()
+    changed[:, -1] = (ids[:, -1] + 1) % model.config.vocab_size
+    before, after = outputs(model, ids), outputs(model, changed)
+    assert np.array_equal(before[:, :-1], after[:, :-1])
+    assert not np.array_equal(before[:, -1], after[:, -1])
+
+
+@given(prompts("float32"))
+def test_changing_a_later_token_leaves_earlier_logits_as_they_are_bit_for_bit(case):
+    later_tokens_change_nothing_earlier(case)
+
+
+def reads_the_same_by_cache(case):
+    """1e-10 of the largest logit is a margin, thousands of times what float64 leaves of so small a model."""
+    model, ids = case
+    at_once, cache = outputs(model, ids), [KeyValueCache() for _ in model.h]
+    pieces = [ids[:, :1], ids[:, 1:-1], ids[:, -1:]]
+    piecewise = np.concatenate([outputs(model, piece, cache) for piece in pieces if piece.size], axis=1)
+    assert cache[0].length == ids.shape[1]
+    assert np.abs(piecewise - at_once).max() <= 1e-10 * np.abs(at_once).max()
+
+
+@given(prompts())
+def test_logits_read_through_the_cache_are_those_read_at_once(case):
+    reads_the_same_by_cache(case)
+
+
+def only_distances_matter(model_and_ids):
+    """A rotary model whose positions all start 100 later computes the same; 1e-9 of the largest logit is a margin."""
+    model, ids = model_and_ids
+    here = outputs(model, ids)
+    model._rope = lambda positions: type(model)._rope(model, positions + 100)
+    assert np.abs(outputs(model, ids) - here).max() <= 1e-9 * np.abs(here).max()
+
+
+rotary_prompts = prompts().filter(lambda case: case[0].config.positions == "rope")
+
+
+@given(rotary_prompts)
+def test_rotary_positions_tell_only_how_far_apart_two_tokens_are(case):
+    only_distances_matter(case)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_positions_are_seen_at_all(positions):
+    y = outputs(small_gpt(positions), [[1, 2, 3, 4], [2, 1, 3, 4]])
+    assert not np.allclose(y[0, -1], y[1, -1])  # the same tokens in another order
+
+
+@given(prompts("float32"), st.data())
+def test_batch_rows_know_nothing_of_each_other(case, data):
+    model, ids = case
+    order = data.draw(st.permutations(range(len(ids))))
+    y = outputs(model, ids)
+    assert np.array_equal(outputs(model, ids[order]), y[order])
+    changed = ids.copy()
+    changed[0] = (ids[0] + 1) % model.config.vocab_size
+    assert np.array_equal(outputs(model, changed)[1:], y[1:])
+
+
+def sees_one_token_ahead(attention):
+    """A key that is not there, put behind the others, moves the diagonal of the mask by one."""
+
+    def wrong(q, k, v, n_head):
+        behind = np.zeros((k.shape[0], 1, k.shape[2]), k.dtype)
+        longer = lambda t: Tensor(np.concatenate([t.data, behind], axis=1))
+        return attention(q, longer(k), longer(v), n_head)
+
+    return wrong
+
+
+def angles_grow_with_the_square(rope):
+    return lambda self, positions: rope(self, positions * positions)
+
+
+def keys_turned_backwards(rotary):
+    """Queries and keys are turned in opposite senses: then it is the sum of their positions that counts."""
+    turns = iter([1, -1] * 10**6)
+    return lambda x, cos, sin, n_head: rotary(x, cos, sin * next(turns), n_head)
+
+
+def one_position_behind(length):
+    return property(lambda self: max(0, length.fget(self) - 1))
+
+
+PLANTED = {
+    "a mask off by one": (F, "attention", sees_one_token_ahead, prompts(), later_tokens_change_nothing_earlier),
+    "angles not proportional": (GPT, "_rope", angles_grow_with_the_square, rotary_prompts, only_distances_matter),
+    "keys turned the wrong way": (F, "rotary", keys_turned_backwards, rotary_prompts, only_distances_matter),
+    "a cache one position behind": (KeyValueCache, "length", one_position_behind, prompts(), reads_the_same_by_cache),
+}
+
+
+@pytest.mark.parametrize("owner, name, bug, cases, holds", PLANTED.values(), ids=PLANTED)
+def test_each_planted_bug_in_the_model_is_killed(monkeypatch, owner, name, bug, cases, holds):
+    monkeypatch.setattr(owner, name, bug(getattr(owner, name)))
+    with pytest.raises(AssertionError):
+        hunt(cases, holds)
+
+
+# --- generating --------------------------------------------------------------------------------------------------
+
+
+def without_a_cache(model, ids, n):
+    for _ in range(n):
+        ids = np.concatenate([ids, outputs(model, ids)[:, -1].argmax(-1)[:, None]], axis=1)
+    return ids
+
+
+@given(prompts())
+def test_greedy_generation_takes_the_likeliest_token_that_the_whole_text_gives(case):
+    model, ids = case
+    n = model.config.block_size - ids.shape[1]
+    assert np.array_equal(generate(model, ids, n), without_a_cache(model, ids, n))
+
+
+@given(prompts(), seeds)
+def test_with_top_k_of_one_a_draw_is_greedy_whatever_the_temperature(case, seed):
+    model, ids = case
+    n = model.config.block_size - ids.shape[1]
+    drawn = generate(model, ids, n, temperature=3.0, top_k=1, rng=np.random.default_rng(seed))
+    assert np.array_equal(drawn, generate(model, ids, n))
+
+
+def test_a_low_temperature_is_greedy_too():
+    model, ids = small_gpt(), np.array([[1, 2], [3, 4]])
+    drawn = generate(model, ids, 6, temperature=1e-6, rng=np.random.default_rng(0))
+    assert np.array_equal(drawn, generate(model, ids, 6))
+
+
+def test_the_same_generator_draws_the_same_text_and_another_one_another():
+    model, ids = small_gpt(), np.array([[1, 2]] * 4)
+    text = lambda seed: generate(model, ids, 6, temperature=1.0, rng=np.random.default_rng(seed))
+    assert np.array_equal(text(3), text(3))
+    assert not np.array_equal(text(3), text(4))
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, None), (2.0, 3)])
+def test_drawn_tokens_follow_the_softmax_of_the_logits(temperature, top_k):
+    """Pearson's χ² over 7 tokens (6 degrees of freedom) stays below its 99.9 % quantile, 22.5, at this seed."""
+    n, model = 4000, small_gpt()
+    logits = outputs(model, [[1, 2]])[0, -1] / temperature
+    kept = np.sort(logits)[-(top_k or 7) :]
+    p = np.where(np.isin(logits, kept), np.exp(logits), 0)
+    expected = n * p / p.sum()
+    drawn = generate(model, np.tile([[1, 2]], (n, 1)), 1, temperature=temperature, top_k=top_k,
+                     rng=np.random.default_rng(0))[:, -1]
+    counts = np.bincount(drawn, minlength=7)
+    assert counts[expected == 0].sum() == 0
+    assert ((counts - expected) ** 2 / np.where(expected == 0, 1, expected)).sum() < 22.5
+
+
+def test_tokens_outside_the_top_k_are_never_drawn_however_hot():
+    model, ids = small_gpt(), np.tile([[1, 2]], (200, 1))
+    likeliest = set(np.argsort(outputs(model, [[1, 2]])[0, -1])[-2:])
+    for temperature in (1e3, 1e300):
+        drawn = generate(model, ids, 1, temperature=temperature, top_k=2, rng=np.random.default_rng(0))[:, -1]
+        assert set(drawn) <= likeliest
+
+
+def test_where_logits_tie_top_k_still_keeps_no_more_than_k():
+    flat = small_gpt().map_tensors(lambda t: Tensor(0 * t.data))  # every token is as likely as every other
+    drawn = generate(flat, np.tile([[1]], (100, 1)), 1, temperature=1.0, top_k=2, rng=np.random.default_rng(0))[:, -1]
+    assert len(set(drawn)) <= 2
+
+
+def test_after_its_stop_token_a_row_is_filled_and_generation_ends_with_the_last_row():
+    model, ids = small_gpt(), np.array([[1, 2], [3, 4], [6, 6]])
+    free = generate(model, ids, 6)
+    stop = free[0, 3]
+    stopped = generate(model, ids, 6, stop=int(stop))
+    for row, free_row in zip(stopped, free, strict=True):
+        ends = np.flatnonzero(free_row[2:] == stop)
+        n = 2 + ends[0] if ends.size else len(row)
+        assert np.array_equal(row[:n], free_row[: len(row)][:n]) and (row[n:] == stop).all()
+    alone = generate(model, ids[:1], 6, stop=int(stop))
+    first = 2 + int(np.flatnonzero(free[0, 2:] == stop)[0])
+    assert alone.shape == (1, first + 1) and alone[0, -1] == stop
+
+
+def test_a_row_continues_as_it_does_alone():
+    model, ids = small_gpt("rope"), np.array([[1, 2, 3], [4, 5, 6], [0, 0, 1]])
+    together = generate(model, ids, 5)
+    assert all(np.array_equal(together[i : i + 1], generate(model, ids[i : i + 1], 5)) for i in range(3))
+
+
+def test_generation_keeps_the_prompt_records_nothing_and_may_ask_for_nothing():
+    model, ids = small_gpt(), np.array([[1, 2, 3]])
+    before = ids.copy()
+    text = generate(model, ids, 3)
+    assert np.array_equal(text[:, :3], before) and np.array_equal(ids, before) and text.shape == (1, 6)
+    assert all(p.grad is None for p in model.parameters())
+    assert np.array_equal(generate(model, ids, 0), ids)
+
+
+# --- the weights -------------------------------------------------------------------------------------------------
+
+
+@given(gpt_shapes, seeds)
+def test_the_same_seed_gives_the_same_weights(shape, seed):
+    ours, theirs = (GPT(GPTConfig(**shape), np.random.default_rng(seed)) for _ in range(2))
+    assert contents(ours) == contents(theirs)
+    assert all(p.dtype == np.float32 and p.requires_grad for p in ours.parameters())
+
+
+def test_the_parameters_have_gpt2s_names():
+    names = [name for name, _ in small_gpt(n_layer=1).named_parameters()]
+    attention, mlp = (f"attn.{x}_proj" for x in "qkvo"), ("mlp.up_proj", "mlp.down_proj")
+    layers = [*attention, *mlp, "ln_1", "ln_2"]
+    expected = {f"h.0.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    assert set(names) == expected | {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"}
+    assert {name for name, _ in small_gpt("rope", n_layer=1).named_parameters()} == set(names) - {"wpe.weight"}
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_float64_copy_is_the_same_model_to_float32_rounding(positions):
+    model, ids = small_gpt(positions, dtype="float32"), np.array([[1, 2, 3, 4]])
+    exact = outputs(model.astype("float64"), ids)
+    assert exact.dtype == np.float64 and np.allclose(outputs(model, ids), exact, rtol=1e-4, atol=1e-5)
+    assert np.array_equal(outputs(model.frozen(), ids), outputs(model, ids))
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_every_backend_computes_what_numpy_does(xp, positions):
+    """Logits, gradients, a training step and drawn text: to the bit on the strict stand-in."""
+    ids, targets, results = np.array([[1, 2, 3], [4, 4, 6]]), np.array([[2, 3, -100], [4, 6, 0]]), {}
+    for module in (np, xp):
+        model = small_gpt(positions, dtype="float32").to_device(module)
+        loss = model.loss(ids, targets)
+        loss.backward()
+        gradients = [p.grad for p in model.parameters()]
+        first = model(ids).data
+        rng = np.random.default_rng(0)
+        text = [generate(model, ids, 4), generate(model, ids, 4, temperature=1.0, top_k=3, rng=rng)]
+        Adam(model.parameters(), lr=0.01).step()
+        results[module] = [first, loss.data, *gradients, *(p.data for p in model.parameters())], text
+    (ours, our_text), (numpys, numpy_text) = results[xp], results[np]
+    assert all(isinstance(a, xp.ndarray) for a in ours if a.ndim)
+    assert all(agree(xp, a, b) for a, b in zip(ours, numpys, strict=True))
+    assert all(type(a) is np.ndarray and np.array_equal(a, b) for a, b in zip(our_text, numpy_text, strict=True))
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field, value", [
+    ("n_layer", 0), ("n_layer", True), ("n_head", -1), ("n_embd", 8.0), ("vocab_size", 0), ("vocab_size", None),
+    ("block_size", "8"), ("n_inner", 0), ("positions", "alibi"), ("positions", None), ("rope_theta", -1.0),
+    ("rope_theta", math.nan), ("rope_theta", "1e4"), ("layer_norm_epsilon", 0.0), ("layer_norm_epsilon", math.nan),
+])
+def test_a_config_names_the_field_that_is_wrong_and_its_value(field, value):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        small_gpt(**{field: value})
+    assert f"GPTConfig: {field}" in str(caught.value) and repr(value) in str(caught.value)
+
+
+def test_heads_that_do_not_divide_the_channels_or_cannot_be_turned_are_refused_with_the_numbers():
+    with pytest.raises(ValueError, match="n_embd 8 .* n_head 3"):
+        small_gpt(n_head=3)
+    with pytest.raises(ValueError, match="rope .* 1 channels"):
+        small_gpt("rope", n_head=8)
+
+
+@pytest.mark.parametrize("ids, error, says", [
+    (np.zeros((1, 9), int), ValueError, ["9 positions", "8", "block_size"]),
+    (np.zeros((0, 3), int), ValueError, ["(0, 3)", "(B, T)"]),
+    (np.zeros((3, 0), int), ValueError, ["(3, 0)", "(B, T)"]),
+    (np.zeros(3, int), ValueError, ["(3,)", "(B, T)"]),
+    (np.array([[1, 7]]), ValueError, ["1 .. 7", "0 .. 6"]),
+    (np.array([[-1, 2]]), ValueError, ["-1 .. 2", "0 .. 6"]),
+    (np.array([[1.0, 2.0]]), TypeError, ["integers", "float64"]),
+    ([["a"]], TypeError, ["integers"]),
+])
+def test_ids_that_do_not_fit_are_refused_with_both_sides(ids, error, says):
+    model = small_gpt()
+    for use in (model, lambda ids: model.loss(ids, np.zeros(np.shape(ids), int)), lambda ids: generate(model, ids, 1)):
+        with pytest.raises(error) as caught:
+            use(ids)
+    with pytest.raises(error) as caught:
+        model(ids)
+    assert all(part in str(caught.value) for part in says)
+
+
+@pytest.mark.parametrize("targets, error, says", [
+    (np.zeros((1, 3), int), ValueError, ["(1, 3)", "(1, 2, 7)"]),
+    (np.array([[1, 7]]), ValueError, ["1 .. 7", "0 .. 6"]),
+    (np.array([[1, -1]]), ValueError, ["-1 .. 1", "0 .. 6"]),
+    (np.array([[-100, -100]]), ValueError, ["none of 2 targets", "-100"]),
+    (np.array([[0.5, 1.0]]), TypeError, ["targets must be integers", "float64"]),
+])
+def test_targets_that_do_not_fit_are_refused_with_both_sides(targets, error, says):
+    with pytest.raises(error) as caught:
+        small_gpt().loss(np.array([[1, 2]]), targets)
+    assert all(part in str(caught.value) for part in says)
+
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("n, options, says", [
+    (7, {}, ["(1, 2)", "7 new tokens", "8"]),
+    (-1, {}, ["-1 new tokens"]),
+    (1, {"temperature": -1.0, "rng": RNG}, ["temperature -1.0", "0 <= temperature"]),
+    (1, {"temperature": 1.0}, ["temperature 1.0", "rng"]),
+    (1, {"temperature": math.nan, "rng": RNG}, ["temperature nan"]),
+    (1, {"temperature": math.inf, "rng": RNG}, ["temperature inf"]),
+    (1, {"top_k": 0}, ["top_k 0", "1 .. 7"]),
+    (1, {"top_k": 8, "temperature": 1.0, "rng": RNG}, ["top_k 8", "1 .. 7"]),
+    (1, {"stop": 7}, ["stop 7", "0 .. 6"]),
+    (1, {"stop": -1}, ["stop -1", "0 .. 6"]),
+])
+def test_generation_names_the_option_that_is_wrong_and_its_range(n, options, says):
+    with pytest.raises(ValueError) as caught:
+        generate(small_gpt(), np.array([[1, 2]]), n, **options)
+    assert all(part in str(caught.value) for part in says)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "rng": RNG}], ids=["greedy", "drawn"])
+def test_a_model_that_computes_nan_does_not_generate_text_as_if_nothing_were_wrong(options):
+    broken = small_gpt().map_tensors(lambda t: Tensor(t.data * math.nan))
+    with pytest.raises(ValueError, match="nan|finite"):
+        generate(broken, np.array([[1, 2]]), 3, **options)
+
+
+# --- where the GPT ends ------------------------------------------------------------------------------------------
+
+
+def test_the_gpt_works_where_there_is_no_lora():
+    """In a Python of its own, in which `import minilora.lora` fails and the package's own `__init__` has not run."""
+    program = """
+import sys, types
+package = types.ModuleType("minilora")
+package.__path__ = [sys.argv[1]]
+sys.modules.update({"minilora": package, "minilora.lora": None, "minilora.compose": None})
+import numpy as np
+from minilora import gpt
+model = gpt.GPT(gpt.GPTConfig(1, 2, 8, 11, 16), np.random.default_rng(0))
+model.loss(np.array([[1, 2]]), np.array([[2, 3]])).backward()
+gpt.generate(model, np.array([[1, 2]]), 3)
+"""
+    folder = Path(gpt.__file__).parent
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,236 @@
+"""LoRA on a whole GPT: attached, trained, merged, stacked and taken off again. Needs both rooms."""
+
+import gc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import Watch, agree, contents, float_dtypes, gpt_shapes, learned, rngs, seeds, sides
+
+from minilora.compose import stack
+from minilora.gpt import GPT, GPTConfig, generate
+from minilora.gradcheck import gradcheck
+from minilora.graph import no_grad
+from minilora.lora import LoRAConfig, attach, init_adapter, merge
+from minilora.nn import parameter_report
+from minilora.optim import Adam
+
+IDS = np.array([[1, 2, 3, 4], [4, 0, 6, 6], [5, 5, 2, 1]])
+TARGETS = np.array([[2, 3, 4, -100], [0, 6, 6, 1], [5, 2, 1, 0]])
+POSITIONS = ["learned", "rope"]
+
+
+def small_gpt(positions="learned", seed=0, dtype="float32", n_layer=2):
+    config = GPTConfig(n_layer=n_layer, n_head=2, n_embd=8, vocab_size=7, block_size=8, positions=positions)
+    return GPT(config, np.random.default_rng(seed), dtype)
+
+
+def new_adapter(base, r=2, targets="all-linear", seed=0, **options):
+    return init_adapter(base, LoRAConfig(r, 4, targets, **options), np.random.default_rng(seed))
+
+
+def outputs(model, ids=IDS):
+    with no_grad():
+        return model(ids).data
+
+
+def close(a, b, margin=1e-11):
+    """Equal to within `margin` of the largest logit: a margin, not a bound, some 500 times the error measured on GPTs
+    (a layer's bound does not pass through layer norm and softmax without their condition numbers)."""
+    return np.abs(a - b).max() <= margin * np.abs(b).max()
+
+
+targets = st.sampled_from(["all-linear", ["q_proj", "v_proj"], ["mlp.down_proj"], r"h\.0\..*", ["h.0.attn.o_proj"]])
+
+
+@settings(max_examples=50)
+@given(gpt_shapes, seeds, sides, targets, st.booleans(), st.sampled_from([0.0, 0.3]), float_dtypes)
+def test_a_new_adapter_changes_no_bit_of_any_logit(shape, seed, r, names, rslora, dropout, dtype):
+    rng = np.random.default_rng(seed)
+    base = GPT(GPTConfig(**shape), rng, dtype)
+    config = LoRAConfig(r, 16.0, names, dropout, rslora)
+    model = attach(base, init_adapter(base, config, rng))
+    ids = rng.integers(0, shape["vocab_size"], (2, shape["block_size"]))
+    logits, ours = outputs(base, ids), outputs(model, ids)
+    assert ours.dtype == logits.dtype == dtype and np.array_equal(ours, logits)
+    assert np.array_equal(outputs(merge(model), ids), logits)
+    assert np.array_equal(generate(model, ids[:, :3], 3), generate(base, ids[:, :3], 3))
+
+
+@given(seeds, targets, st.sampled_from(POSITIONS))
+def test_at_the_start_every_A_has_a_gradient_of_exactly_zero_and_every_B_has_not(seed, names, positions):
+    base = small_gpt(positions, seed)
+    adapter = new_adapter(base, targets=names, seed=seed)
+    attach(base, adapter).loss(IDS, TARGETS).backward()
+    for pair in adapter.pairs.values():
+        assert not pair.lora_A.grad.any() and pair.lora_B.grad.any()
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_gradient_of_every_A_and_B_is_right_once_B_is_not_zero(positions):
+    base = small_gpt(positions, dtype="float64", n_layer=1)
+    model = attach(base, learned(new_adapter(base, use_rslora=True)))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def loss(*leaves):
+        stands_for = {name: leaf for (name, _), leaf in zip(named, leaves, strict=True)}
+        return model.rebuild(lambda name, _: stands_for.get(name)).loss(IDS, TARGETS)
+
+    assert gradcheck(loss, *(p for _, p in named)).compared == sum(p.size for _, p in named)
+
+
+@given(gpt_shapes, rngs, sides, targets)
+def test_merged_and_unmerged_logits_agree_in_float64(shape, rng, r, names):
+    base = GPT(GPTConfig(**shape), rng, "float64")
+    model = attach(base, learned(init_adapter(base, LoRAConfig(r, 4, names), rng)))
+    ids = rng.integers(0, shape["vocab_size"], (2, shape["block_size"]))
+    assert close(outputs(merge(model), ids), outputs(model, ids))
+    assert not close(outputs(model, ids), outputs(base, ids))
+
+
+def train(model, steps=3):
+    adam = Adam(model.parameters(), lr=0.05)
+    for _ in range(steps):
+        adam.zero_grad()
+        loss = model.loss(IDS, TARGETS)
+        loss.backward()
+        adam.step()
+    return loss.item()
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_as_it_was_to_the_bit():
+    base = small_gpt()
+    before, logits, names = contents(base), outputs(base), [name for name, _ in base.named_parameters()]
+    adapter = new_adapter(base)
+    model = attach(base, adapter)
+    first = model.loss(IDS, TARGETS).item()
+    assert train(model, 20) < 0.8 * first
+    merge(model)
+    del model
+    assert contents(base) == before and np.array_equal(outputs(base), logits)
+    assert [name for name, _ in base.named_parameters()] == names
+    assert all(p.requires_grad and p.grad is None for p in base.parameters())
+
+
+def test_an_adapted_model_generates_as_its_merged_one_does_through_the_cache():
+    base = small_gpt("rope", dtype="float64")
+    model = attach(base, learned(new_adapter(base)))
+    text = generate(model, IDS[:, :2], 6)
+    assert np.array_equal(text, generate(merge(model), IDS[:, :2], 6))
+    assert not np.array_equal(text, generate(base, IDS[:, :2], 6))
+
+
+def test_each_row_of_a_stack_is_what_its_adapter_gives_alone():
+    base = small_gpt("rope", dtype="float64")
+    one = learned(new_adapter(base, 1, ["q_proj", "v_proj"]))
+    two = learned(new_adapter(base, 3, seed=2, use_rslora=True), seed=2)
+    model = attach(base, stack([one, None, two]))
+    alone = [outputs(attach(base, one), IDS[:1]), outputs(base, IDS[1:2]), outputs(attach(base, two), IDS[2:])]
+    assert close(outputs(model), np.concatenate(alone))
+    text = generate(model, IDS[:, :2], 4)
+    assert np.array_equal(text[:1], generate(attach(base, one), IDS[:1, :2], 4))
+    assert np.array_equal(text[1:2], generate(base, IDS[1:2, :2], 4))
+
+
+@pytest.fixture
+def no_garbage_collector():
+    """Within the test, memory is freed by the last reference going away and by nothing else."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+LINEARS = ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
+
+
+@pytest.mark.parametrize("names, kept", [
+    (["q_proj", "v_proj"], {"attn.q_proj", "attn.k_proj", "attn.v_proj"}),  # the three read one and the same array
+    (["mlp.down_proj"], {"mlp.down_proj"}),
+    ("all-linear", set(LINEARS)),
+], ids=["q, v", "down", "all"])
+def test_only_the_inputs_of_adapted_layers_stay_in_memory(monkeypatch, no_garbage_collector, names, kept):
+    base = small_gpt("rope")
+    model = attach(base, new_adapter(base, targets=names))
+    watch = Watch(model, monkeypatch)
+    loss = model.loss(IDS, TARGETS)
+    assert {name for name in LINEARS if watch.alive(f"h.1.{name}")} == kept
+    del loss
+    assert not any(watch.alive(f"h.1.{name}") for name in LINEARS)
+
+
+def test_full_fine_tuning_keeps_the_input_of_every_linear(monkeypatch, no_garbage_collector):
+    model = small_gpt("rope")
+    watch = Watch(model, monkeypatch)
+    loss = model.loss(IDS, TARGETS)
+    assert loss.requires_grad and all(watch.alive(f"h.{i}.{name}") for i in range(2) for name in LINEARS)
+
+
+def test_below_the_lowest_adapter_there_is_no_graph(monkeypatch):
+    base = small_gpt()
+    model = attach(base, new_adapter(base, targets=["h.1.mlp.up_proj"]))
+    watch = Watch(model, monkeypatch)
+    model.loss(IDS, TARGETS)
+    traced = {name for name in watch.inputs if watch.traced(name)}
+    assert traced == {"h.1.mlp.up_proj.lora_B", "h.1.mlp.down_proj", "wte"}  # wte is the head, too
+
+
+def test_only_lora_A_and_lora_B_have_gradients_after_backward():
+    base = small_gpt()
+    model = attach(base, learned(new_adapter(base, targets=["q_proj", "v_proj"])))
+    model.loss(IDS, TARGETS).backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    factors = ("lora_A", "lora_B")
+    assert with_gradient == {f"h.{i}.attn.{x}_proj.{f}" for i in range(2) for x in "qv" for f in factors}
+
+
+@given(gpt_shapes, sides, targets)
+def test_the_report_counts_r_times_in_plus_out_over_the_adapted_layers(shape, r, names):
+    base = GPT(GPTConfig(**shape), np.random.default_rng(0))
+    adapter = init_adapter(base, LoRAConfig(r, 1, names), np.random.default_rng(0))
+    modules = dict(base.named_modules())
+    added = sum(r * sum(modules[name].weight.shape) for name in adapter.pairs)
+    plain = sum(p.size for p in base.parameters())
+    assert parameter_report(attach(base, adapter)) == (added, added + plain, 4 * added, 4 * (added + plain))
+    assert parameter_report(base).trainable == plain
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_every_backend_computes_what_numpy_does(xp, positions):
+    """Logits, gradients, a training step, a merge, a stack and text: to the bit on the strict stand-in."""
+    results = {}
+    for module in (np, xp):
+        base = small_gpt(positions).to_device(module)
+        adapter = learned(new_adapter(base, dropout=0.2))
+        model = attach(base, adapter, rng=np.random.default_rng(0))
+        logits = [outputs(model), outputs(attach(base, stack([None, adapter, adapter]))), outputs(merge(model))]
+        model.loss(IDS, TARGETS).backward()
+        gradients = [p.grad for p in adapter.parameters()]
+        Adam(adapter.parameters(), lr=0.01).step()
+        arrays = [*logits, *gradients, *(p.data for p in adapter.parameters()), outputs(model)]
+        results[module] = arrays, generate(model, IDS[:, :2], 4)
+    (ours, our_text), (numpys, numpy_text) = results[xp], results[np]
+    assert all(isinstance(a, xp.ndarray) for a in ours)
+    assert all(agree(xp, a, b) for a, b in zip(ours, numpys, strict=True))
+    assert type(our_text) is np.ndarray and np.array_equal(our_text, numpy_text)
+
+
+def test_a_misspelt_module_is_refused_with_every_linear_there_is():
+    with pytest.raises(ValueError) as caught:
+        new_adapter(small_gpt(), targets=["q_proj", "value_proj"])
+    assert "value_proj" in str(caught.value)
+    assert all(f"h.{i}.{name}" in str(caught.value) for i in range(2) for name in LINEARS)
+
+
+def test_an_adapter_of_one_gpt_is_refused_on_another_and_both_stay_as_they_are():
+    base, other = small_gpt(), small_gpt(seed=1)
+    adapter = learned(new_adapter(base))
+    before = contents(adapter), contents(other)
+    with pytest.raises(ValueError, match=r"h\.0\.attn\.k_proj\.weight: made for \w{16}, this base has \w{16}"):
+        attach(other, adapter)
+    assert (contents(adapter), contents(other)) == before
+
+
+def test_the_head_is_not_a_linear_layer_and_carries_no_adapter():
+    assert all(name.startswith("h.") for name in new_adapter(small_gpt()).pairs)

@@ -1,0 +1,585 @@
+"""LoRA on plain Linear layers: what is exact, what is bounded, what is shared and what is refused. Knows no GPT."""
+
+import gc
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    TinyMLP,
+    Watch,
+    agree,
+    contents,
+    float_dtypes,
+    hunt,
+    lattice_layers,
+    learned,
+    real_layers,
+    seeds,
+    sides,
+    tiny_mlp,
+)
+
+from minilora import functional as F
+from minilora.backend import to_device
+from minilora.graph import no_grad
+from minilora.lora import Adapter, LoRAConfig, LoRALinear, LoRAPair, attach, init_adapter, merge
+from minilora.nn import Linear, parameter_report
+from minilora.optim import Adam
+from minilora.tensor import Tensor
+
+X = np.random.default_rng(7).standard_normal((2, 3, 6)).astype(np.float32)  # a batch for tiny_mlp(6, ...)
+
+
+def new_adapter(base, r=2, alpha=4, targets="all-linear", seed=0, **options):
+    return init_adapter(base, LoRAConfig(r, alpha, targets, **options), np.random.default_rng(seed))
+
+
+def outputs(model, x=X):
+    with no_grad():
+        return model(Tensor(x)).data
+
+
+# --- the algebra, to the last bit ------------------------------------------------------------------------------------
+
+
+def is_exact_on_the_lattice(case):
+    """Unmerged, merged and plain whole-number arithmetic give the same numbers, in the dtype of the weights."""
+    layer, x = case
+    W, A, B = (t.data.astype(np.int64) for t in (layer.weight, layer.lora_A, layer.lora_B))
+    b = 0 if layer.bias is None else layer.bias.data
+    expected = x.data.astype(np.int64) @ W.T + b + layer.scaling * (x.data.astype(np.int64) @ (B @ A).T)
+    for y in (layer(x), layer.merged()(x)):
+        assert y.dtype == x.dtype
+        assert np.array_equal(y.data, expected)
+
+
+def is_within_the_bound(case):
+    """|unmerged - merged| stays under the derived forward-error bound, componentwise, from the actual operands.
+
+    Each dot product of k terms is off by at most γ_k times the product of the magnitudes (Higham 2002, eq. 3.13),
+    in any order of summation; both paths obey the same bound, hence the 2. Evaluated in extended precision.
+    """
+    layer, x = case
+    assert np.all(np.abs(layer(x).data - layer.merged()(x).data) <= forward_error_bound(layer, x.data))
+
+
+def forward_error_bound(layer, x):
+    u = np.longdouble(np.finfo(x.dtype).eps) / 2
+    gamma = lambda k: k * u / (1 - k * u)
+    size = lambda a: np.abs(np.asarray(a).astype(np.longdouble))
+    W, A, B, x, s = map(size, (layer.weight.data, layer.lora_A.data, layer.lora_B.data, x, x.dtype.type(layer.scaling)))
+    b, extra = (0, 0) if layer.bias is None else (size(layer.bias.data), 1)
+    r, n = A.shape
+    bound = gamma(n + 1 + extra) * (x @ W.T) + gamma(n + r + 2 + extra) * s * (x @ A.T @ B.T) + gamma(2 * extra) * b
+    return 2 * bound * (1 + 1e-6)
+
+
+@given(lattice_layers())
+def test_merged_equals_unmerged_equals_whole_number_arithmetic_bit_for_bit(case):
+    is_exact_on_the_lattice(case)
+
+
+@given(float_dtypes.flatmap(real_layers))
+def test_real_valued_merged_and_unmerged_differ_by_less_than_the_derived_bound(case):
+    is_within_the_bound(case)
+
+
+# What is added to W by a LoRA with a bug. Two of them need a square weight to be a bug rather than an error.
+WRONG_UPDATES = {
+    "scale omitted": lambda A, B, s: B @ A,
+    "scale twice": lambda A, B, s: s * s * (B @ A),
+    "transposed delta": lambda A, B, s: s * (B @ A).T,
+    "A and B swapped": lambda A, B, s: s * (A.reshape(B.shape) @ B.reshape(A.shape)),
+    "one rank dropped": lambda A, B, s: s * (B[:, 1:] @ A[1:]),
+    "sign": lambda A, B, s: -s * (B @ A),
+}
+
+
+def plant(monkeypatch, place, update):
+    """Let LoRALinear's forward, or its merge, use `update(A, B, scaling)` as the change of its weight."""
+    delta = lambda layer: update(layer.lora_A.data, layer.lora_B.data, layer.scaling)
+
+    def merged(self):
+        return Linear(Tensor(self.weight.data + delta(self)), self.bias)
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + F.linear(x, Tensor(delta(self)))
+
+    monkeypatch.setattr(LoRALinear, place, {"merged": merged, "__call__": forward}[place])
+
+
+PROPERTIES = {
+    "lattice": (lattice_layers(square=True), is_exact_on_the_lattice),
+    "bound": (real_layers("float64", square=True), is_within_the_bound),
+}
+
+
+@pytest.mark.parametrize("cases, holds", PROPERTIES.values(), ids=PROPERTIES)
+@pytest.mark.parametrize("place", ["merged", "__call__"])
+@pytest.mark.parametrize("update", WRONG_UPDATES.values(), ids=WRONG_UPDATES)
+def test_each_planted_bug_in_the_layer_or_the_merge_is_killed(monkeypatch, update, place, cases, holds):
+    plant(monkeypatch, place, update)
+    with pytest.raises(AssertionError):
+        hunt(cases, holds)
+
+
+@pytest.mark.parametrize("cases, holds", PROPERTIES.values(), ids=PROPERTIES)
+@pytest.mark.parametrize("place", ["merged", "__call__"])
+def test_the_right_update_planted_the_same_way_survives(monkeypatch, place, cases, holds):
+    plant(monkeypatch, place, lambda A, B, s: s * (B @ A))
+    hunt(cases, holds)
+
+
+@given(lattice_layers(), st.data())
+def test_gradients_of_A_and_B_are_those_of_the_formula_bit_for_bit(case, data):
+    layer, x = case
+    dy = data.draw(st.sampled_from([-2.0, 1.0, 3.0])) * np.ones((x.shape[0], layer.weight.shape[0]), x.dtype)
+    layer(x).backward(dy)
+    A, B, s = layer.lora_A.data, layer.lora_B.data, layer.scaling
+    assert np.array_equal(layer.lora_A.grad, s * (dy @ B).T @ x.data)
+    assert np.array_equal(layer.lora_B.grad, s * dy.T @ (x.data @ A.T))
+    assert np.array_equal(x.grad, dy @ (layer.weight.data + s * (B @ A)))
+
+
+@given(lattice_layers(), st.data())
+def test_an_update_depends_on_the_product_alone_not_on_how_it_is_factored(case, data):
+    """Gauge invariance: A -> M A and B -> B M⁻¹ with M a permutation of the ranks times powers of two, all exact."""
+    layer, x = case
+    r = layer.lora_A.shape[0]
+    order = data.draw(st.permutations(range(r)))
+    factors = np.array(data.draw(st.lists(st.sampled_from([0.25, 1.0, 2.0, -4.0]), min_size=r, max_size=r)), x.dtype)
+    A = Tensor(factors[:, None] * layer.lora_A.data[order])
+    B = Tensor(layer.lora_B.data[:, order] / factors)
+    other = LoRALinear(layer, A, B, layer.scaling)
+    assert np.array_equal(other(x).data, layer(x).data)
+    assert np.array_equal(other.merged().weight.data, layer.merged().weight.data)
+
+
+@given(lattice_layers())
+def test_the_update_has_at_most_rank_r(case):
+    layer, _ = case
+    delta = layer.merged().weight.data - layer.weight.data
+    assert np.linalg.matrix_rank(delta.astype(np.float64)) <= layer.lora_A.shape[0]
+
+
+@given(lattice_layers())
+def test_subtracting_the_update_from_a_merged_weight_of_whole_numbers_gives_the_weight_back(case):
+    layer, _ = case
+    update = layer.scaling * (layer.lora_B.data @ layer.lora_A.data)
+    assert np.array_equal(layer.merged().weight.data - update, layer.weight.data)
+
+
+# --- a new adapter -----------------------------------------------------------------------------------------------
+
+
+widths = st.lists(sides, min_size=2, max_size=4)
+
+
+@given(seeds, widths, sides, st.booleans(), st.sampled_from([0.0, 0.5]), float_dtypes)
+def test_attaching_a_new_adapter_changes_no_output_and_merging_it_no_weight(seed, sizes, r, rslora, dropout, dtype):
+    base = tiny_mlp(*sizes, seed=seed, dtype=dtype)
+    config = LoRAConfig(r, 3.0, "all-linear", dropout, rslora)
+    model = attach(base, init_adapter(base, config, np.random.default_rng(seed), allow_large_r=True))
+    x = np.random.default_rng(seed).standard_normal((2, 3, sizes[0])).astype(dtype)
+    assert np.array_equal(outputs(model, x), outputs(base, x))
+    merged = dict(merge(model).named_parameters())
+    assert all(np.array_equal(merged[name].data, p.data) for name, p in base.named_parameters())
+
+
+@given(seeds, st.booleans())
+def test_at_the_start_the_gradient_of_every_A_is_exactly_zero_and_of_every_B_is_not(seed, rslora):
+    base = tiny_mlp(6, 5, 4, seed=seed)
+    adapter = new_adapter(base, seed=seed, use_rslora=rslora)
+    y = attach(base, adapter)(Tensor(X))
+    (y * y).sum().backward()
+    for pair in adapter.pairs.values():
+        assert not pair.lora_A.grad.any()
+        assert pair.lora_B.grad.any()
+
+
+def test_B_is_zero_and_the_spread_of_A_depends_on_the_inputs_and_not_on_the_rank():
+    base = tiny_mlp(300, 200)
+    for r in (2, 16, 128):
+        pair = new_adapter(base, r=r).pairs["layers.0"]
+        A, B = pair.lora_A, pair.lora_B
+        assert A.shape == (r, 300) and B.shape == (200, r) and A.dtype == B.dtype == np.float32
+        assert A.requires_grad and B.requires_grad and not B.data.any()
+        assert np.abs(A.data).max() <= 1 / math.sqrt(300)
+        assert A.data.std() == pytest.approx(1 / math.sqrt(3 * 300), rel=0.05)  # of a uniform distribution: bound / √3
+
+
+def test_the_same_generator_draws_the_same_adapter():
+    base = tiny_mlp(6, 5)
+    assert contents(new_adapter(base, seed=3)) == contents(new_adapter(base, seed=3)) != contents(new_adapter(base))
+
+
+@pytest.mark.parametrize("r, alpha, rslora, scaling", [(8, 16, False, 2), (8, 4, False, 0.5), (16, 8, True, 2),
+                                                       (2, 1, True, 1 / math.sqrt(2))])
+def test_the_scaling_is_alpha_over_r_or_over_its_root(r, alpha, rslora, scaling):
+    config = LoRAConfig(r, alpha, ["layers.0"], use_rslora=rslora)
+    base = tiny_mlp(32, 32, dtype="float64")
+    adapter = learned(init_adapter(base, config, np.random.default_rng(0)))
+    pair, merged = adapter.pairs["layers.0"], merge(attach(base, adapter)).layers[0]
+    assert config.scaling == scaling
+    assert np.allclose(merged.weight.data - base.layers[0].weight.data, scaling * pair.lora_B.data @ pair.lora_A.data)
+
+
+@pytest.mark.parametrize("targets, chosen", [
+    ("all-linear", ["layers.0", "layers.1", "layers.2"]),
+    (["layers.1"], ["layers.1"]),
+    (["2", "layers.0"], ["layers.0", "layers.2"]),
+    (("0", "0"), ["layers.0"]),
+    (r"layers\.[12]", ["layers.1", "layers.2"]),
+    (".*", ["layers.0", "layers.1", "layers.2"]),
+])
+def test_targets_are_dotted_endings_or_a_regular_expression_for_whole_names(targets, chosen):
+    assert list(new_adapter(tiny_mlp(6, 5, 4, 3), targets=targets).pairs) == chosen
+
+
+def test_targets_come_in_the_order_of_the_model_not_of_the_alphabet_or_of_the_list():
+    base = tiny_mlp(*[3] * 12)
+    assert list(new_adapter(base, targets=["10", "2"]).pairs) == ["layers.2", "layers.10"]
+
+
+def test_an_adapter_names_its_tensors_by_the_modules_they_adapt():
+    adapter = new_adapter(tiny_mlp(6, 5, 4), targets=["0"])
+    assert [name for name, _ in adapter.named_parameters()] == ["layers.0.lora_A", "layers.0.lora_B"]
+    assert adapter.parameters() == [adapter.pairs["layers.0"].lora_A, adapter.pairs["layers.0"].lora_B]
+
+
+def test_a_model_that_is_a_single_linear_is_adapted_too_or_refused_but_not_silently_left_alone():
+    base = Linear.init(6, 5, np.random.default_rng(0))
+    try:
+        model = attach(base, learned(new_adapter(base)))
+    except ValueError:
+        return
+    assert not np.array_equal(outputs(model), outputs(base))
+
+
+# --- what is shared, what is written, what is kept alive -------------------------------------------------------------
+
+
+def trained_one_step(model, seed=0, lr=0.1):
+    y = model(Tensor(X))
+    (y * y).sum().backward()
+    Adam(model.parameters(), lr=lr).step()
+    return model
+
+
+def test_nothing_that_is_done_with_a_base_writes_to_it():
+    base = tiny_mlp(6, 5, 4)
+    before, tensors, y = contents(base), base.parameters(), outputs(base)
+    adapter = learned(new_adapter(base))
+    merged = merge(trained_one_step(attach(base, adapter)))
+    assert not np.array_equal(outputs(merged), y)
+    assert contents(base) == before and np.array_equal(outputs(base), y)
+    assert list(before) == ["layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias"]
+    assert all(now is then and now.requires_grad for now, then in zip(base.parameters(), tensors, strict=True))
+
+
+def test_attach_shares_every_array_and_merge_only_those_that_did_not_change():
+    base = tiny_mlp(6, 5, 4)
+    adapter = learned(new_adapter(base, targets=["layers.0"]))
+    model = attach(base, adapter)
+    ours, theirs = (dict(m.named_parameters()) for m in (model, base))
+    assert ours.keys() - theirs.keys() == {"layers.0.lora_A", "layers.0.lora_B"}
+    assert all(ours[name].data is theirs[name].data for name in theirs)
+    assert all(ours[name] is p for name, p in adapter.named_parameters())
+    plain = merge(model)
+    assert type(plain.layers[0]) is type(plain.layers[1]) is Linear
+    shared = {name for name, p in plain.named_parameters() if np.shares_memory(p.data, theirs[name].data)}
+    assert shared == theirs.keys() - {"layers.0.weight"}
+    assert not any(p.requires_grad for p in plain.parameters())
+
+
+def test_only_the_adapter_is_trainable_and_only_it_gets_a_gradient():
+    base = tiny_mlp(6, 5, 4, 3)
+    adapter = learned(new_adapter(base, targets=["1"]))
+    model = attach(base, adapter)
+    model(Tensor(X)).sum().backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert with_gradient == trainable == {"layers.1.lora_A", "layers.1.lora_B"}
+    assert all(p.grad is None for p in base.parameters())
+
+
+def test_two_adapters_on_one_base_are_two_models_at_once_in_any_order():
+    base = tiny_mlp(6, 5, 4)
+    one, two = (learned(new_adapter(base, seed=s), seed=s) for s in (1, 2))
+    first, second = outputs(attach(base, one)), outputs(attach(base, two))
+    later, earlier = attach(base, two), attach(base, one)
+    assert np.array_equal(outputs(earlier), first) and np.array_equal(outputs(later), second)
+    assert not np.array_equal(first, second)
+    untouched = contents(two)
+    trained_one_step(earlier)
+    assert contents(two) == untouched and np.array_equal(outputs(later), second)
+
+
+def test_a_merged_model_stays_as_it_is_when_the_adapter_learns_on():
+    base = tiny_mlp(6, 5, 4)
+    model = attach(base, learned(new_adapter(base)))
+    plain = merge(model)
+    before = outputs(plain)
+    trained_one_step(model)
+    assert np.array_equal(outputs(plain), before)
+
+
+@pytest.fixture
+def no_garbage_collector():
+    """Within the test, memory is freed by the last reference going away and by nothing else."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_the_input_of_a_frozen_linear_is_freed_and_of_an_adapted_one_kept(monkeypatch, no_garbage_collector):
+    base = tiny_mlp(6, 5, 4, 3)
+    model = attach(base, new_adapter(base, targets=["layers.1"]))
+    watch = Watch(model, monkeypatch)
+    y = model(Tensor(X))
+    assert watch.alive("layers.1") and not watch.alive("layers.2")
+    full = Watch(base, monkeypatch)
+    y = base(Tensor(X))
+    assert full.alive("layers.1") and full.alive("layers.2") and y.requires_grad
+
+
+def test_below_the_lowest_adapter_there_is_no_graph(monkeypatch):
+    base = tiny_mlp(6, 5, 4, 3)
+    model = attach(base, new_adapter(base, targets=["layers.1"]))
+    watch = Watch(model, monkeypatch)
+    y = model(Tensor(X))
+    assert [watch.traced(f"layers.{i}") for i in range(3)] == [False, False, True]
+    leaves, unseen = set(), [y.node]
+    while unseen:
+        node = unseen.pop()
+        below = [n for nodes, _ in node.edges for n in nodes if n is not None]
+        unseen += below
+        leaves |= set() if below else {node}
+    assert leaves == {p.node for p in model.parameters() if p.requires_grad}
+
+
+@given(widths, sides, st.booleans())
+def test_the_report_counts_r_times_in_plus_out_per_adapted_layer(sizes, r, only_first):
+    base = tiny_mlp(*sizes)
+    config = LoRAConfig(r, 1, ["0"] if only_first else "all-linear")
+    adapter = init_adapter(base, config, np.random.default_rng(0), allow_large_r=True)
+    pairs = list(zip(sizes, sizes[1:], strict=False))
+    added = sum(r * (n + m) for n, m in (pairs[:1] if only_first else pairs))
+    plain = sum(n * m + m for n, m in pairs)
+    report = parameter_report(attach(base, adapter))
+    assert report == (added, added + plain, 4 * added, 4 * (added + plain))
+    assert parameter_report(adapter) == (added, added, 4 * added, 4 * added)
+    assert f"{added:,} of {added + plain:,}" in str(report)
+
+
+# --- dropout -----------------------------------------------------------------------------------------------------
+
+
+def test_dropout_thins_the_adapter_alone_and_only_while_a_graph_is_recorded():
+    base = tiny_mlp(6, 5)
+    adapter = learned(new_adapter(base, dropout=0.5))
+    model = attach(base, adapter, rng=np.random.default_rng(0))
+    still = attach(base, Adapter(LoRAConfig(2, 4, "all-linear"), adapter.pairs, adapter.base))
+    assert np.array_equal(outputs(model), outputs(still))
+    assert not np.array_equal(model(Tensor(X)).data, model(Tensor(X)).data)
+    assert np.array_equal(outputs(merge(model)), outputs(merge(still)))
+    new = attach(base, new_adapter(base, dropout=0.5), rng=np.random.default_rng(0))
+    assert np.array_equal(new(Tensor(X)).data, outputs(base))  # nothing of the base is dropped
+
+
+def test_dropout_without_a_generator_is_refused_only_where_it_would_draw():
+    base = tiny_mlp(6, 5)
+    model = attach(base, new_adapter(base, dropout=0.5))
+    outputs(model)
+    with pytest.raises(ValueError, match=r"dropout of 0.5 needs a random generator.*rng"):
+        model(Tensor(X))
+
+
+# --- every backend -----------------------------------------------------------------------------------------------
+
+
+def test_every_backend_computes_what_numpy_does(xp):
+    host = tiny_mlp(6, 5, 4)
+    results = {}
+    for module in (np, xp):
+        base = host.to_device(module)
+        adapter = learned(new_adapter(base))
+        model = attach(base, adapter)
+        y = model(Tensor(to_device(X, module)))
+        (y * y).sum().backward()
+        gradients = [p.grad for p in adapter.parameters()]
+        Adam(adapter.parameters(), lr=0.1).step()
+        plain = merge(model)
+        results[module] = [y.data, *gradients, *(p.data for p in adapter.parameters()), plain.layers[0].weight.data]
+    assert all(isinstance(a, xp.ndarray) for a in results[xp])
+    assert all(agree(xp, ours, numpys) for ours, numpys in zip(results[xp], results[np], strict=True))
+
+
+def test_an_adapter_of_one_backend_is_refused_on_a_base_of_another(device_xp):
+    base = tiny_mlp(6, 5)
+    adapter, there = new_adapter(base), base.to_device(device_xp)
+    with pytest.raises(TypeError, match=f"{device_xp.__name__} and numpy|numpy and {device_xp.__name__}"):
+        attach(there, adapter)
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field, value", [
+    ("r", 0), ("r", -2), ("r", 2.0), ("r", True), ("r", None), ("r", "2"),
+    ("alpha", math.nan), ("alpha", math.inf), ("alpha", 0), ("alpha", -1.0), ("alpha", "16"), ("alpha", None),
+    ("alpha", True),
+    ("dropout", 1.0), ("dropout", -0.1), ("dropout", math.nan), ("dropout", "0.1"), ("dropout", None),
+    ("use_rslora", "false"), ("use_rslora", None),
+    ("target_modules", []), ("target_modules", ""), ("target_modules", ["q_proj", 3]),
+    ("target_modules", None), ("target_modules", 3),
+])
+def test_a_config_names_the_field_that_is_wrong_and_its_value(field, value):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        LoRAConfig(**{"r": 2, "alpha": 4, "target_modules": ["0"], field: value})
+    shown = tuple(value) if isinstance(value, list) else value
+    assert f"LoRAConfig: {field} must" in str(caught.value) and repr(shown) in str(caught.value)
+
+
+def test_alpha_has_no_default():
+    with pytest.raises(TypeError, match="alpha"):
+        LoRAConfig(r=2, target_modules=["0"])
+
+
+@pytest.mark.parametrize("targets, unmatched", [
+    (["q_prj"], "q_prj"),
+    (["layers.0", "layer.1"], "layer.1"),  # half right is wrong
+    (["ayers.0"], "ayers.0"),  # an ending begins at a dot
+    ("layers", "layers"),  # a string is matched against the whole name
+    ("0", "regex"),
+])
+def test_a_pattern_that_matches_nothing_is_refused_with_what_exists(targets, unmatched):
+    with pytest.raises(ValueError) as caught:
+        new_adapter(tiny_mlp(6, 5, 4), targets=targets)
+    assert unmatched in str(caught.value) and "layers.0, layers.1" in str(caught.value)
+
+
+def test_a_string_that_is_no_regular_expression_is_refused_with_what_is_wrong_in_it():
+    with pytest.raises(ValueError, match=r"'\(\('.* regular expression.*unterminated"):
+        new_adapter(tiny_mlp(6, 5, 4), targets="((")
+
+
+def test_a_rank_larger_than_the_weight_needs_an_explicit_word():
+    base = tiny_mlp(6, 5, 3)
+    with pytest.raises(ValueError, match=r"r=4 exceeds min\(in, out\) of layers\.1, weight \(3, 5\).*allow_large_r"):
+        new_adapter(base, r=4)
+    large = init_adapter(base, LoRAConfig(4, 1, "all-linear"), np.random.default_rng(0), allow_large_r=True)
+    assert large.pairs["layers.1"].lora_A.shape == (4, 5)
+
+
+def test_an_adapter_cannot_be_made_for_a_model_that_has_one():
+    base = tiny_mlp(6, 5)
+    with pytest.raises(ValueError, match=r"layers\.0 already carries LoRA.*merge"):
+        new_adapter(attach(base, new_adapter(base)))
+
+
+@pytest.mark.parametrize("A, B", [((2, 6), (5, 3)), ((3, 6), (5, 3)), ((6, 2), (2, 5)), ((2,), (5, 2))])
+def test_a_pair_that_does_not_have_the_rank_of_the_config_is_refused(A, B):
+    pair = LoRAPair(Tensor(np.zeros(A)), Tensor(np.zeros(B)))
+    with pytest.raises(ValueError) as caught:
+        Adapter(LoRAConfig(2, 1, ["0"]), {"layers.0": pair}, None)
+    assert all(str(part) in str(caught.value) for part in ("layers.0", A, B, "r=2"))
+
+
+def without_activation(base):
+    """The same weights under other names."""
+    other = TinyMLP([])
+    other.blocks = base.layers
+    return other
+
+
+def with_another_bias(base):
+    return base.rebuild(lambda name, t: Tensor(t.data + 1) if name == "layers.1.bias" else None)
+
+
+@pytest.mark.parametrize("other, error, says", [
+    (lambda base: tiny_mlp(6, 7, 4), ValueError, ["layers.0", "(7, 6)", "(2, 6)", "(5, 2)"]),
+    (lambda base: tiny_mlp(6, 5), ValueError, ["layers.1", "NoneType"]),
+    (without_activation, ValueError, ["layers.0", "layers.1", "not Linear"]),
+    (lambda base: tiny_mlp(6, 5, 4, seed=9), ValueError, ["layers.0.weight", "made for", "this base has"]),
+    (with_another_bias, ValueError, ["layers.1.bias", "made for", "this base has"]),
+    (lambda base: tiny_mlp(6, 5, 4, 3), ValueError, ["layers.2.weight", "absent"]),
+    (lambda base: attach(base, new_adapter(base)), ValueError, ["layers.0 already carries LoRA", "merge", "stack"]),
+    (lambda base: base.astype("float64"), TypeError, ["layers.0", "float32", "float64"]),
+], ids=["shape", "fewer layers", "names", "weights", "an unadapted bias", "more layers", "attached twice", "dtype"])
+def test_an_adapter_is_refused_on_a_base_it_does_not_fit_and_nothing_has_changed(other, error, says):
+    base = tiny_mlp(6, 5, 4)
+    adapter, wrong = learned(new_adapter(base)), other(base)
+    before = contents(adapter), contents(wrong), outputs(base)
+    with pytest.raises(error) as caught:
+        attach(wrong, adapter)
+    assert all(part in str(caught.value) for part in says)
+    assert (contents(adapter), contents(wrong)) == before[:2]
+    assert np.array_equal(outputs(base), before[2])
+
+
+def test_another_base_is_accepted_on_request_and_a_float64_copy_is_the_same_base():
+    base = tiny_mlp(6, 5, 4)
+    adapter = learned(new_adapter(base))
+    model, changed = attach(base, adapter), with_another_bias(base)
+    assert np.allclose(outputs(attach(changed, adapter, check_base=False)), outputs(model) + 1, atol=1e-5)
+    exact = attach(base.astype("float64"), adapter.astype("float64"))
+    assert np.allclose(outputs(exact, X.astype(np.float64)), outputs(attach(base, adapter)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_list_of_misfits_is_cut_short_and_counted():
+    base, other = tiny_mlp(*[6] * 11), tiny_mlp(*[6] * 11, seed=1)
+    with pytest.raises(ValueError, match=r"and 2 more"):  # ten weights differ; all biases are zero
+        attach(other, new_adapter(base))
+
+
+@pytest.mark.parametrize("model", [tiny_mlp(6, 5), new_adapter(tiny_mlp(6, 5))], ids=["a plain model", "an adapter"])
+def test_merging_what_carries_no_adapter_is_refused(model):
+    with pytest.raises(ValueError, match="no layer of this model carries an adapter; call it on what attach returned"):
+        merge(model)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_merge_that_would_not_be_finite_is_refused_and_the_base_is_as_before(broken):
+    base = tiny_mlp(6, 5, 4)
+    before, adapter = contents(base), learned(new_adapter(base))
+    adapter.pairs["layers.1"].lora_B.data[1, 0] = broken
+    with pytest.raises(ValueError, match=r"layers\.1.*not finite"):
+        merge(attach(base, adapter))
+    assert contents(base) == before
+
+
+# --- where LoRA ends ---------------------------------------------------------------------------------------------
+
+
+def test_lora_and_its_stacks_work_where_there_is_no_gpt():
+    """In a Python of its own, in which `import minilora.gpt` fails and the package's own `__init__` has not run."""
+    program = """
+import sys, types
+package = types.ModuleType("minilora")
+package.__path__ = [sys.argv[1]]
+sys.modules.update({"minilora": package, "minilora.gpt": None})
+import numpy as np
+from minilora import compose, lora, nn, tensor
+class Model(nn.Module):
+    def __init__(self, rng):
+        self.proj = nn.Linear.init(4, 3, rng)
+    def __call__(self, x):
+        return self.proj(x)
+rng = np.random.default_rng(0)
+base = Model(rng)
+adapter = lora.init_adapter(base, lora.LoRAConfig(2, 4, ["proj"]), rng)
+x = tensor.Tensor(np.ones((2, 1, 4), np.float32))
+lora.attach(base, compose.stack([adapter, None]))(x).sum().backward()
+lora.merge(lora.attach(base, adapter))(x)
+"""
+    folder = Path(F.__file__).parent
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,231 @@
+"""Adam against the textbook, clipping and the schedule at their edges, and what they refuse. Knows no models."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import agree, hunt, rngs, sides
+
+from minilora.optim import Adam, clip_grad_norm, warmup_cosine
+from minilora.tensor import Tensor
+
+
+def textbook_adamw(p, gradients, lr, betas, eps, weight_decay):
+    """Algorithm 2 of Loshchilov & Hutter 2019, as printed there, in plain NumPy."""
+    (b1, b2), m, v = betas, np.zeros_like(p), np.zeros_like(p)
+    for t, g in enumerate(gradients, start=1):
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
+        p = p - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * p)
+    return p
+
+
+@st.composite
+def optimisations(draw):
+    """(start, gradients of a few steps, Adam's settings)."""
+    rng, shape, steps = draw(rngs), (draw(sides), draw(sides)), draw(st.integers(1, 8))
+    options = {
+        "lr": draw(st.floats(1e-4, 1.0)),
+        "betas": (draw(st.sampled_from([0.0, 0.5, 0.9])), draw(st.sampled_from([0.5, 0.9, 0.999]))),
+        "eps": draw(st.sampled_from([1e-8, 1e-3])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.01, 0.5])),
+    }
+    return rng.standard_normal(shape), list(rng.standard_normal((steps, *shape))), options
+
+
+def is_the_textbook(case):
+    """Adam's steps are the textbook's, to float64 rounding: 1e-12 is a margin of a few thousand roundings."""
+    start, gradients, options = case
+    p = Tensor(start.copy(), requires_grad=True)
+    adam = Adam([p], **options)
+    for g in gradients:
+        p.grad = g
+        adam.step()
+    assert np.allclose(p.data, textbook_adamw(start, gradients, **options), rtol=1e-12, atol=1e-12)
+
+
+@given(optimisations())
+def test_adam_takes_the_steps_of_the_textbook(case):
+    is_the_textbook(case)
+
+
+def adam_with(correction=True, coupled=False, eps_inside=False):
+    """A `step` in plain code, with one of the classic bugs."""
+
+    def step(self):
+        self.steps += 1
+        (b1, b2), t = self.betas, self.steps if correction else math.inf
+        for p, m, v in zip(self.params, self.m, self.v, strict=True):
+            g = p.grad + self.weight_decay * p.data if coupled else p.grad
+            m += (1 - b1) * (g - m)
+            v += (1 - b2) * (g * g - v)
+            m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
+            if not coupled:
+                p.data *= 1 - self.lr * self.weight_decay
+            p.data -= self.lr * m_hat / (np.sqrt(v_hat + self.eps) if eps_inside else np.sqrt(v_hat) + self.eps)
+
+    return step
+
+
+@pytest.mark.parametrize("bug", [{"correction": False}, {"coupled": True}, {"eps_inside": True}], ids=str)
+def test_each_planted_bug_in_adam_is_killed(monkeypatch, bug):
+    monkeypatch.setattr(Adam, "step", adam_with(**bug))
+    with pytest.raises(AssertionError):
+        hunt(optimisations(), is_the_textbook)
+
+
+def test_the_step_without_a_bug_planted_the_same_way_survives(monkeypatch):
+    monkeypatch.setattr(Adam, "step", adam_with())
+    hunt(optimisations(), is_the_textbook)
+
+
+def test_the_first_step_moves_every_number_by_the_learning_rate_however_large_its_gradient():
+    p = Tensor(np.zeros(3), requires_grad=True)
+    p.grad = np.array([1e-3, 1.0, -1e6])
+    Adam([p], lr=0.5).step()
+    assert np.allclose(p.data, [-0.5, -0.5, 0.5], rtol=1e-4)
+
+
+def test_a_rate_given_to_a_step_stands_for_that_step_alone():
+    p = Tensor(np.zeros(1), requires_grad=True)
+    adam = Adam([p], lr=0.5)
+    for lr, moved in ((0.0, 0.0), (None, -0.5), (0.25, -0.75)):
+        p.grad = np.ones(1)
+        adam.step(lr)
+        assert p.data == pytest.approx(moved, abs=1e-6)
+
+
+def test_frozen_tensors_hold_no_moments_and_stay_as_they_are():
+    frozen, free = Tensor(np.ones((50, 50))), Tensor(np.ones((2, 3)), requires_grad=True)
+    adam = Adam([frozen, free])
+    assert adam.params == [free] and [a.shape for a in adam.m + adam.v] == [(2, 3), (2, 3)]
+    (free * 2.0).sum().backward()
+    adam.step()
+    assert (frozen.data == 1).all() and (free.data < 1).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_parameters_are_updated_in_place_and_keep_their_dtype(dtype):
+    array = np.ones(3, dtype)
+    p = Tensor(array, requires_grad=True)
+    adam = Adam([p], weight_decay=0.1)
+    (p * p).sum().backward()
+    adam.step()
+    assert p.data is array and (array < 1).all() and array.dtype == adam.m[0].dtype == adam.v[0].dtype == dtype
+
+
+def test_zero_grad_forgets_so_that_backward_starts_anew():
+    p = Tensor(np.ones(2), requires_grad=True)
+    adam = Adam([p])
+    for _ in range(2):
+        adam.zero_grad()
+        (p * 3.0).sum().backward()
+    assert np.array_equal(p.grad, [3, 3])
+
+
+def test_every_backend_takes_the_same_steps(xp):
+    results = {}
+    for module in (np, xp):
+        p = Tensor(module.asarray(np.linspace(-1, 1, 6, dtype="float32").reshape(2, 3)), requires_grad=True)
+        adam = Adam([p], lr=0.1, weight_decay=0.1)
+        for _ in range(3):
+            adam.zero_grad()
+            (p * p * p).sum().backward()
+            norm = clip_grad_norm([p], 0.5)
+            adam.step()
+        assert isinstance(norm, float)
+        results[module] = p.data
+    assert isinstance(results[xp], xp.ndarray) and agree(xp, results[xp], results[np])
+
+
+def test_a_missing_gradient_is_refused_before_anything_moves():
+    used, unused = (Tensor(np.ones(n), requires_grad=True) for n in (2, 3))
+    adam = Adam([used, unused])
+    used.sum().backward()
+    with pytest.raises(ValueError, match=r"no gradient for 1 of 2 tensors \(\(3,\)\).*backward"):
+        adam.step()
+    assert (used.data == 1).all() and adam.steps == 0
+
+
+@pytest.mark.parametrize("options", [{"lr": -1.0}, {"lr": math.nan}, {"lr": math.inf}, {"betas": (1.0, 0.9)},
+                                     {"betas": (0.9, -0.1)}, {"eps": 0.0}, {"eps": math.nan}, {"weight_decay": -0.1},
+                                     {"weight_decay": math.nan}, {"weight_decay": math.inf}], ids=str)
+def test_hyper_parameters_out_of_range_are_refused_by_name_and_value(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError) as caught:
+        Adam([Tensor(np.ones(1), requires_grad=True)], **options)
+    assert f"{name}={value}" in str(caught.value)
+
+
+@pytest.mark.parametrize("params", [[], [Tensor(np.ones(1))]], ids=["none", "frozen"])
+def test_an_optimizer_with_nothing_to_train_is_refused(params):
+    with pytest.raises(ValueError, match=r"none of these tensors is trainable; pass adapter.parameters\(\)"):
+        Adam(params)
+
+
+# --- clipping ----------------------------------------------------------------------------------------------------
+
+
+def with_gradients(*gradients):
+    tensors = [Tensor(np.zeros(np.shape(g)), requires_grad=True) for g in gradients]
+    for t, g in zip(tensors, gradients, strict=True):
+        t.grad = np.array(g)
+    return tensors
+
+
+def test_clipping_scales_all_gradients_together_by_exactly_the_ratio_of_norms():
+    params = [*with_gradients([3.0, 0.0], [[4.0]]), Tensor(np.zeros(2)), Tensor(np.zeros(2), requires_grad=True)]
+    assert clip_grad_norm(params, 2.5) == 5.0
+    assert np.array_equal(params[0].grad, [1.5, 0.0]) and np.array_equal(params[1].grad, [[2.0]])
+    assert params[2].grad is None and params[3].grad is None
+
+
+@pytest.mark.parametrize("limit", [5.0, 5.5, math.inf])
+def test_gradients_within_the_limit_are_left_as_they_are(limit):
+    (p,) = with_gradients([3.0, 4.0])
+    before = p.grad
+    assert clip_grad_norm([p], limit) == 5.0
+    assert p.grad is before and np.array_equal(before, [3, 4])
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_norm_that_is_not_finite_is_refused_before_anything_is_scaled(broken):
+    params = with_gradients([30.0, 40.0], [broken])
+    with pytest.raises(ValueError, match=r"gradient norm is (nan|inf): lower the learning rate"):
+        clip_grad_norm(params, 1.0)
+    assert np.array_equal(params[0].grad, [30, 40])
+
+
+@pytest.mark.parametrize("limit", [-1.0, math.nan])
+def test_a_limit_that_is_no_norm_is_refused(limit):
+    """A negative limit would turn every gradient round; nan would clip nothing and say nothing."""
+    (p,) = with_gradients([3.0, 4.0])
+    with pytest.raises(ValueError, match="max_norm"):
+        clip_grad_norm([p], limit)
+    assert np.array_equal(p.grad, [3, 4])
+
+
+# --- the schedule ------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_warms_up_to_its_peak_and_falls_to_its_final_share():
+    rate = lambda step: warmup_cosine(step, total=100, peak=2.0, warmup=10, final=0.1)
+    assert [rate(step) for step in (0, 4, 9, 10)] == [0.2, 1.0, 2.0, 2.0]
+    assert rate(55) == pytest.approx(2.0 * (0.1 + 0.9 / 2))  # half way down the cosine
+    assert rate(100) == rate(1000) == pytest.approx(0.2)
+
+
+@given(st.integers(1, 60), st.integers(0, 20), st.floats(1e-4, 1.0), st.floats(0.0, 1.0))
+def test_the_rate_never_leaves_its_range_and_never_rises_after_the_warm_up(total, warmup, peak, final):
+    rates = [warmup_cosine(step, total, peak, warmup, final) for step in range(total + warmup + 5)]
+    assert all(0 <= rate <= peak * (1 + 1e-12) for rate in rates)
+    falling = rates[max(0, warmup - 1) :]
+    assert all(later <= rate * (1 + 1e-12) for rate, later in zip(falling, falling[1:], strict=False))
+    assert rates[-1] == pytest.approx(final * peak)
+
+
+def test_without_a_warm_up_the_first_rate_is_the_peak():
+    assert warmup_cosine(0, 10, 3.0) == 3.0

@@ -1,0 +1,142 @@
+"""The training loop and what is measured after it."""
+
+import re
+import tracemalloc
+from functools import partial
+
+import numpy as np
+import pytest
+from tqdm import tqdm
+
+from minilora import GPT, Adam, GPTConfig, LoRAConfig, Tensor, attach, generate, init_adapter
+from minilora.data import ALPHABET, decode, encode, pack
+from minilora.train import activation_bytes, exact_match, heldout_loss, train
+
+TINY = GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=96, block_size=32, positions="rope")
+
+
+@pytest.fixture
+def model():
+    return GPT(TINY, np.random.default_rng(0))
+
+
+def batches_of(text, n=4, length=8):
+    ids = encode(text)
+    rows = np.stack([ids[i : i + length + 1] for i in range(n)])
+    while True:
+        yield rows[:, :-1], rows[:, 1:]
+
+
+def test_training_lowers_the_loss_and_returns_one_loss_per_step(model):
+    losses = train(model, Adam(model.parameters(), lr=1e-2), batches_of("abcabcabcabcabc"), 30, quiet=True)
+    assert len(losses) == 30
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_same_seed_gives_the_same_losses_to_the_bit():
+    runs = []
+    for _ in range(2):
+        model = GPT(TINY, np.random.default_rng(3))
+        runs.append(train(model, Adam(model.parameters()), batches_of("hello, hello, hello"), 5, quiet=True))
+    assert runs[0] == runs[1]
+
+
+def test_the_schedule_gives_the_rate_of_each_step(model):
+    steps, adam = [], Adam(model.parameters())
+    adam.step = steps.append
+    train(model, adam, batches_of("abcabcabcabcabc"), 3, schedule=lambda step: step / 10, quiet=True)
+    assert steps == [0.0, 0.1, 0.2]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_loss_that_is_not_finite_stops_before_any_parameter_changes(model):
+    model.ln_f.bias.data[0] = np.nan
+    before = model.fingerprint()
+    with pytest.raises(ValueError, match="loss is nan at step 0"):
+        train(model, Adam(model.parameters()), batches_of("abcabcabcabcabc"), 3, quiet=True)
+    assert model.fingerprint() == before
+
+
+def test_batches_that_run_out_early_are_named(model):
+    few = [next(batches_of("abcabcabcabcabc"))] * 2
+    with pytest.raises(ValueError, match="ended after 2 of 3"):
+        train(model, Adam(model.parameters()), few, 3, quiet=True)
+
+
+def test_an_empty_batch_is_refused(model):
+    with pytest.raises(ValueError, match=r"\(0, 8\)"):
+        train(model, Adam(model.parameters()), [(np.zeros((0, 8), int), np.zeros((0, 8), int))], 1, quiet=True)
+
+
+def test_the_progress_bar_tells_loss_and_speed(model, capfd, monkeypatch):
+    monkeypatch.setattr("minilora.train.tqdm", partial(tqdm, mininterval=0))
+    train(model, Adam(model.parameters()), batches_of("abcabcabcabcabc"), 3, label="learning")
+    shown = capfd.readouterr().err
+    assert re.search(r"learning: 100%.* 3/3 .*loss \d\.\d+, [\d,]+ tokens/s", shown)
+
+
+def test_the_heldout_loss_is_the_mean_over_the_text_and_does_not_depend_on_the_batch(model):
+    ids = encode("the quick brown fox jumps over the lazy dog.")
+    stretches = [model.loss(ids[None, i : i + 8], ids[None, i + 1 : i + 9]).item() for i in range(0, 40, 8)]
+    for batch in (1, 2, 5):
+        assert heldout_loss(model, ids, 8, batch) == pytest.approx(np.mean(stretches), rel=1e-6)
+
+
+def test_a_text_too_short_for_one_stretch_is_refused(model):
+    with pytest.raises(ValueError, match=r"8 tokens .* 8 \+ 1"):
+        heldout_loss(model, encode("12345678"), 8)
+
+
+def test_exact_match_agrees_with_greedy_decoding():
+    rng = np.random.default_rng(1)
+    model = GPT(TINY, rng)
+    pairs = [("2+2=", "4\n"), ("capital of peru? ", "lima\n"), ("q ", "ok\n"), ("rr ", "no\n")]
+    loop = iter(lambda: pack(pairs), None)
+    train(model, Adam(model.parameters(), lr=1e-2), loop, 60, quiet=True)
+    probes = pairs + [(prompt + " ", answer) for prompt, answer in pairs] + [("2+2=", "5\n"), ("q ", "okay\n")]
+    decoded = []
+    for prompt, answer in probes:
+        ids = encode(prompt)[None]
+        decoded.append(decode(generate(model, ids, len(answer))[0, ids.shape[1] :]) == answer)
+    assert exact_match(model, probes) == decoded
+    assert True in decoded and False in decoded
+
+
+def lora_model(base, targets, rng):
+    return attach(base, init_adapter(base, LoRAConfig(r=2, alpha=4, target_modules=targets), rng))
+
+
+def test_the_counted_activations_are_what_the_forward_pass_leaves_allocated():
+    rng = np.random.default_rng(0)
+    base = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=64, vocab_size=96, block_size=64), rng)
+    ids = rng.integers(0, len(ALPHABET), (8, 64))
+    for model in (base, lora_model(base, ["q_proj", "v_proj"], rng), lora_model(base, "all-linear", rng)):
+        model.loss(ids, ids)  # whatever is made only once
+        tracemalloc.start()
+        before, _ = tracemalloc.get_traced_memory()
+        loss = model.loss(ids, ids)
+        after, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert activation_bytes(loss, model) == pytest.approx(after - before, rel=0.01)
+
+
+def test_lora_on_two_projections_holds_less_and_on_all_linears_hardly_less():
+    rng = np.random.default_rng(0)
+    base = GPT(GPTConfig(n_layer=3, n_head=4, n_embd=32, vocab_size=96, block_size=64), rng)
+    ids = rng.integers(0, 96, (4, 32))
+    full, few, every = (
+        activation_bytes(model.loss(ids, ids), model)
+        for model in (base, lora_model(base, ["q_proj", "v_proj"], rng), lora_model(base, "all-linear", rng))
+    )
+    assert few < 0.85 * full
+    assert every > 0.95 * full
+
+
+def test_activations_of_a_hand_counted_graph():
+    class Square:
+        def parameters(self):
+            return []
+
+    x = Tensor(np.ones(10), requires_grad=True)
+    y = x * x * 2.0  # x*x keeps x twice (one array); *2 keeps a Python number
+    assert activation_bytes(y.sum(), Square()) == x.data.nbytes
