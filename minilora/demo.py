@@ -40,7 +40,7 @@ def _gpt(n_layer, n_embd):
     return GPTConfig(n_layer, 4, n_embd, len(data.ALPHABET), 128, positions="rope", rope_theta=100.0)
 
 
-FULL = Size(_gpt(3, 96), base_steps=700, lora_steps=600)
+FULL = Size(_gpt(3, 96), base_steps=600, lora_steps=650)
 QUICK = Size(_gpt(2, 32), base_steps=60, lora_steps=40)
 
 

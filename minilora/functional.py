@@ -65,17 +65,23 @@ def layer_norm(x, weight, bias, eps=1e-5):
     check_same("layer_norm", x, weight, bias)
     if not x.shape[-1:] == weight.shape == bias.shape:
         raise ValueError(f"layer_norm: x {x.shape}, weight {weight.shape}, bias {bias.shape}: the last axes must match")
-    w = weight.data
-    centred = x.data - x.data.mean(-1, keepdims=True)
-    rstd = 1 / get_array_module(w).sqrt((centred * centred).mean(-1, keepdims=True) + eps)
-    normed = centred * rstd
+    w, xp = weight.data, get_array_module(weight.data)
+    average = xp.full((w.size, 1), 1 / w.size, w.dtype)  # row @ average is its mean, several times faster than .mean()
+    normed = x.data - x.data @ average
+    rstd = 1 / xp.sqrt((normed * normed) @ average + eps)
+    normed *= rstd
 
     def dx(dy):
-        dnormed = dy * w
-        along = (dnormed * normed).mean(-1, keepdims=True)
-        return rstd * (dnormed - dnormed.mean(-1, keepdims=True) - normed * along)
+        d = dy * w
+        along = (d * normed) @ average
+        d -= d @ average
+        d -= normed * along
+        d *= rstd
+        return d
 
-    return record(normed * w + bias.data, (x, dx), (weight, lambda dy: dy * normed), (bias, lambda dy: dy))
+    y = normed * w
+    y += bias.data
+    return record(y, (x, dx), (weight, lambda dy: dy * normed), (bias, lambda dy: dy))
 
 
 def gelu(x):
@@ -85,11 +91,11 @@ def gelu(x):
     """
     c, a = math.sqrt(2 / math.pi), 0.044715
     x_, xp = x.data, get_array_module(x.data)
-    t = x_ * x_
+    t = xp.square(x_, out=xp.empty_like(x_))
     t *= c * a  # in place where the array is ours: half the time of this op is fetching fresh memory
     t += c
     t *= x_
-    t = xp.tanh(t)  # tanh(c (x + a x³))
+    xp.tanh(t, out=t)  # t = tanh(c (x + a x³))
 
     def dx(dy):
         d = x_ * x_
@@ -120,26 +126,27 @@ def rotary(x, cos, sin, n_head):
         raise ValueError(f"rotary: x {shape}, cos {cos.shape}, sin {sin.shape} do not fit with {n_head} heads of pairs")
     if not cos.dtype == sin.dtype == x.dtype:
         raise TypeError(f"rotary: x is {x.dtype}, cos {cos.dtype}, sin {sin.dtype}; make the angles as x is")
-    cos, sin = cos[:, None, :], sin[:, None, :]  # (T, 1, D/2), the same for every head
+    cos = xp.tile(xp.concatenate([cos, cos], axis=1), n_head)  # (T, C), the same for every head
+    sin = xp.tile(xp.concatenate([-sin, sin], axis=1), n_head)
 
     def turn(a, sin):
-        a = a.reshape(*shape[:2], n_head, 2, -1)
-        first, second = a[..., 0, :], a[..., 1, :]
-        return xp.stack([first * cos - second * sin, second * cos + first * sin], axis=-2).reshape(shape)
+        partner = a.reshape(*shape[:2], n_head, 2, -1)[..., ::-1, :].reshape(shape)  # the other one of each pair
+        return a * cos + partner * sin
 
     return record(turn(x.data, sin), (x, lambda dy: turn(dy, -sin)))  # back: by the opposite angle
 
 
 def _softmax(x):
-    e = x - x.max(axis=-1, keepdims=True)
-    get_array_module(x).exp(e, out=e)
-    e /= e.sum(axis=-1, keepdims=True)
-    return e
+    """Softmax over the last axis, in place: for an array that is the caller's own."""
+    x -= x.max(axis=-1, keepdims=True)
+    get_array_module(x).exp(x, out=x)
+    x /= x.sum(axis=-1, keepdims=True)
+    return x
 
 
 def softmax(x):
     """exp(x) / Σ exp(x) over the last axis, (..., C) -> (..., C); shifted by the row's maximum against overflow."""
-    y = _softmax(x.data)
+    y = _softmax(x.data.copy())
     return record(y, (x, lambda dy: y * (dy - (dy * y).sum(-1, keepdims=True))))
 
 

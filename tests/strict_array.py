@@ -12,7 +12,7 @@ import numpy as np
 float16, float32, float64, int32, int64 = np.float16, np.float32, np.float64, np.int32, np.int64
 newaxis, inf, nan, pi = None, float("inf"), float("nan"), np.pi
 
-_ARRAYS = {"a", "x", "x1", "x2", "m", "y", "condition", "array", "out", "b"}  # parameters that are arrays (or numbers)
+_ARRAYS = {"A", "a", "x", "x1", "x2", "m", "y", "condition", "array", "out", "b"}  # these are arrays (or numbers)
 _LISTS = {"tup"}  # parameters that are sequences of arrays
 
 
@@ -167,11 +167,13 @@ for _name, _names in {
     "empty_like": "a dtype order subok shape", "zeros_like": "a dtype order subok shape",
     "ones_like": "a dtype order subok shape", "full_like": "a fill_value dtype order subok shape",
     "exp": "x out", "log": "x out", "sqrt": "x out", "tanh": "x out", "sin": "x out", "cos": "x out",
-    "abs": "x out", "sign": "x out", "floor": "x out", "isfinite": "x out", "isnan": "x out", "negative": "x out",
+    "square": "x out", "abs": "x out",
+    "sign": "x out", "floor": "x out", "isfinite": "x out", "isnan": "x out", "negative": "x out",
     "add": "x1 x2 out", "subtract": "x1 x2 out", "multiply": "x1 x2 out", "maximum": "x1 x2 out",
     "minimum": "x1 x2 out", "matmul": "x1 x2 out", "where": "condition x y", "triu": "m k", "tril": "m k",
     "sum": "a axis dtype out keepdims", "mean": "a axis dtype out keepdims", "max": "a axis out keepdims",
     "argmax": "a axis dtype out keepdims", "argsort": "a axis", "broadcast_to": "array shape",
+    "tile": "A reps",
     "concatenate": "tup axis out", "stack": "tup axis out", "swapaxes": "a axis1 axis2", "array_equal": "x1 x2",
 }.items():  # fmt: skip
     globals()[_name] = _function(_name, *_names.split())
