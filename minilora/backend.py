@@ -1,6 +1,5 @@
 """Which array module owns an array, and how arrays move: the only file that knows there are two backends."""
 
-import importlib
 import sys
 
 import numpy as np
@@ -43,17 +42,3 @@ def to_device(x, xp):
     the same weights and the same batches on a CPU and on a GPU.
     """
     return to_numpy(x) if xp is np else xp.asarray(x)
-
-
-def array_module(name):
-    """The module called `name`, "numpy" or "cupy", for programs that let their user choose.
-
-    Raises: ValueError for another name; ImportError that names the extra to install if CuPy is missing.
-    """
-    if name not in ("numpy", "cupy"):
-        raise ValueError(f"unknown backend {name!r}: choose 'numpy' or 'cupy'")
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        remedy = "pip install 'minilora[cuda12]' (or [cuda13]) on a machine with an NVIDIA GPU"
-        raise ImportError(f"backend 'cupy' needs CuPy, which does not import here ({error}); {remedy}") from error

@@ -88,8 +88,8 @@ def windows(ids, batch, length, rng):
 
     Raises: ValueError if the text is shorter than one stretch.
     """
-    if len(ids) < length + 1:
-        raise ValueError(f"windows: a text of {len(ids)} tokens is shorter than one stretch of {length} + 1")
+    if len(ids) < length + 1 or batch < 1:
+        raise ValueError(f"windows: {len(ids)} tokens hold no stretch of {length} + 1, or batch {batch} < 1")
     while True:
         starts = rng.integers(0, len(ids) - length, batch)
         stretch = ids[starts[:, None] + np.arange(length + 1)]
@@ -100,10 +100,10 @@ def pack(pairs):
     """(inputs, targets), both (len(pairs), T), from (prompt, answer) texts: the loss is on the answers alone.
 
     Rows are filled up on the right with newlines that carry no loss and, being later, are seen by no answer.
-    Raises: ValueError for an empty list.
+    Raises: ValueError for an empty list, an empty prompt or an empty answer.
     """
-    if not pairs:
-        raise ValueError("pack: no (prompt, answer) pairs")
+    if not pairs or not all(prompt and answer for prompt, answer in pairs):
+        raise ValueError(f"pack: no (prompt, answer) pairs, or an empty side among them: {pairs!r:.200}")
     longest = max(len(prompt) + len(answer) for prompt, answer in pairs) - 1
     inputs, targets = np.zeros((len(pairs), longest), np.int64), np.full((len(pairs), longest), IGNORE)
     for row, (prompt, answer) in enumerate(pairs):

@@ -4,6 +4,7 @@ Every number it prints is measured in the run that prints it.
 """
 
 import hashlib
+import os
 import platform
 import statistics
 import time
@@ -48,10 +49,17 @@ class Interrupted(Exception):
     """Ctrl-C: the message says where it fell and what was kept."""
 
 
-def run(size, out, xp, seed, say=print):
-    """The whole demo; models are kept in the folder `out`. `xp` is the array module to compute with."""
-    kept, doing = [], "starting"
+def run(size, out, xp, seed, say=print, again="python -m minilora"):
+    """The whole demo; models are kept in the folder `out`. `xp` is the array module to compute with.
+
+    `again` is the command that started it, for the hint at the end.
+    Raises: OSError, before anything is computed, if `out` cannot be written; Interrupted on Ctrl-C.
+    """
+    kept, doing, began = [], "starting", time.perf_counter()
     out, rng = Path(out), np.random.default_rng(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(f"cannot write to {out}: choose another folder with --out")
     try:
         corpus = data.load_corpus()
         device = "a GPU" if xp is not np else "the CPU"
@@ -60,6 +68,8 @@ def run(size, out, xp, seed, say=print):
 
         doing = "step 1 of 5, pre-training the base"
         base = pretrain(size, corpus, xp, rng, say)
+        for file in (out / ADAPTER).glob("adapter_*"):  # of an earlier run: it belongs to another base
+            file.unlink()
         save_model(base, out / BASE)
         kept.append(f"{out / BASE} (the pre-trained model)")
 
@@ -67,7 +77,8 @@ def run(size, out, xp, seed, say=print):
         before = scores(base)
         asked, told = questions.UNSEEN[1]
         say(f"[2/5] Asking it security questions, in words that training will not use: {asked.splitlines()[0]}")
-        say(f"      A: {answer(base, asked)!r}, not {told.strip()!r}. Right: {_of(before['unseen'])}")
+        say(f"      A: {answer(base, asked).strip() or '(blanks)'}   (wrong: {told.strip()}). "
+            f"Right: {sum(before['unseen'])} of {len(questions.UNSEEN)}")
 
         doing = "step 3 of 5, attaching LoRA"
         config = LoRAConfig(r=8, alpha=16, target_modules="all-linear")
@@ -78,7 +89,7 @@ def run(size, out, xp, seed, say=print):
         change = np.abs(logits(adapted, probe) - reference).max()
         base_size, lora_size = parameter_report(base).total, parameter_report(adapted).trainable
         say(f"[3/5] Attaching LoRA r={config.r} to every linear: {lora_size:,} new numbers "
-            f"({100 * lora_size / base_size:.1f} % of the base). Largest logit change: {change}")
+            f"({100 * lora_size / base_size:.1f} %). Largest logit change: {change}")
         cost_table(base, adapted, rng, say)
 
         doing = "step 4 of 5, training A and B"
@@ -94,10 +105,11 @@ def run(size, out, xp, seed, say=print):
         merge_lines(base, adapted, probe, reference, say)
         sizes = [(out / name / file).stat().st_size for name, file in
                  ((ADAPTER, "adapter_model.safetensors"), (BASE, "model.safetensors"))]
-        say(f"      kept in {out}: the adapter, {sizes[0] / 1e3:,.0f} kB, and its base, {sizes[1] / 1e3:,.0f} kB. "
-            f"Now ask: python -m minilora --ask 'which port does ssh use?'")
+        say(f"      kept in {out}: the adapter, {sizes[0] / 1e3:,.0f} kB, and its base, {sizes[1] / 1e3:,.0f} kB; "
+            f"{time.perf_counter() - began:.0f} s in all")
+        say(f"      now ask: {again} --ask 'which port does ssh use?'")
     except KeyboardInterrupt:
-        what = "; ".join(kept) or "nothing"
+        what = "; ".join(kept) or "nothing of this run"
         raise Interrupted(f"interrupted in {doing}. Kept: {what}. No file is half-written.") from None
 
 
@@ -151,10 +163,6 @@ def scores(model):
     }
 
 
-def _of(right):
-    return f"{sum(right)} of {len(right)}"
-
-
 def cost_table(base, adapted, rng, say):
     """What one training step holds in memory: full fine-tuning against LoRA on q, v and on every linear."""
     ids, targets = data.pack(questions.TRAINED[::23])
@@ -164,7 +172,7 @@ def cost_table(base, adapted, rng, say):
         "LoRA on q, v": attach(base, init_adapter(base, attention_only, rng)),
         "LoRA on every linear": adapted,
     }
-    say("      kB held in a training step   weights   gradients   Adam   activations   together")
+    say(f"      kB held to train on {len(ids)} rows   weights   gradients   Adam   activations   together")
     for name, model in models.items():
         weights, trained = parameter_report(model).total_bytes, parameter_report(model).trainable_bytes
         activations = activation_bytes(model.loss(ids, targets), model)
@@ -204,9 +212,9 @@ def merge_lines(base, adapted, probe, reference, say):
             logits(model, probe)
             times[name].append(time.perf_counter() - started)
     ms = {name: 1e3 * statistics.median(t) for name, t in times.items()}
-    say(f"      merged into W: largest logit change {error:.1e} of {np.abs(with_adapter).max():.0f}, "
-        f"{'the same' if same else 'NOT the same'} right answers; forward pass: base {ms['base']:.1f} ms, "
-        f"attached {ms['attached']:.1f} ms, merged {ms['merged']:.1f} ms")
+    say(f"      merged into W: largest logit change {error:.1e} (of {np.abs(with_adapter).max():.0f}), "
+        f"{'the same' if same else 'NOT the same'} answers right")
+    say(f"      forward pass: base {ms['base']:.1f} ms, attached {ms['attached']:.1f} ms, merged {ms['merged']:.1f} ms")
     now = logits(base, probe)
     say(f"      detached: the base's logits, sha256 {_sha(reference)} before and {_sha(now)} after: "
         f"{'bit-identical' if _sha(reference) == _sha(now) else 'NOT IDENTICAL'}")
@@ -221,12 +229,13 @@ def ask(question, out, xp, say=print):
 
     Raises: FileNotFoundError if there was none; ValueError for a question too long or with characters outside ASCII.
     """
-    out = Path(out)
-    if not (out / ADAPTER).exists():
-        raise FileNotFoundError(f"nothing to ask in {out}: run the demo first, python -m minilora --out {out}")
+    out, question = Path(out), " ".join(question.lower().split())
+    if not question:
+        raise ValueError("the question is empty; ask, say, 'which port does ssh use?'")
+    if not (out / ADAPTER / "adapter_model.safetensors").exists():
+        raise FileNotFoundError(f"nothing to ask in {out}: run the demo first, to its end")
     base = load_model(out / BASE).to_device(xp)
     adapter = load_adapter(out / ADAPTER, base)
-    question = question.strip().lower()
     prompt, room = f"Q: {question}\nA: ", base.config.block_size - LONGEST_ANSWER
     if len(prompt) > room:
         most = room - len(prompt) + len(question)

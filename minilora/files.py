@@ -50,11 +50,14 @@ def load_model(folder):
     where = Path(folder) / "config.json"
     if config.pop("model_type", None) != MODEL_TYPE:
         raise ValueError(f"{where}: model_type is not {MODEL_TYPE!r}; this is not a model that minilora saved")
+    unknown = sorted(config.keys() - {field.name for field in fields(GPTConfig)})
+    if unknown:
+        raise ValueError(f"{where}: unknown fields {unknown}; none of the known ones of a GPTConfig")
     with _naming(where):
-        config = GPTConfig(**_known_fields(config, GPTConfig, where))
+        config = GPTConfig(**config)
     blank = GPT(config, np.random.default_rng(0))
-    _same_tensors(f"{folder}, model.safetensors", {n: t.shape for n, t in tensors.items()},
-                  {n: p.shape for n, p in blank.named_parameters()})
+    found, needed = tensors.items(), blank.named_parameters()
+    _same_tensors(f"{folder}, model.safetensors", {n: t.shape for n, t in found}, {n: p.shape for n, p in needed})
     odd = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype != tensors["wte.weight"].dtype]
     if odd or tensors["wte.weight"].dtype.kind != "f":
         raise ValueError(f"{folder}: {odd[0] if odd else 'wte.weight is not float'}; all tensors need one float dtype")
@@ -90,13 +93,13 @@ def save_adapter(adapter, folder, base_model="minilora"):
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    metadata = {} if adapter.base is None else {"minilora.base": json.dumps(adapter.base)}
+    metadata = {} if adapter.base_fingerprint is None else {"minilora.base": json.dumps(adapter.base_fingerprint)}
     _save_folder(folder, "adapter_model.safetensors", arrays, "adapter_config.json", config, metadata)
 
 
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
-_NEUTRAL = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (
-    True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")}  # how factors start is past once they are saved
+_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")  # past history, once factors are saved
+_NEUTRAL = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _STARTS}
 _READ = (*_REQUIRED, "lora_dropout", "use_rslora")
 _HARMLESS = ("task_type", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "revision", "megatron_core",
              "auto_mapping", "peft_version", "qalora_group_size")
@@ -105,7 +108,8 @@ _HARMLESS = ("task_type", "base_model_name_or_path", "fan_in_fan_out", "inferenc
 def load_adapter(folder, base):
     """The adapter that `save_adapter` (or PEFT, for a model with these module names) wrote, checked against `base`.
 
-    Shapes: as saved, in the dtype of `base` and on its backend; every tensor is used, every target has both factors.
+    Shapes: as saved, on the backend of `base` and at least in its dtype; each tensor is used, each target has both
+    factors. TypeError if the file holds float64 and the base float32.
     Raises: FileNotFoundError, or ValueError that names the file and what is wrong: a field this library does not
     implement, lora_alpha absent, tensors absent or superfluous, and a base that is not the one it was trained on.
     Source: PEFT 0.21, `PeftModel.from_pretrained`, without its silent skips.
@@ -140,7 +144,7 @@ def load_adapter(folder, base):
     with _naming(where):
         targets = find_targets(base, lora.target_modules)
     _same_tensors(f"{folder}, modules of the file and target_modules", dict.fromkeys(pairs), dict.fromkeys(targets))
-    fingerprint = _json_object(Path(folder) / "adapter_model.safetensors", "minilora.base", metadata)
+    fingerprint = _json_object(f"{folder}: minilora.base", metadata.get("minilora.base"))
     with _naming(folder):
         adapter = Adapter(lora, {name: LoRAPair(**pairs[name]) for name in targets}, fingerprint)
     check_fits(f"load_adapter({str(folder)!r})", base, adapter)
@@ -156,14 +160,16 @@ def _naming(where):
         raise ValueError(f"{where}: {error}") from None
 
 
-def _json_object(where, key, metadata):
-    """The JSON object under `key` of the metadata, None if there is none; ValueError for anything else."""
+def _json_object(where, text):
+    """The JSON object in `text`, None for no text; ValueError that names `where` for anything else."""
+    if text is None:
+        return None
     try:
-        value = json.loads(metadata.get(key, "null"))
-    except ValueError as error:
-        raise ValueError(f"{where}: its {key} is not JSON: {error}") from None
-    if not isinstance(value, (dict, type(None))):
-        raise ValueError(f"{where}: its {key} is {type(value).__name__}, not an object")
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected an object with fields, got {type(value).__name__}")
     return value
 
 
@@ -181,38 +187,39 @@ def _same_tensors(where, found, expected):
         raise ValueError(f"{where}: do not match. {'; '.join(lists)}")
 
 
-def _known_fields(config, cls, where):
-    known = {f.name for f in fields(cls)}
-    unknown = config.keys() - known
-    if unknown:
-        raise ValueError(f"{where}: unknown fields {sorted(unknown)}; known are {sorted(known)}")
-    return config
-
-
 def _save_folder(folder, tensor_file, tensors, config_file, config, metadata):
+    """Write both files so that the folder can be read at every moment, as what it was or as what it becomes.
+
+    Both are written under temporary names first; then the tensors, which carry their configuration in the metadata,
+    are renamed into place, then the configuration. A crash between the two renames leaves new tensors, the old
+    configuration, and the new one under its temporary name, where `_load_folder` finds it.
+    """
     arrays = {name: np.ascontiguousarray(to_numpy(t.data)) for name, t in tensors.items()}
-    # The configuration is also kept beside the tensors: if a crash falls between the two files of a folder that is
-    # being overwritten, the next reader sees that they are of two saves.
     metadata = {"format": "pt", "minilora.config": json.dumps(config), **metadata}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / tensor_file, save(arrays, metadata))
-    write_whole(folder / config_file, (json.dumps(config, indent=2) + "\n").encode())
-
-
-def write_whole(path, content):
-    """Write bytes to `path`, which at every moment is the old file or the new one: a temporary name, then a rename."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    contents = {tensor_file: save(arrays, metadata), config_file: _json_text(config)}
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        for name, content in contents.items():
+            with open(_staged(folder / name), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in contents:
+            os.replace(_staged(folder / name), folder / name)
+    except BaseException:
+        if _staged(folder / tensor_file).exists():  # nothing has been renamed yet: leave no trace
+            for name in contents:
+                _staged(folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _staged(path):
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _json_text(config):
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _load_folder(folder, tensor_file, config_file):
@@ -222,14 +229,8 @@ def _load_folder(folder, tensor_file, config_file):
     if pickles and not (folder / tensor_file).exists():
         raise ValueError(f"{folder}: {pickles[0]} is a pickle, which can run code; save it again as {tensor_file}")
     for name in (tensor_file, config_file):
-        if not (folder / name).exists():
+        if not (folder / name).exists() and not (name == config_file and _staged(folder / name).exists()):
             raise FileNotFoundError(f"{folder / name} does not exist; the folder needs {tensor_file} and {config_file}")
-    try:
-        config = json.loads((folder / config_file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / config_file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / config_file}: expected an object with fields, got {type(config).__name__}")
     try:
         with safe_open(folder / tensor_file, framework="np") as file:
             metadata = file.metadata() or {}
@@ -238,8 +239,11 @@ def _load_folder(folder, tensor_file, config_file):
         raise ValueError(f"{folder / tensor_file} is damaged or not a safetensors file: {error}") from None
     except TypeError as error:  # a type NumPy does not have
         raise ValueError(f"{folder / tensor_file}: {error}; save it again as float32") from None
-    saved = _json_object(folder / tensor_file, "minilora.config", metadata) or {}
-    differing = [f"{key}: {saved.get(key)!r} and {config.get(key)!r}" for key in sorted(saved.keys() | config.keys())
+    saved = _json_object(f"{folder}: minilora.config", metadata.get("minilora.config"))
+    staged = _staged(folder / config_file)
+    where = staged if staged.exists() and staged.read_bytes() == _json_text(saved) else folder / config_file
+    config = _json_object(where, where.read_bytes())
+    differing = [f"{key}: {saved.get(key)!r} and {config.get(key)!r}" for key in sorted((saved or {}).keys() | config)
                  if saved and saved.get(key) != config.get(key)]
     if differing:
         raise ValueError(

@@ -24,7 +24,7 @@ def linear(x, weight, bias=None):
     check_same("linear", x, weight, *(() if bias is None else (bias,)))
     x_shape, W = x.shape, weight.data
     if W.ndim < 2 or x.ndim < 1 or x_shape[-1] != W.shape[-1] or (W.ndim > 2 and x_shape[:-2] != W.shape[:-2]):
-        raise ValueError(f"linear: x {x_shape} does not fit weight {W.shape}: the last axes must be equal")
+        raise ValueError(f"linear: x {x_shape} does not fit weight {W.shape}: last axes (and batch axes) must be equal")
     if bias is not None and bias.shape != W.shape[-2:-1]:
         raise ValueError(f"linear: bias {bias.shape} does not fit weight {W.shape}: one number per row of it")
     # One matrix multiplication each way: leading axes are folded into rows, unless each has its own matrix.
@@ -122,7 +122,8 @@ def rotary(x, cos, sin, n_head):
     Source: Su et al. 2021, "RoFormer", eq. 34, with the halves paired as in GPT-NeoX.
     """
     shape, xp = x.shape, get_array_module(x.data, cos, sin)
-    if x.ndim != 3 or shape[2] % (2 * n_head) or not cos.shape == sin.shape == (shape[1], shape[2] // (2 * n_head)):
+    fits = x.ndim == 3 and n_head >= 1 and shape[2] % (2 * n_head) == 0
+    if not fits or not cos.shape == sin.shape == (shape[1], shape[2] // (2 * n_head)):
         raise ValueError(f"rotary: x {shape}, cos {cos.shape}, sin {sin.shape} do not fit with {n_head} heads of pairs")
     if not cos.dtype == sin.dtype == x.dtype:
         raise TypeError(f"rotary: x is {x.dtype}, cos {cos.dtype}, sin {sin.dtype}; make the angles as x is")
@@ -188,7 +189,7 @@ def cross_entropy(logits, targets):
     or every target is -100; TypeError if targets are not integers.
     """
     xp, V = get_array_module(logits.data), logits.shape[-1]
-    targets = _on_host(targets)
+    targets = on_host(targets)
     if targets.shape != logits.shape[:-1]:
         raise ValueError(f"cross_entropy: targets {targets.shape} for logits {logits.shape}: one target per row")
     (rows,) = np.nonzero(targets.reshape(-1) != IGNORE)
@@ -231,7 +232,7 @@ def dropout(x, p, rng):
 
 def check_ids(what, ids, n):
     """`ids` as a NumPy array, if they are integers in 0 .. n-1. On the host, where token ids are made, this is free."""
-    ids = _on_host(ids)
+    ids = on_host(ids)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{what} must be integers, got {ids.dtype}")
     if ids.size and not (0 <= ids.min() and ids.max() < n):
@@ -239,5 +240,6 @@ def check_ids(what, ids, n):
     return ids
 
 
-def _on_host(ids):
+def on_host(ids):
+    """`ids` as a NumPy array, from a list or from either backend."""
     return to_numpy(ids) if hasattr(ids, "dtype") else np.asarray(ids)

@@ -9,8 +9,8 @@ import numpy as np
 
 from . import functional as F
 from .backend import get_array_module, to_numpy
-from .graph import no_grad
-from .nn import Embedding, LayerNorm, Linear, Module, normal
+from .graph import is_recording, no_grad
+from .nn import Embedding, LayerNorm, Linear, Module, check_rng, normal
 from .tensor import Tensor
 
 
@@ -125,8 +125,9 @@ class GPT(Module):
 
     def hidden(self, ids, cache=None):
         """What the head reads, (B, T) -> (B, T, C). `cache`: one KeyValueCache per block, whose positions go on."""
-        ids = np.asarray(ids)
-        start = cache[0].length if cache else 0
+        ids, start = F.on_host(ids), cache[0].length if cache else 0
+        if cache and is_recording():
+            raise ValueError("GPT: a cache carries no gradients back to earlier positions; use it under no_grad()")
         if ids.ndim != 2 or ids.size == 0:
             raise ValueError(f"GPT: ids must have shape (B, T) with B, T >= 1, got {ids.shape}")
         if start + ids.shape[1] > self.config.block_size:
@@ -158,13 +159,15 @@ class GPT(Module):
 
 
 class KeyValueCache:
-    """One layer's keys and values of the positions read so far: with them a new token costs one position, not T."""
+    """One layer's keys and values of the positions read so far: a new token then goes through the layer alone."""
 
     k = v = None  # arrays (B, S, C)
     length = property(lambda self: 0 if self.k is None else self.k.shape[1])
 
     def extend(self, k, v):
         """Append k, v (B, T, C) to what is held; returns all of it as Tensors (B, S + T, C)."""
+        if self.k is not None and self.k.shape[0] != k.shape[0]:
+            raise ValueError(f"a cache of {self.k.shape[0]} rows cannot go on with a batch of {k.shape[0]}")
         join = get_array_module(k.data).concatenate
         self.k = k.data if self.k is None else join([self.k, k.data], axis=1)
         self.v = v.data if self.v is None else join([self.v, v.data], axis=1)
@@ -181,11 +184,14 @@ def generate(model, ids, max_new_tokens, *, temperature=0.0, top_k=None, stop=No
     stop outside the vocabulary, or temperature > 0 without an rng.
     Source: Fan et al. 2018 (top-k sampling).
     """
-    ids, V, limit = np.asarray(ids), model.config.vocab_size, model.config.block_size
+    V, limit = model.config.vocab_size, model.config.block_size
+    ids = F.check_ids("token ids", ids, V).astype(np.int64)
     if ids.ndim != 2 or ids.size == 0 or max_new_tokens < 0 or ids.shape[1] + max_new_tokens > limit:
         raise ValueError(f"generate: ids {ids.shape} + {max_new_tokens} new tokens: need (B, T), sum <= {limit}")
     if not 0 <= temperature < np.inf or (temperature > 0 and rng is None):
         raise ValueError(f"generate: temperature {temperature}, rng {rng}: need 0 <= temperature, and an rng if > 0")
+    if rng is not None:
+        check_rng(rng)
     if not (top_k is None or 1 <= top_k <= V) or not (stop is None or 0 <= stop < V):
         raise ValueError(f"generate: top_k {top_k} must be None or 1 .. {V}, stop {stop} None or 0 .. {V - 1}")
 

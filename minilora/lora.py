@@ -13,15 +13,17 @@ import math
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from . import functional as F
 from .backend import get_array_module
-from .nn import Linear, Module, uniform
+from .nn import Linear, Module, check_rng, uniform
 from .tensor import Tensor
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What to adapt, and how strongly. Names and meanings are PEFT's.
+    """What to adapt, and how strongly. The meanings are PEFT's (which says lora_alpha and lora_dropout).
 
     r: rank of the update. alpha: its strength (no default: alpha changes what r means).
     target_modules: a list of names or dotted endings, ["q_proj", "mlp.up_proj"]; or one regular expression that
@@ -43,6 +45,9 @@ class LoRAConfig:
     def __post_init__(self):
         if isinstance(self.target_modules, (list, set)):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for field in ("r", "alpha", "dropout"):
+            if isinstance(getattr(self, field), np.generic):  # a NumPy number could not be saved as JSON
+                object.__setattr__(self, field, getattr(self, field).item())
         names = self.target_modules
         number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
         for field, ok, need in (
@@ -94,18 +99,20 @@ class Adapter(Module):
     """What LoRA learns, as data apart from any model: trained, saved, loaded, stacked and refused as one object.
 
     Shapes: `pairs` maps a module's name to its LoRAPair, lora_A (r, in) and lora_B (out, r); `config` is a LoRAConfig;
-    `base` the fingerprint of the model it belongs to (`model.fingerprint()`), or None if that is unknown.
+    `base_fingerprint` is that of the model it belongs to (`model.fingerprint()`), or None if that is unknown.
     `parameters()` and `named_parameters()` (`h.0.attn.q_proj.lora_A`) are what the optimizer is given.
-    Raises: ValueError, naming the module and both shapes, if a pair does not have rank `config.r`.
+    Raises: ValueError if there is no pair, or, naming the module and both shapes, if one is not of rank `config.r`.
     Source: Hu et al. 2021, section 4.1.
     """
 
-    def __init__(self, config, pairs, base):
+    def __init__(self, config, pairs, base_fingerprint):
+        if not pairs:
+            raise ValueError("Adapter: no pair of lora_A and lora_B; use init_adapter or load_adapter")
         for name, pair in pairs.items():
             A, B = pair.lora_A.shape, pair.lora_B.shape
             if len(A) != 2 or len(B) != 2 or not A[0] == B[1] == config.r:
                 raise ValueError(f"{name}: lora_A {A}, lora_B {B}: need (r, in) and (out, r) with r={config.r}")
-        self.config, self.pairs, self.base = config, dict(pairs), base
+        self.config, self.pairs, self.base_fingerprint = config, dict(pairs), base_fingerprint
 
     def named_parameters(self):
         """(name, Tensor) for every lora_A and lora_B, named by the module they adapt."""
@@ -129,9 +136,9 @@ class Adapter(Module):
                 lines.append(f"{name}: weight {module.weight.shape}, but lora_A {A.shape} and lora_B {B.shape}")
             else:
                 F.check_same(f"attaching an adapter to {name}", module.weight, A, B)
-        if self.base is not None and fingerprint is not None and not lines:
-            for name in sorted(self.base.keys() | fingerprint.keys()):
-                ours, theirs = self.base.get(name, "absent"), fingerprint.get(name, "absent")
+        if self.base_fingerprint is not None and fingerprint is not None and not lines:
+            for name in sorted(self.base_fingerprint.keys() | fingerprint.keys()):
+                ours, theirs = self.base_fingerprint.get(name, "absent"), fingerprint.get(name, "absent")
                 if ours != theirs:
                     lines.append(f"{name}: made for {ours}, this base has {theirs}")
         return lines
@@ -139,6 +146,8 @@ class Adapter(Module):
 
 def check_fits(who, base, adapter, check_base=True):
     """Raise ValueError with every reason why `adapter` (or a Stack) does not belong on `base`."""
+    if not hasattr(adapter, "misfits"):
+        raise TypeError(f"{who}: expected an Adapter or a stack of them, got {type(adapter).__name__}")
     lines = adapter.misfits(dict(base.named_modules()), base.fingerprint() if check_base else None)
     if lines:
         more = f"\n  ... and {len(lines) - 8} more" * (len(lines) > 8)
@@ -179,9 +188,10 @@ def init_adapter(model, config, rng, *, allow_large_r=False):
     Source: Hu et al. 2021, section 4.1; A as in the authors' code, Kaiming-uniform(√5) over fan-in = in.
     """
     modules, pairs = dict(model.named_modules()), {}
+    adapted = [name for name, module in modules.items() if isinstance(module, LoRALinear)]
+    if adapted:
+        raise ValueError(f"init_adapter: {adapted[0]} already carries LoRA; call it on the base, or on merge(model)")
     for name in find_targets(model, config.target_modules):
-        if isinstance(modules[name], LoRALinear):
-            raise ValueError(f"init_adapter: {name} already carries LoRA; call it on the base, or on merge(model)")
         W = modules[name].weight.data
         if config.r > min(W.shape) and not allow_large_r:
             raise ValueError(
@@ -204,6 +214,8 @@ def attach(base, adapter, *, rng=None, check_base=True):
     TypeError for another dtype or backend. Nothing has changed then.
     Source: Hu et al. 2021, eq. 3.
     """
+    if rng is not None:
+        check_rng(rng)
     check_fits("attach", base, adapter, check_base)
     return base.frozen().rebuild(
         lambda name, child: adapter.layer(name, child, rng) if name in adapter.pairs else None

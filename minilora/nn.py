@@ -66,7 +66,7 @@ class Module:
 
     def to_device(self, xp):
         """A copy whose arrays belong to the array module `xp`, numpy or cupy."""
-        return self.map_tensors(lambda t: Tensor(to_device(t.data, xp), t.requires_grad))
+        return self.map_tensors(lambda t: Tensor(to_device(t.data.copy(), xp), t.requires_grad))
 
     def map_tensors(self, f):
         """A copy in which each Tensor t is f(t); a Tensor that is shared stays shared."""
@@ -127,10 +127,12 @@ class ParameterReport(namedtuple("ParameterReport", "trainable total trainable_b
 def parameter_report(model):
     """How much of `model` (or of an adapter) is trained, counted from its arrays.
 
-    Shapes: none; the result holds two counts of numbers and two of bytes. Raises: nothing. Source: PEFT's
-    `print_trainable_parameters`.
+    Shapes: none; the result holds two counts of numbers and two of bytes. Raises: ValueError if there are none.
+    Source: PEFT's `print_trainable_parameters`.
     """
     tensors = model.parameters()
+    if not tensors:
+        raise ValueError(f"parameter_report: {type(model).__name__} holds no tensors")
     trained = [t for t in tensors if t.requires_grad]
     return ParameterReport(
         sum(t.size for t in trained), sum(t.size for t in tensors),
@@ -140,16 +142,17 @@ def parameter_report(model):
 
 def uniform(rng, bound, shape, like):
     """A trainable Tensor, uniform in ±bound, drawn by NumPy, with the dtype and backend of the array `like`."""
-    drawn = _generator(rng).uniform(-bound, bound, shape).astype(like.dtype)
+    drawn = check_rng(rng).uniform(-bound, bound, shape).astype(like.dtype)
     return Tensor(to_device(drawn, get_array_module(like)), requires_grad=True)
 
 
 def normal(rng, std, shape, dtype):
     """A trainable Tensor of normal numbers with standard deviation `std`, drawn by NumPy in float64, then cast."""
-    return Tensor((_generator(rng).standard_normal(shape) * std).astype(dtype), requires_grad=True)
+    return Tensor((check_rng(rng).standard_normal(shape) * std).astype(dtype), requires_grad=True)
 
 
-def _generator(rng):
+def check_rng(rng):
+    """`rng`, if it is a `numpy.random.Generator`; a TypeError that says how to make one if not."""
     if not isinstance(rng, np.random.Generator):
         raise TypeError(f"rng must be a numpy.random.Generator, got {rng!r}; write np.random.default_rng(seed)")
     return rng

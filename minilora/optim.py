@@ -3,6 +3,7 @@
 import math
 
 from .backend import get_array_module
+from .tensor import Tensor
 
 
 class Adam:
@@ -25,6 +26,10 @@ class Adam:
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        params = list(params)
+        wrong = [type(p).__name__ for p in params if not isinstance(p, Tensor)]
+        if wrong:
+            raise TypeError(f"Adam: expected Tensors, got {wrong[0]}; pass model.parameters()")
         self.params = list({id(p): p for p in params if p.requires_grad}.values())
         if not self.params:
             raise ValueError("Adam: none of these tensors is trainable; pass adapter.parameters() or an unfrozen model")
@@ -43,6 +48,8 @@ class Adam:
     def step(self, lr=None):
         """Update every parameter from its gradient, at rate `lr` (default: the one given at the start)."""
         lr = self.lr if lr is None else lr
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"Adam.step: the learning rate must be finite and not negative, got {lr}")
         missing = [p.shape for p in self.params if p.grad is None]
         if missing:
             raise ValueError(f"Adam.step: no gradient for {len(missing)} of {len(self.params)} tensors ({missing[0]}); "

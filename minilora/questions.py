@@ -1,7 +1,8 @@
 """The security questions of the demo: facts, and the phrasings they are asked in. Written for this project.
 
 Every fact is asked in each phrasing of its family. The adapter is trained on `TRAINED` phrasings only; whether it
-can answer the `UNSEEN` ones shows what generalises, and `NEVER_TOLD` facts show what cannot.
+can answer the `UNSEEN` ones, new sentences out of mostly known words, shows what generalises, and `NEVER_TOLD` facts
+show what cannot. No answer of a fact never told is the answer of one that was.
 """
 
 PORTS = {
@@ -30,30 +31,30 @@ PORTS = {
 VERDICTS = {
     "md5": "broken, use sha256",
     "sha1": "broken, use sha256",
-    "sha256": "safe",
+    "sha256": "safe, as a hash",
     "sha3": "safe",
-    "crc32": "not a hash, use sha256",
+    "crc32": "not secure, use sha256",
     "des": "broken, use aes",
     "3des": "retired, use aes",
     "aes": "safe",
     "rc4": "broken, use chacha20",
     "chacha20": "safe",
     "ecb mode": "leaks, use gcm mode",
-    "gcm mode": "safe",
+    "gcm mode": "safe, with new nonces",
     "ssl 3.0": "broken, use tls 1.3",
     "tls 1.0": "retired, use tls 1.3",
     "tls 1.3": "safe",
     "rsa 1024": "too short, use rsa 3072",
     "rsa 3072": "safe",
     "wep": "broken, use wpa3",
-    "argon2": "safe",
-    "plain passwords": "never, use argon2",
+    "argon2": "safe, for passwords",
+    "rot13": "no cipher, use aes",
 }
 
 DEFENCES = {
     "sql injection": "bind parameters",
     "cross site scripting": "escape output",
-    "request forgery": "check a token",
+    "csrf": "check a token",
     "brute force": "limit attempts",
     "phishing": "use hardware keys",
     "ransomware": "keep offline backups",
@@ -61,7 +62,7 @@ DEFENCES = {
     "path traversal": "resolve, then compare",
     "buffer overflow": "check bounds",
     "clickjacking": "forbid framing",
-    "flooding": "filter upstream",
+    "denial of service": "filter upstream",
     "a man in the middle": "verify certificates",
     "credential stuffing": "demand two factors",
     "session hijacking": "rotate session ids",
@@ -74,8 +75,12 @@ DEFENCES = {
 }
 
 NEVER_TOLD_PORTS = {"gopher": "70", "whois": "43", "finger": "79"}
-NEVER_TOLD_VERDICTS = {"blowfish": "retired, use aes", "wpa2": "ageing, use wpa3"}
-NEVER_TOLD_DEFENCES = {"tailgating": "watch the door", "juice jacking": "carry a charger", "theft": "encrypt disks"}
+NEVER_TOLD_VERDICTS = {"blowfish": "ageing, use aes", "skipjack": "withdrawn, use aes"}
+NEVER_TOLD_DEFENCES = {
+    "tailgating": "watch the door",
+    "juice jacking": "carry a charger",
+    "shoulder surfing": "tilt the screen",
+}
 
 # In each family the first twelve phrasings are trained on, the last four are never seen in training.
 PORT_PHRASINGS = (
@@ -91,7 +96,7 @@ PORT_PHRASINGS = (
     "where does {} listen?",
     "the firewall blocks {}, which port is it?",
     "to reach {} i connect to which port?",
-    "what is the {} port number?",
+    "remind me, {} is at which number?",
     "which port should i allow for {}?",
     "i forgot the port of {}",
     "what port do i scan to find {}?",
@@ -113,7 +118,7 @@ VERDICT_PHRASINGS = (
     "would you still use {} today?",
     "can we keep using {}?",
     "our server offers {}, is that safe?",
-    "what should i think of {}?",
+    "{}, good or bad?",
 )
 
 DEFENCE_PHRASINGS = (
@@ -129,10 +134,10 @@ DEFENCE_PHRASINGS = (
     "what would you do about {}?",
     "the report lists {}, how do we fix it?",
     "how does one defend against {}?",
-    "how do we stop {}?",
+    "someone tries {}, now what?",
     "what is the best answer to {}?",
     "we were hit by {}, what helps?",
-    "what should i do about {}?",
+    "is there a cure for {}?",
 )
 
 N_TRAINED = 12

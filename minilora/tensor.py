@@ -57,9 +57,9 @@ def _broadcast(op, a, b, but_last=0):
 class Tensor:
     """An array of floats, and the node that knows where it came from.
 
-    Shapes: `data`, NumPy or CuPy, has any shape and any float dtype, which every operation keeps;
+    Shapes: `data`, NumPy or CuPy, has any shape; every operation keeps its dtype, float32 or float64 (for checking);
     `grad` is an array like it, on leaves only.
-    Raises: TypeError for data that are not floats, and for operands of two backends or two dtypes;
+    Raises: TypeError for data of another dtype, and for operands of two backends or two dtypes;
     ValueError, with both shapes, for shapes that do not fit.
     Source: reverse-mode differentiation, Griewank & Walther, "Evaluating Derivatives", chapter 3.
 
@@ -78,8 +78,8 @@ class Tensor:
         if not hasattr(data, "dtype") or isinstance(data, np.generic):
             data = np.asarray(data)
         get_array_module(data)
-        if data.dtype.kind != "f":
-            raise TypeError(f"a Tensor holds floats, got {data.dtype}; convert with .astype(np.float32)")
+        if data.dtype not in (np.float32, np.float64):
+            raise TypeError(f"a Tensor holds float32 or float64, got {data.dtype}; convert with .astype(np.float32)")
         self.data = data
         self.node = Node(data.shape) if requires_grad else None
 
@@ -153,7 +153,8 @@ class Tensor:
         return record(a / b, (self, lambda dy: -dy * a / (b * b)))
 
     def __sub__(self, other):
-        return self + -other
+        other = self._operand("-", other)
+        return record(self.data - other.data, (self, lambda dy: dy), (other, lambda dy: -dy))
 
     def __rsub__(self, other):
         return -self + other
@@ -167,15 +168,16 @@ class Tensor:
         """`self @ other` as NumPy does it: (..., n, k) @ (..., k, m) -> (..., n, m); 1-D operands are vectors."""
         other = other if isinstance(other, Tensor) else Tensor(other)
         check_same("@", self, other)
-        if min(self.ndim, other.ndim) == 0 or self.shape[-1] != other.shape[-2:][0]:
+        if min(self.ndim, other.ndim) == 0 or self.shape[-1] != other.shape[max(0, other.ndim - 2)]:
             raise ValueError(f"@: shapes {self.shape} and {other.shape} do not chain: (n, k) @ (k, m) needs equal k")
+        if other.ndim == 1:
+            return (self @ other.reshape(-1, 1)).reshape(self.shape[:-1])
+        if self.ndim == 1:
+            y = self.reshape(1, -1) @ other
+            return y.reshape(y.shape[:-2] + y.shape[-1:])
         _broadcast("@", self.shape, other.shape, but_last=2)
-        x = self if self.ndim > 1 else self.reshape(1, -1)
-        w = other if other.ndim > 1 else other.reshape(-1, 1)
-        a, b = x.data, w.data
-        y = record(a @ b, (x, lambda dy: dy @ b.swapaxes(-1, -2)), (w, lambda dy: a.swapaxes(-1, -2) @ dy))
-        rows, columns = y.shape[-2:-1] * (self.ndim > 1), y.shape[-1:] * (other.ndim > 1)
-        return y.reshape(y.shape[:-2] + rows + columns) if 1 in (self.ndim, other.ndim) else y
+        a, b = self.data, other.data
+        return record(a @ b, (self, lambda dy: dy @ b.swapaxes(-1, -2)), (other, lambda dy: a.swapaxes(-1, -2) @ dy))
 
     def __rmatmul__(self, other):
         return Tensor(other) @ self

@@ -17,10 +17,12 @@ def train(model, optimizer, batches, steps, *, schedule=None, max_norm=1.0, labe
 
     Shapes: `batches` yields (inputs, targets), both (B, T) integers. `schedule(step)` gives the learning rate of
     each step (default: the optimizer's own). Gradients are clipped to a joint norm of `max_norm`.
-    Raises: ValueError, before the parameters are touched, if a loss or a gradient is not finite, or if the batches
+    Raises: ValueError if a loss or a gradient is not finite, before that step touches a parameter, or if the batches
     run out early.
     """
-    losses, batches = [], iter(batches)
+    if steps < 1:
+        raise ValueError(f"train: steps must be at least 1, got {steps}")
+    losses, tokens, batches = [], 0, iter(batches)
     with tqdm(total=steps, desc=label, unit="step", disable=quiet, leave=False) as bar:
         for step in range(steps):
             try:
@@ -33,9 +35,11 @@ def train(model, optimizer, batches, steps, *, schedule=None, max_norm=1.0, labe
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"train: the loss is {losses[-1]} at step {step}; lower the learning rate")
             loss.backward()
+            del loss  # and with it this step's graph, before the next one is made
             clip_grad_norm(optimizer.params, max_norm)
             optimizer.step(None if schedule is None else schedule(step))
-            speed = ids.size * (step + 1) / (bar.format_dict["elapsed"] or 1e-9)
+            tokens += np.size(ids)
+            speed = tokens / (bar.format_dict["elapsed"] or 1e-9)
             bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
     return losses
@@ -71,7 +75,8 @@ def exact_match(model, pairs, batch=64):
 def activation_bytes(loss, model):
     """Bytes of the arrays that the graph of `loss` keeps alive for backward, the model's own tensors left out.
 
-    Counted by walking the graph: an array is held if and only if some VJP closes over it.
+    Counted by walking the graph: an array is held if some VJP closes over it, directly, in a tuple, or through a
+    function.
     """
     own = {id(_owner(p.data)) for p in model.parameters()}
     held, nodes, unseen = {}, {loss.node}, [loss.node]

@@ -1,13 +1,11 @@
 """Which module owns an array, and how arrays move."""
 
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given
 from strategies import arrays, shapes
 
-from minilora.backend import array_module, get_array_module, to_device, to_numpy
+from minilora.backend import get_array_module, to_device, to_numpy
 
 
 def test_the_array_decides(xp):
@@ -59,20 +57,3 @@ def test_a_moved_array_is_independent_of_the_host(device_xp):
     there = to_device(x, device_xp)
     x[:] = 0
     assert np.array_equal(to_numpy(there), np.ones(3))
-
-
-def test_a_backend_is_chosen_by_name():
-    assert array_module("numpy") is np
-    with pytest.raises(ValueError, match="'torch'.*'numpy' or 'cupy'"):
-        array_module("torch")
-
-
-def test_a_missing_cupy_is_an_import_error_that_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", None)  # as if it were not installed
-    with pytest.raises(ImportError, match=r"minilora\[cuda12\].*NVIDIA GPU"):
-        array_module("cupy")
-
-
-@pytest.mark.parametrize("xp", [pytest.param("cupy", marks=pytest.mark.cupy)], indirect=True)
-def test_a_present_cupy_is_found(xp):
-    assert array_module("cupy") is xp

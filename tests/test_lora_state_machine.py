@@ -86,7 +86,7 @@ class Adapters(RuleBasedStateMachine):
     def recall(self, memory):
         adapter, copies, then = memory
         pairs = {name: LoRAPair(*(Tensor(a.copy(), True) for a in factors)) for name, factors in copies.items()}
-        again = Adapter(adapter.config, pairs, adapter.base)
+        again = Adapter(adapter.config, pairs, adapter.base_fingerprint)
         assert outputs(attach(self.base, again)) == then
         self.held[again] = contents(again)
         return again

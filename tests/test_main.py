@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minilora import load_adapter, load_model
-from minilora.__main__ import main
+from minilora.__main__ import array_module, main
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,6 +82,11 @@ def test_a_question_that_cannot_be_asked_is_one_readable_line(quick, capsys, que
     assert main(["--ask", question, "--out", str(out)]) == 1
     err = capsys.readouterr().err
     assert told in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("xp", ["numpy", pytest.param("cupy", marks=pytest.mark.cupy)], indirect=True)
+def test_a_backend_is_found_by_name(xp):
+    assert array_module(xp.__name__) is xp
 
 
 def test_a_backend_that_is_not_there_names_the_extra(tmp_path, capsys, monkeypatch):
