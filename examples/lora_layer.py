@@ -21,7 +21,7 @@ args = parser.parse_args()
 rng = np.random.default_rng(args.seed)
 
 # 1. The layer. The weight stays as it is; beside it, x goes down to r numbers through A and up again through B.
-# It needs no gradient of its own: it is three `linear`s, and they have theirs.
+# It needs no gradient of its own: it is made of `linear`s, and they have theirs.
 
 
 class LoRALayer:
@@ -77,7 +77,7 @@ model.loss(ids[:, :-1], ids[:, 1:]).backward()
 dA = max(np.abs(pair.lora_A.grad).max() for pair in adapter.pairs.values())
 dB = max(np.abs(pair.lora_B.grad).max() for pair in adapter.pairs.values())
 
-row = "{:<56}{}".format
+row = "{:<56}{:>24}".format
 print(row("fifteen lines against the library, largest difference", layer_gap))
 print(row("logits after attaching, largest change", change))
 print(row("tensors trained, all of them lora_A or lora_B", f"{len(trainable)} of {len(model.parameters())}"))

@@ -59,9 +59,10 @@ def load_model(folder):
     found, needed = tensors.items(), blank.named_parameters()
     _same_tensors(f"{folder}, model.safetensors", {n: t.shape for n, t in found}, {n: p.shape for n, p in needed})
     odd = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype != tensors["wte.weight"].dtype]
-    if odd or tensors["wte.weight"].dtype.kind != "f":
-        raise ValueError(f"{folder}: {odd[0] if odd else 'wte.weight is not float'}; all tensors need one float dtype")
-    return blank.rebuild(lambda name, t: Tensor(tensors[name], True) if isinstance(t, Tensor) else None)
+    if odd:
+        raise ValueError(f"{folder}: {odd[0]}, wte.weight is {tensors['wte.weight'].dtype}; all need one dtype")
+    with _naming(folder):
+        return blank.rebuild(lambda name, t: Tensor(tensors[name], True) if isinstance(t, Tensor) else None)
 
 
 def save_adapter(adapter, folder, base_model="minilora"):
@@ -144,7 +145,8 @@ def load_adapter(folder, base):
     with _naming(where):
         targets = find_targets(base, lora.target_modules)
     _same_tensors(f"{folder}, modules of the file and target_modules", dict.fromkeys(pairs), dict.fromkeys(targets))
-    fingerprint = _json_object(f"{folder}: minilora.base", metadata.get("minilora.base"))
+    file = Path(folder) / "adapter_model.safetensors"
+    fingerprint = _json_object(f"{file}: its minilora.base", metadata.get("minilora.base"))
     with _naming(folder):
         adapter = Adapter(lora, {name: LoRAPair(**pairs[name]) for name in targets}, fingerprint)
     check_fits(f"load_adapter({str(folder)!r})", base, adapter)
@@ -162,13 +164,11 @@ def _naming(where):
 
 def _json_object(where, text):
     """The JSON object in `text`, None for no text; ValueError that names `where` for anything else."""
-    if text is None:
-        return None
     try:
-        value = json.loads(text)
+        value = json.loads("null" if text is None else text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) and text is not None:
         raise ValueError(f"{where}: expected an object with fields, got {type(value).__name__}")
     return value
 
@@ -225,9 +225,8 @@ def _json_text(config):
 def _load_folder(folder, tensor_file, config_file):
     """(config dict, {name: array}, metadata dict) of a folder, or an error that names the file."""
     folder = Path(folder)
-    pickles = [p.name for p in folder.glob("*.bin")]
-    if pickles and not (folder / tensor_file).exists():
-        raise ValueError(f"{folder}: {pickles[0]} is a pickle, which can run code; save it again as {tensor_file}")
+    for pickle in [] if (folder / tensor_file).exists() else folder.glob("*.bin"):
+        raise ValueError(f"{pickle} is a pickle, which can run code; save it again as {tensor_file}")
     for name in (tensor_file, config_file):
         if not (folder / name).exists() and not (name == config_file and _staged(folder / name).exists()):
             raise FileNotFoundError(f"{folder / name} does not exist; the folder needs {tensor_file} and {config_file}")
@@ -239,15 +238,13 @@ def _load_folder(folder, tensor_file, config_file):
         raise ValueError(f"{folder / tensor_file} is damaged or not a safetensors file: {error}") from None
     except TypeError as error:  # a type NumPy does not have
         raise ValueError(f"{folder / tensor_file}: {error}; save it again as float32") from None
-    saved = _json_object(f"{folder}: minilora.config", metadata.get("minilora.config"))
+    saved = _json_object(f"{folder / tensor_file}: its minilora.config", metadata.get("minilora.config"))
     staged = _staged(folder / config_file)
     where = staged if staged.exists() and staged.read_bytes() == _json_text(saved) else folder / config_file
     config = _json_object(where, where.read_bytes())
     differing = [f"{key}: {saved.get(key)!r} and {config.get(key)!r}" for key in sorted((saved or {}).keys() | config)
                  if saved and saved.get(key) != config.get(key)]
     if differing:
-        raise ValueError(
-            f"{folder}: {tensor_file} and {config_file} are of two different saves, or one was edited "
-            f"({'; '.join(differing)}); save the folder again"
-        )
+        raise ValueError(f"{folder}: {tensor_file} and {config_file} are of two different saves, or one was edited "
+                         f"({'; '.join(differing)}); save the folder again")
     return config, tensors, metadata
