@@ -30,6 +30,7 @@ def main(argv=None):
             demo.ask(args.ask, out, xp)
         else:
             demo.run(demo.QUICK if args.quick else demo.FULL, out, xp, args.seed, again=again)
+        sys.stdout.flush()  # so that a closed pipe shows here
     except demo.Interrupted as stop:
         print(f"\nminilora: {stop}", file=sys.stderr)
         return 130

@@ -81,11 +81,11 @@ def run(size, out, xp, seed, say=print, again="python -m minilora"):
             f"Right: {sum(before['unseen'])} of {len(questions.UNSEEN)}")
 
         doing = "step 3 of 5, attaching LoRA"
+        probe = data.encode(corpus.heldout[: 4 * 64]).reshape(4, 64)
+        reference = logits(base, probe)
         config = LoRAConfig(r=8, alpha=16, target_modules="all-linear")
         adapter = init_adapter(base, config, rng)
         adapted = attach(base, adapter)
-        probe = data.encode(corpus.heldout[: 4 * 64]).reshape(4, 64)
-        reference = logits(base, probe)
         change = np.abs(logits(adapted, probe) - reference).max()
         base_size, lora_size = parameter_report(base).total, parameter_report(adapted).trainable
         say(f"[3/5] Attaching LoRA r={config.r} to every linear: {lora_size:,} new numbers "
@@ -240,6 +240,7 @@ def ask(question, out, xp, say=print):
     if len(prompt) > room:
         most = room - len(prompt) + len(question)
         raise ValueError(f"the question has {len(question)} characters, at most {most} fit")
+    answered = answer(attach(base, adapter), prompt)
     say(prompt.splitlines()[0])
-    say(f"A: {answer(attach(base, adapter), prompt)}")
+    say(f"A: {answered}")
     say(f"   (the base alone: {answer(base, prompt)})")

@@ -8,7 +8,7 @@ in the metadata of the safetensors file, which other readers skip.
 import contextlib
 import json
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +50,6 @@ def load_model(folder):
     where = Path(folder) / "config.json"
     if config.pop("model_type", None) != MODEL_TYPE:
         raise ValueError(f"{where}: model_type is not {MODEL_TYPE!r}; this is not a model that minilora saved")
-    unknown = sorted(config.keys() - {field.name for field in fields(GPTConfig)})
-    if unknown:
-        raise ValueError(f"{where}: unknown fields {unknown}; none of the known ones of a GPTConfig")
     with _naming(where):
         config = GPTConfig(**config)
     blank = GPT(config, np.random.default_rng(0))
@@ -101,9 +98,9 @@ def save_adapter(adapter, folder, base_model="minilora"):
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")  # past history, once factors are saved
 _NEUTRAL = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _STARTS}
-_READ = (*_REQUIRED, "lora_dropout", "use_rslora")
 _HARMLESS = ("task_type", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "revision", "megatron_core",
              "auto_mapping", "peft_version", "qalora_group_size")
+_ACCEPTED = (*_NEUTRAL, *_REQUIRED, "lora_dropout", "use_rslora", *_HARMLESS)
 
 
 def load_adapter(folder, base):
@@ -124,7 +121,7 @@ def load_adapter(folder, base):
         if key in _NEUTRAL and value not in _NEUTRAL[key]:
             raise ValueError(f"{where}: {key}={value!r} is not supported, only {_NEUTRAL[key][0]!r}")
         neutral = value is None or value is False or value in ({}, [])
-        if key not in _NEUTRAL and key not in _READ and key not in _HARMLESS and not neutral:
+        if key not in _ACCEPTED and not neutral:
             raise ValueError(f"{where}: {key}={value!r} changes what the adapter computes and is not supported")
     with _naming(where):
         lora = LoRAConfig(config["r"], config["lora_alpha"], config["target_modules"],
@@ -190,15 +187,17 @@ def _same_tensors(where, found, expected):
 def _save_folder(folder, tensor_file, tensors, config_file, config, metadata):
     """Write both files so that the folder can be read at every moment, as what it was or as what it becomes.
 
-    Both are written under temporary names first; then the tensors, which carry their configuration in the metadata,
-    are renamed into place, then the configuration. A crash between the two renames leaves new tensors, the old
-    configuration, and the new one under its temporary name, where `_load_folder` finds it.
+    Both are written under temporary names first; then the tensors, which carry their configuration in the metadata, are
+    renamed, then the configuration. A crash in between leaves it under its temporary name, where readers find it.
     """
-    arrays = {name: np.ascontiguousarray(to_numpy(t.data)) for name, t in tensors.items()}
-    metadata = {"format": "pt", "minilora.config": json.dumps(config), **metadata}
-    folder = Path(folder)
+    folder, text = Path(folder), json.dumps(config, indent=2)
     folder.mkdir(parents=True, exist_ok=True)
-    contents = {tensor_file: save(arrays, metadata), config_file: _json_text(config)}
+    arrays = {name: np.ascontiguousarray(to_numpy(t.data)) for name, t in tensors.items()}
+    blob = save(arrays, {"format": "pt", "minilora.config": text, **metadata})
+    contents = {tensor_file: blob, config_file: text.encode()}
+    if _staged(folder / config_file).exists():  # an earlier save may have died between its renames: end it
+        with contextlib.suppress(OSError, SafetensorError), safe_open(folder / tensor_file, framework="np") as file:
+            os.replace(_config_file(folder, config_file, file.metadata()), folder / config_file)
     try:
         for name, content in contents.items():
             with open(_staged(folder / name), "wb") as file:
@@ -218,8 +217,10 @@ def _staged(path):
     return path.with_name(f".{path.name}.tmp")
 
 
-def _json_text(config):
-    return (json.dumps(config, indent=2) + "\n").encode()
+def _config_file(folder, name, metadata):
+    """Where the configuration is: under its temporary name if that is the one which belongs to the tensors."""
+    staged, text = _staged(folder / name), (metadata or {}).get("minilora.config")
+    return staged if text and staged.exists() and staged.read_bytes() == text.encode() else folder / name
 
 
 def _load_folder(folder, tensor_file, config_file):
@@ -239,8 +240,7 @@ def _load_folder(folder, tensor_file, config_file):
     except TypeError as error:  # a type NumPy does not have
         raise ValueError(f"{folder / tensor_file}: {error}; save it again as float32") from None
     saved = _json_object(f"{folder / tensor_file}: its minilora.config", metadata.get("minilora.config"))
-    staged = _staged(folder / config_file)
-    where = staged if staged.exists() and staged.read_bytes() == _json_text(saved) else folder / config_file
+    where = _config_file(folder, config_file, metadata)
     config = _json_object(where, where.read_bytes())
     differing = [f"{key}: {saved.get(key)!r} and {config.get(key)!r}" for key in sorted((saved or {}).keys() | config)
                  if saved and saved.get(key) != config.get(key)]

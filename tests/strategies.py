@@ -1,4 +1,4 @@
-"""What the tests draw: shapes, pairs of shapes that fit, and arrays from a drawn seed. Knows no operation.
+"""What the tests draw, shapes, arrays from a drawn seed, small models, adapters, and how they compare and watch them.
 
 Arrays are drawn as a seed, so that hypothesis shrinks the shape and the seed and never searches float bit patterns:
 values lie well inside the float range, and a failure prints in one line.

@@ -206,7 +206,7 @@ def test_every_public_definition_has_a_docstring(name):
 def test_the_book_can_be_read_in_an_afternoon():
     lengths = {name: len(SOURCES[name].splitlines()) for name in BOOK}
     assert max(lengths.values()) <= 250, lengths
-    assert sum(lengths.values()) <= 1570, lengths
+    assert sum(lengths.values()) <= 1575, lengths
     assert sum(code_lines(SOURCES[name]) for name in BOOK) <= 1000
 
 

@@ -1,6 +1,7 @@
 """The corpus, its vocabulary, the questions and the batches made of them."""
 
 import re
+import socket
 import sys
 
 import numpy as np
@@ -85,6 +86,12 @@ def test_a_text_shorter_than_a_window_is_refused():
         next(data.windows(np.arange(4), 1, 4, np.random.default_rng(0)))
 
 
+@pytest.mark.parametrize("batch", [0, -1])
+def test_a_batch_of_no_windows_is_refused(batch):
+    with pytest.raises(ValueError, match=f"batch {batch} < 1"):
+        next(data.windows(np.arange(9), batch, 4, np.random.default_rng(0)))
+
+
 pairs = st.lists(st.tuples(texts.filter(bool), texts.filter(bool)), min_size=1, max_size=4)
 
 
@@ -98,9 +105,10 @@ def test_packing_puts_the_loss_on_the_answers_alone(pairs):
         assert (row_out[: len(prompt) - 1] == IGNORE).all() and (row_out[n:] == IGNORE).all()
 
 
-def test_packing_nothing_is_refused():
-    with pytest.raises(ValueError, match="no .* pairs"):
-        data.pack([])
+@pytest.mark.parametrize("pairs", [[], [("a", "b"), ("a", "")], [("", "b")]], ids=["no pair", "answer", "prompt"])
+def test_packing_nothing_is_refused(pairs):
+    with pytest.raises(ValueError, match="no .* pairs, or an empty side"):
+        data.pack(pairs)
 
 
 def test_every_pair_comes_once_in_a_pass():
@@ -108,6 +116,14 @@ def test_every_pair_comes_once_in_a_pass():
     stream = data.question_batches(pairs, 4, np.random.default_rng(0))
     rows = np.concatenate([next(stream)[0], next(stream)[0]])
     assert sorted(data.decode(row) for row in rows) == [prompt for prompt, _ in pairs]
+
+
+def test_the_order_is_another_in_each_pass_and_for_each_generator():
+    pairs, orders = [(f"Q{i} ", "a") for i in range(10, 42)], set()
+    for seed in (0, 0, 1):
+        stream = data.question_batches(pairs, 32, np.random.default_rng(seed))
+        orders |= {data.decode(next(stream)[0]) for _ in range(3)}
+    assert len(orders) == 6 and not any(order == "".join(prompt for prompt, _ in pairs) for order in orders)
 
 
 def test_fewer_pairs_than_a_batch_are_refused():
@@ -129,9 +145,28 @@ def test_the_three_question_sets_share_no_question():
     assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
 
 
-def test_no_answer_of_a_fact_never_told_can_be_had_by_repeating_one_that_was():
-    told = {answer for _, answer in questions.TRAINED}
-    assert {answer for _, answer in questions.NEVER_TOLD} & told == {"retired, use aes\n"}  # 16 of the 128
+def test_no_answer_of_a_fact_never_told_is_the_answer_of_one_that_was():
+    told = {answer for _, answer in questions.TRAINED + questions.UNSEEN}
+    never = {answer for _, answer in questions.NEVER_TOLD}
+    assert len(never) == 8 and not never & told
+
+
+REGISTERED = {"dns": "domain", "smb": "microsoft-ds", "rdp": "ms-wbt-server", "postgres": "postgresql"}
+
+
+@pytest.mark.parametrize("name", [*questions.PORTS, *questions.NEVER_TOLD_PORTS])
+def test_a_port_is_the_one_this_machine_knows(name):
+    try:
+        port = socket.getservbyname(REGISTERED.get(name, name))
+    except OSError:
+        pytest.skip(f"this machine does not know {name}")
+    assert (questions.PORTS | questions.NEVER_TOLD_PORTS)[name] == str(port)
+
+
+def test_the_ports_that_machines_often_do_not_know_are_those_of_the_registry():
+    ports = questions.PORTS | questions.NEVER_TOLD_PORTS
+    assert [ports[name] for name in ("ssh", "dns", "https", "imap", "smb", "rdp", "redis", "gopher")] == [
+        "22", "53", "443", "143", "445", "3389", "6379", "70"]  # fmt: skip
 
 
 def test_questions_are_lower_case_and_answers_short_and_ended_by_a_newline():

@@ -85,6 +85,19 @@ def test_the_planted_bugs_pass_with_ones_and_are_found_by_the_checker(tmp_path):
     ]
 
 
+def test_swapping_asks_every_adapter_for_every_task(tmp_path):
+    out = run(ROOT / "examples" / "swap.py", tmp_path, "--quick").stdout
+    header, *rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()[:6]]
+    tasks = ["octal", "umask", "binary", "symbolic"]
+    assert header == ["exact answers, % of 16", *tasks]
+    assert [row[0] for row in rows] == [f"adapter: {name}" for name in ["none", *tasks]]
+    assert all(len(row) == 5 and all(0 <= int(percent) <= 100 for percent in row[1:]) for row in rows)
+    octal, umask, binary, symbolic = [re.split(r"\s+", line)[-1] for line in out.splitlines()[8:12]]
+    assert int(octal, 8) + int(umask, 8) == 0o777 and int(binary, 2) == int(octal, 8)
+    assert sum({"r": 4, "w": 2, "x": 1}[c] for c in symbolic if c in "rwx") == sum(map(int, octal))
+    assert re.search(r"each adapter: [\d,]+ numbers; base changed by all this: False", out)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_the_code_of_a_page_is_in_the_library_word_for_word_or_runs(page, capsys):
     source = Path(minilora.functional.__file__).read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from minilora import gpt
 from minilora.gpt import GPT, GPTConfig, KeyValueCache, generate
 from minilora.gradcheck import gradcheck
 from minilora.graph import no_grad
+from minilora.nn import Embedding
 from minilora.optim import Adam
 from minilora.tensor import Tensor
 
@@ -86,6 +87,17 @@ def test_the_logits_are_those_of_the_papers(case, seed):
     rng = np.random.default_rng(seed)
     model = model.map_tensors(lambda t: Tensor(t.data + 0.3 * rng.standard_normal(t.shape)))
     assert np.allclose(outputs(model, ids), [by_the_papers(model, row) for row in ids], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("changes", [
+    {"positions": "rope", "rope_theta": 3.0}, {"layer_norm_epsilon": 0.5}, {"n_inner": 5},
+], ids=str)
+def test_every_number_of_the_config_counts(changes):
+    """Against the papers, which take it from the config too, and against the default."""
+    model, ids = small_gpt(**changes), np.array([[1, 2, 3, 4, 5]])
+    assert np.allclose(outputs(model, ids), [by_the_papers(model, ids[0])], rtol=1e-10, atol=1e-10)
+    default = small_gpt(changes.get("positions", "learned"))
+    assert not np.allclose(outputs(model, ids), outputs(default, ids), rtol=1e-3, atol=1e-3)
 
 
 # --- the gradient ------------------------------------------------------------------------------------------------
@@ -209,6 +221,21 @@ def test_batch_rows_know_nothing_of_each_other(case, data):
     assert np.array_equal(outputs(model, changed)[1:], y[1:])
 
 
+def test_a_cache_is_refused_where_a_graph_is_recorded():
+    model = small_gpt()
+    with pytest.raises(ValueError, match=r"cache carries no gradients.*no_grad\(\)"):
+        model(np.array([[1, 2]]), [KeyValueCache() for _ in model.h])
+
+
+def test_a_cache_does_not_go_on_with_another_batch():
+    model, cache = small_gpt(), [KeyValueCache() for _ in range(2)]
+    outputs(model, [[1, 2], [3, 4]], cache)
+    for ids in ([[5]], [[5], [6], [0]]):
+        with pytest.raises(ValueError, match=f"cache of 2 rows .* batch of {len(ids)}"):
+            outputs(model, ids, cache)
+    assert cache[0].length == 2
+
+
 def sees_one_token_ahead(attention):
     """A key that is not there, put behind the others, moves the diagonal of the mask by one."""
 
@@ -327,6 +354,23 @@ def test_after_its_stop_token_a_row_is_filled_and_generation_ends_with_the_last_
     alone = generate(model, ids[:1], 6, stop=int(stop))
     first = 2 + int(np.flatnonzero(free[0, 2:] == stop)[0])
     assert alone.shape == (1, first + 1) and alone[0, -1] == stop
+
+
+class Counting:
+    """A model that says 4 after 3, 5 after 4, and 0 after 6."""
+
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=7, vocab_size=7, block_size=16)
+    wte = Embedding(Tensor(np.eye(7)))
+
+    def hidden(self, ids, cache):
+        return Tensor(np.eye(7)[(ids + 1) % 7])
+
+
+def test_a_row_that_has_stopped_says_nothing_more_while_others_go_on():
+    told = generate(Counting(), np.array([[4], [1], [3]]), 9, stop=5)
+    assert told.tolist() == [[4, 5, 5, 5, 5], [1, 2, 3, 4, 5], [3, 4, 5, 5, 5]]
+    ends_with_it = generate(Counting(), np.array([[5], [3]]), 3, stop=5)  # a stop in the prompt stops nothing
+    assert ends_with_it.tolist() == [[5, 6, 0, 1], [3, 4, 5, 5]]
 
 
 def test_a_row_continues_as_it_does_alone():

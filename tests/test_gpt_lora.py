@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Watch, agree, contents, float_dtypes, gpt_shapes, learned, rngs, seeds, sides
+from strategies import Watch, agree, contents, float_dtypes, gpt_shapes, hunt, learned, rngs, seeds, sides
 
+from minilora import lora
 from minilora.compose import stack
 from minilora.gpt import GPT, GPTConfig, generate
 from minilora.gradcheck import gradcheck
@@ -44,13 +45,12 @@ def close(a, b, margin=1e-11):
 targets = st.sampled_from(["all-linear", ["q_proj", "v_proj"], ["mlp.down_proj"], r"h\.0\..*", ["h.0.attn.o_proj"]])
 
 
-@settings(max_examples=50)
-@given(gpt_shapes, seeds, sides, targets, st.booleans(), st.sampled_from([0.0, 0.3]), float_dtypes)
-def test_a_new_adapter_changes_no_bit_of_any_logit(shape, seed, r, names, rslora, dropout, dtype):
+def a_new_adapter_is_invisible(case):
+    shape, seed, r, names, rslora, dropout, dtype = case
     rng = np.random.default_rng(seed)
     base = GPT(GPTConfig(**shape), rng, dtype)
     config = LoRAConfig(r, 16.0, names, dropout, rslora)
-    model = attach(base, init_adapter(base, config, rng))
+    model = attach(base, lora.init_adapter(base, config, rng))
     ids = rng.integers(0, shape["vocab_size"], (2, shape["block_size"]))
     logits, ours = outputs(base, ids), outputs(model, ids)
     assert ours.dtype == logits.dtype == dtype and np.array_equal(ours, logits)
@@ -58,13 +58,66 @@ def test_a_new_adapter_changes_no_bit_of_any_logit(shape, seed, r, names, rslora
     assert np.array_equal(generate(model, ids[:, :3], 3), generate(base, ids[:, :3], 3))
 
 
-@given(seeds, targets, st.sampled_from(POSITIONS))
-def test_at_the_start_every_A_has_a_gradient_of_exactly_zero_and_every_B_has_not(seed, names, positions):
+new_ones = st.tuples(gpt_shapes, seeds, sides, targets, st.booleans(), st.sampled_from([0.0, 0.3]), float_dtypes)
+
+
+@settings(max_examples=50)
+@given(new_ones)
+def test_a_new_adapter_changes_no_bit_of_any_logit(case):
+    a_new_adapter_is_invisible(case)
+
+
+def only_B_has_a_gradient_at_first(case):
+    seed, names, positions = case
     base = small_gpt(positions, seed)
-    adapter = new_adapter(base, targets=names, seed=seed)
+    adapter = lora.init_adapter(base, LoRAConfig(2, 4, names), np.random.default_rng(seed))
     attach(base, adapter).loss(IDS, TARGETS).backward()
     for pair in adapter.pairs.values():
         assert not pair.lora_A.grad.any() and pair.lora_B.grad.any()
+
+
+starts = st.tuples(seeds, targets, st.sampled_from(POSITIONS))
+
+
+@given(starts)
+def test_at_the_start_every_A_has_a_gradient_of_exactly_zero_and_every_B_has_not(case):
+    only_B_has_a_gradient_at_first(case)
+
+
+def with_random_B(init):
+    return lambda *arguments, **options: learned(init(*arguments, **options))
+
+
+def with_A_zero_instead_of_B(init):
+    def planted(*arguments, **options):
+        adapter = with_random_B(init)(*arguments, **options)
+        for pair in adapter.pairs.values():
+            pair.lora_A.data[:] = 0
+        return adapter
+
+    return planted
+
+
+def with_both_zero(init):
+    def planted(*arguments, **options):
+        adapter = init(*arguments, **options)
+        for pair in adapter.pairs.values():
+            pair.lora_A.data[:] = 0
+        return adapter
+
+    return planted
+
+
+@pytest.mark.parametrize("bug, cases, holds", [
+    (with_random_B, new_ones, a_new_adapter_is_invisible),
+    (with_random_B, starts, only_B_has_a_gradient_at_first),
+    (with_A_zero_instead_of_B, starts, only_B_has_a_gradient_at_first),  # it is invisible, and learns
+    (with_both_zero, starts, only_B_has_a_gradient_at_first),  # it is invisible, and never learns
+], ids=["random B, logits", "random B, gradients", "A zero, gradients", "both zero, gradients"])
+def test_each_planted_start_that_is_not_random_A_and_zero_B_is_killed(monkeypatch, bug, cases, holds):
+    monkeypatch.setattr(lora, "init_adapter", bug(init_adapter))
+    with pytest.raises(AssertionError):
+        hunt(cases, holds, examples=20)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)

@@ -493,6 +493,19 @@ def test_a_pair_that_does_not_have_the_rank_of_the_config_is_refused(A, B):
     assert all(str(part) in str(caught.value) for part in ("layers.0", A, B, "r=2"))
 
 
+def test_an_adapter_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no pair of lora_A and lora_B; use init_adapter or load_adapter"):
+        Adapter(LoRAConfig(2, 1, ["0"]), {}, None)
+
+
+def test_what_is_no_adapter_and_what_is_no_generator_is_refused_by_its_type():
+    base = tiny_mlp(6, 5)
+    with pytest.raises(TypeError, match="attach: expected an Adapter or a stack of them, got NoneType"):
+        attach(base, None)
+    with pytest.raises(TypeError, match=r"must be a numpy\.random\.Generator, got 0; write np\.random\.default_rng"):
+        attach(base, new_adapter(base), rng=0)
+
+
 def without_activation(base):
     """The same weights under other names."""
     other = TinyMLP([])

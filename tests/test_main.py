@@ -5,21 +5,23 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from minilora import load_adapter, load_model
+from minilora import demo, load_adapter, load_model
 from minilora.__main__ import array_module, main
 
 ROOT = Path(__file__).parent.parent
 
 
-def start(folder, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def start(folder, *arguments, buffered=False):
+    """The command in a process of its own, which Ctrl-C reaches even if these tests run in the background."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "" if buffered else "1"}
+    heed_ctrl_c = (lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) if os.name == "posix" else None
     return subprocess.Popen(
-        [sys.executable, "-m", "minilora", *arguments], cwd=folder, env=environment,
+        [sys.executable, "-m", "minilora", *arguments], cwd=folder, env=environment, preexec_fn=heed_ctrl_c,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -84,6 +86,64 @@ def test_a_question_that_cannot_be_asked_is_one_readable_line(quick, capsys, que
     assert told in err and err.count("\n") == 1
 
 
+def test_an_empty_question_is_refused(quick, capsys):
+    assert main(["--ask", "", "--out", str(quick[0] / "minilora-demo-quick")]) == 1
+    assert "the question is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--ask", "is md5 safe?"], ["--quick"]], ids=["asking", "the demo"])
+def test_ctrl_c_wherever_it_falls_is_one_line_and_130(arguments, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "ask", interrupted)
+    monkeypatch.setattr(demo, "run", interrupted)
+    try:
+        code = main([*arguments, "--out", str(tmp_path)])
+    except KeyboardInterrupt:
+        code = "a traceback"
+    assert code == 130
+    assert capsys.readouterr().err.strip() == "minilora: interrupted"
+
+
+def given_to_the_demo(monkeypatch, *arguments):
+    """What `demo.run` is called with: ((size, out, array module, seed), options)."""
+    calls = []
+    monkeypatch.setattr(demo, "run", lambda *given, **options: calls.append((given, options)))
+    assert main([*arguments]) == 0
+    return calls[0]
+
+
+def test_the_options_reach_the_demo_and_it_can_print_them_again(monkeypatch):
+    given = given_to_the_demo(monkeypatch, "--quick", "--seed", "7", "--out", "a b")
+    assert given == ((demo.QUICK, "a b", np, 7), {"again": "python -m minilora --quick --out 'a b'"})
+    assert given_to_the_demo(monkeypatch) == ((demo.FULL, "minilora-demo", np, 0), {"again": "python -m minilora"})
+    given = given_to_the_demo(monkeypatch, "--quick")
+    assert given == ((demo.QUICK, "minilora-demo-quick", np, 0), {"again": "python -m minilora --quick"})
+
+
+@pytest.mark.parametrize("seed", ["-1", "x", "1.5", ""])
+def test_a_seed_that_is_none_is_named_with_its_value(seed, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--quick", "--seed", seed])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "--seed" in err and repr(seed) in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a pipe as head does")
+@pytest.mark.parametrize("asking, lines, buffered", [(False, 1, True), (True, 0, True), (True, 0, False)], ids=str)
+def test_a_reader_that_goes_away_early_gets_no_traceback(quick, asking, lines, buffered):
+    arguments = ["--ask", "is md5 safe?"] if asking else ["--out", "again"]
+    process = start(quick[0], "--quick", *arguments, buffered=buffered)
+    for _ in range(lines):
+        process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    process.wait(timeout=60)
+    assert "Traceback" not in err and "Exception ignored" not in err and "BrokenPipe" not in err
+
+
 @pytest.mark.parametrize("xp", ["numpy", pytest.param("cupy", marks=pytest.mark.cupy)], indirect=True)
 def test_a_backend_is_found_by_name(xp):
     assert array_module(xp.__name__) is xp
@@ -99,13 +159,10 @@ def test_a_backend_that_is_not_there_names_the_extra(tmp_path, capsys, monkeypat
 @pytest.mark.parametrize("after, kept", [("[1/5]", "Kept: nothing"), ("[3/5]", "(the pre-trained model)")])
 def test_ctrl_c_leaves_whole_files_and_says_what_was_kept(tmp_path, after, kept):
     process = start(tmp_path, "--quick", "--out", "out")
-    for line in process.stdout:
-        if line.startswith(after):
-            break
-    time.sleep(0.2)
+    assert any(line.startswith(after) for line in process.stdout)
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
-    assert code == 130
+    assert code == 130 and "Traceback" not in err
     assert "interrupted in step" in err and kept in err
     assert not list(tmp_path.rglob("*.tmp"))
     if kept != "Kept: nothing":

@@ -160,6 +160,21 @@ def test_hyper_parameters_out_of_range_are_refused_by_name_and_value(options):
     assert f"{name}={value}" in str(caught.value)
 
 
+@pytest.mark.parametrize("lr", [math.nan, math.inf, -1.0])
+def test_a_rate_of_a_step_that_is_no_rate_is_refused_before_anything_moves(lr):
+    p = Tensor(np.ones(2), requires_grad=True)
+    adam = Adam([p])
+    p.grad = np.ones(2)
+    with pytest.raises(ValueError, match=f"learning rate must be finite.*got {lr}"):
+        adam.step(lr=lr)
+    assert adam.steps == 0 and np.array_equal(p.data, [1, 1]) and not adam.m[0].any()
+
+
+def test_what_is_no_tensor_is_refused_with_what_to_pass():
+    with pytest.raises(TypeError, match=r"expected Tensors, got ndarray; pass model\.parameters\(\)"):
+        Adam([Tensor(np.ones(1), requires_grad=True), np.ones(2)])
+
+
 @pytest.mark.parametrize("params", [[], [Tensor(np.ones(1))]], ids=["none", "frozen"])
 def test_an_optimizer_with_nothing_to_train_is_refused(params):
     with pytest.raises(ValueError, match=r"none of these tensors is trainable; pass adapter.parameters\(\)"):

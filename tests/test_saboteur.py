@@ -121,8 +121,8 @@ def test_the_saboteur_has_done_its_work():
         ("scaled", "caught"): 98,
         ("dropped", "caught"): 98,
         ("negated", "caught"): 98,
-        ("rolled", "caught"): 92,
-        ("rolled", "unchanged"): 6,  # the constant gradients of sums and means, and one of a single number
+        ("rolled", "caught"): 91,
+        ("rolled", "unchanged"): 7,  # the constant gradients of sums and means, and those of a single number
         ("transposed", "caught"): 66,
         ("transposed", "unchanged"): 32,  # vectors, matrices that are not square, and the same constants
     }

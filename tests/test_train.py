@@ -1,7 +1,10 @@
 """The training loop and what is measured after it."""
 
+import gc
+import math
 import re
 import tracemalloc
+import weakref
 from functools import partial
 
 import numpy as np
@@ -18,6 +21,15 @@ TINY = GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=96, block_size=32, p
 @pytest.fixture
 def model():
     return GPT(TINY, np.random.default_rng(0))
+
+
+@pytest.fixture
+def no_garbage_collector():
+    """Within the test, memory is freed by the last reference going away and by nothing else."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def batches_of(text, n=4, length=8):
@@ -61,6 +73,44 @@ def test_batches_that_run_out_early_are_named(model):
     few = [next(batches_of("abcabcabcabcabc"))] * 2
     with pytest.raises(ValueError, match="ended after 2 of 3"):
         train(model, Adam(model.parameters()), few, 3, quiet=True)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_training_for_no_steps_is_refused(model, steps):
+    with pytest.raises(ValueError, match=f"steps must be at least 1, got {steps}"):
+        train(model, Adam(model.parameters()), batches_of("abcabcabcabcabc"), steps, quiet=True)
+
+
+def norms_at_each_step(model, max_norm):
+    """The norm of the gradient that the optimizer finds at three steps, in which no parameter moves."""
+    adam, norms = Adam(model.parameters()), []
+    adam.step = lambda lr: norms.append(math.sqrt(sum(float((p.grad**2).sum()) for p in adam.params)))
+    train(model, adam, batches_of("abcabcabcabcabc"), 3, max_norm=max_norm, quiet=True)
+    return norms
+
+
+def test_each_step_sees_the_gradient_of_its_own_batch_alone(model):
+    first, second, third = norms_at_each_step(model, math.inf)
+    assert first == second == third > 0.1
+
+
+def test_gradients_are_clipped_before_the_step(model):
+    assert norms_at_each_step(model, 0.05) == pytest.approx([0.05] * 3, rel=1e-5)
+
+
+def test_no_graph_lives_on_into_the_next_step(model, no_garbage_collector):
+    """Two graphs at once would double the memory that training takes."""
+    graphs, alive, real = [], [], model.loss
+
+    def loss(ids, targets):
+        alive.append(sum(graph() is not None for graph in graphs))
+        made = real(ids, targets)
+        graphs.append(weakref.ref(made.node))
+        return made
+
+    model.loss = loss
+    train(model, Adam(model.parameters()), batches_of("abcabcabcabcabc"), 3, quiet=True)
+    assert alive == [0, 0, 0] and len(graphs) == 3
 
 
 def test_an_empty_batch_is_refused(model):
