@@ -76,9 +76,8 @@ def run(size, out, xp, seed, say=print, again="python -m minilora"):
         doing = "step 2 of 5, asking it questions"
         before = scores(base)
         asked, told = questions.UNSEEN[1]
-        say(f"[2/5] Asking it security questions, in words that training will not use: {asked.splitlines()[0]}")
-        say(f"      A: {answer(base, asked).strip() or '(blanks)'}   (wrong: {told.strip()}). "
-            f"Right: {sum(before['unseen'])} of {len(questions.UNSEEN)}")
+        say(f"[2/5] Asking it {len(questions.UNSEEN)} security questions: {sum(before['unseen'])} right")
+        say(f"      {asked.splitlines()[0]}   A: {answer(base, asked)}   (wrong: {told.strip()})")
 
         doing = "step 3 of 5, attaching LoRA"
         probe = data.encode(corpus.heldout[: 4 * 64]).reshape(4, 64)
@@ -151,7 +150,8 @@ def sample(model, prompt, n=60):
 def answer(model, prompt):
     """What the model says after `prompt`, up to the end of the line."""
     ids = data.encode(prompt)[None]
-    return data.decode(generate(model, ids, LONGEST_ANSWER, stop=NEWLINE)[0, ids.shape[1] :]).split("\n")[0]
+    said = data.decode(generate(model, ids, LONGEST_ANSWER, stop=NEWLINE)[0, ids.shape[1] :]).split("\n")[0]
+    return said if said.strip() else "(blanks)"
 
 
 def scores(model):
@@ -172,7 +172,7 @@ def cost_table(base, adapted, rng, say):
         "LoRA on q, v": attach(base, init_adapter(base, attention_only, rng)),
         "LoRA on every linear": adapted,
     }
-    say(f"      kB held to train on {len(ids)} rows   weights   gradients   Adam   activations   together")
+    say(f"      {f'kB held, {len(ids)} questions':<26}   weights   gradients   Adam   activations   together")
     for name, model in models.items():
         weights, trained = parameter_report(model).total_bytes, parameter_report(model).trainable_bytes
         activations = activation_bytes(model.loss(ids, targets), model)
