@@ -560,6 +560,7 @@ def test_merging_what_carries_no_adapter_is_refused(model):
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_merge_that_would_not_be_finite_is_refused_and_the_base_is_as_before(broken):
     base = tiny_mlp(6, 5, 4)
     before, adapter = contents(base), learned(new_adapter(base))

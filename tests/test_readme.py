@@ -27,8 +27,9 @@ def test_the_layer_it_shows_is_the_layer():
     assert ast.unparse(ast.parse(shown)) == ast.unparse(layer)
 
 
-def test_the_run_it_shows_is_the_run_that_is_kept():
-    kept = (ROOT / "examples" / "results" / "demo.txt").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["demo.txt", "swap.txt"])
+def test_the_runs_it_shows_are_the_runs_that_are_kept(name):
+    kept = (ROOT / "examples" / "results" / name).read_text(encoding="utf-8")
     assert ("", kept) in BLOCKS
 
 
