@@ -1,5 +1,6 @@
 """How the tests run: hypothesis's settings, and the array modules that every backend test is given."""
 
+import gc
 import importlib
 import os
 
@@ -35,3 +36,12 @@ def xp(request):
 def device_xp(request):
     """Each array module whose arrays are not NumPy's."""
     return strict_array if request.param == "strict_array" else cupy_or_skip()
+
+
+@pytest.fixture
+def no_garbage_collector():
+    """Within the test, memory is freed by the last reference going away and by nothing else."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -1,6 +1,5 @@
 """LoRA on a whole GPT: attached, trained, merged, stacked and taken off again. Needs both rooms."""
 
-import gc
 
 import numpy as np
 import pytest
@@ -184,15 +183,6 @@ def test_each_row_of_a_stack_is_what_its_adapter_gives_alone():
     text = generate(model, IDS[:, :2], 4)
     assert np.array_equal(text[:1], generate(attach(base, one), IDS[:1, :2], 4))
     assert np.array_equal(text[1:2], generate(base, IDS[1:2, :2], 4))
-
-
-@pytest.fixture
-def no_garbage_collector():
-    """Within the test, memory is freed by the last reference going away and by nothing else."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 LINEARS = ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.up_proj", "mlp.down_proj"]

@@ -1,6 +1,5 @@
 """LoRA on plain Linear layers: what is exact, what is bounded, what is shared and what is refused. Knows no GPT."""
 
-import gc
 import math
 import subprocess
 import sys
@@ -328,15 +327,6 @@ def test_a_merged_model_stays_as_it_is_when_the_adapter_learns_on():
     before = outputs(plain)
     trained_one_step(model)
     assert np.array_equal(outputs(plain), before)
-
-
-@pytest.fixture
-def no_garbage_collector():
-    """Within the test, memory is freed by the last reference going away and by nothing else."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def test_the_input_of_a_frozen_linear_is_freed_and_of_an_adapted_one_kept(monkeypatch, no_garbage_collector):

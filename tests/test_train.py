@@ -1,6 +1,5 @@
 """The training loop and what is measured after it."""
 
-import gc
 import math
 import re
 import tracemalloc
@@ -21,15 +20,6 @@ TINY = GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=96, block_size=32, p
 @pytest.fixture
 def model():
     return GPT(TINY, np.random.default_rng(0))
-
-
-@pytest.fixture
-def no_garbage_collector():
-    """Within the test, memory is freed by the last reference going away and by nothing else."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def batches_of(text, n=4, length=8):
