@@ -5,12 +5,12 @@ those before it.
 """
 
 from .compose import stack
+from .count import parameter_report
 from .files import load_adapter, load_model, save_adapter, save_model
 from .gpt import GPT, GPTConfig, generate
 from .gradcheck import GradientError, check_vjp, gradcheck
 from .graph import no_grad
 from .lora import Adapter, LoRAConfig, attach, init_adapter, merge
-from .nn import parameter_report
 from .optim import Adam
 from .tensor import Tensor
 

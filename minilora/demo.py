@@ -15,13 +15,13 @@ import numpy as np
 
 from . import data, questions
 from .backend import to_numpy
+from .count import activation_bytes, parameter_report
 from .files import load_adapter, load_model, save_adapter, save_model
 from .gpt import GPT, GPTConfig, generate
 from .graph import no_grad
 from .lora import LoRAConfig, attach, init_adapter, merge
-from .nn import parameter_report
 from .optim import Adam, warmup_cosine
-from .train import activation_bytes, exact_match, heldout_loss, train
+from .train import exact_match, heldout_loss, train
 
 BASE, ADAPTER = "base", "security"  # the folders that are kept
 NEWLINE = 0  # ends an answer

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import math
-from collections import namedtuple
 
 import numpy as np
 
@@ -114,30 +113,6 @@ def _rebuilt(name, value, replace):
 def _digest(array):
     values = to_numpy(array).astype("<f4")
     return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()[:16]
-
-
-class ParameterReport(namedtuple("ParameterReport", "trainable total trainable_bytes total_bytes")):
-    """Counts of numbers and of bytes, summed over the arrays of a model."""
-
-    def __str__(self):
-        share = 100 * self.trainable / self.total
-        return f"{self.trainable:,} of {self.total:,} parameters are trainable ({share:.2f} %)"
-
-
-def parameter_report(model):
-    """How much of `model` (or of an adapter) is trained, counted from its arrays.
-
-    Shapes: none; the result holds two counts of numbers and two of bytes. Raises: ValueError if there are none.
-    Source: PEFT's `print_trainable_parameters`.
-    """
-    tensors = model.parameters()
-    if not tensors:
-        raise ValueError(f"parameter_report: {type(model).__name__} holds no tensors")
-    trained = [t for t in tensors if t.requires_grad]
-    return ParameterReport(
-        sum(t.size for t in trained), sum(t.size for t in tensors),
-        sum(t.data.nbytes for t in trained), sum(t.data.nbytes for t in tensors),
-    )
 
 
 def uniform(rng, bound, shape, like):

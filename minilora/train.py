@@ -72,38 +72,5 @@ def exact_match(model, pairs, batch=64):
     return right.tolist()
 
 
-def activation_bytes(loss, model):
-    """Bytes of the arrays that the graph of `loss` keeps alive for backward, the model's own tensors left out.
-
-    Counted by walking the graph: an array is held if some VJP closes over it, directly, in a tuple, or through a
-    function.
-    """
-    own = {id(_owner(p.data)) for p in model.parameters()}
-    held, nodes, unseen = {}, {loss.node}, [loss.node]
-    while unseen:
-        for sources, vjp in unseen.pop().edges:
-            held |= {id(a): a for a in map(_owner, _closed_over(vjp)) if id(a) not in own}
-            unseen += [n for n in sources if n is not None and n not in nodes]
-            nodes.update(unseen)
-    return sum(a.nbytes for a in held.values())
-
-
-def _closed_over(function):
-    """Every array a function can reach through its closure, also through functions and tuples in it."""
-    for cell in function.__closure__ or ():
-        for value in cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,):
-            if hasattr(value, "nbytes"):
-                yield value
-            elif hasattr(value, "__closure__"):
-                yield from _closed_over(value)
-
-
-def _owner(array):
-    """The array that owns the memory of a view."""
-    while getattr(array, "base", None) is not None:
-        array = array.base
-    return array
-
-
 def _slices(n, *arrays):
     return ([a[start : start + n] for a in arrays] for start in range(0, len(arrays[0]), n))

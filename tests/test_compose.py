@@ -9,9 +9,9 @@ from strategies import agree, contents, hunt, lattice_stacks, learned, tiny_mlp
 from minilora import compose
 from minilora.backend import to_device
 from minilora.compose import stack
+from minilora.count import parameter_report
 from minilora.graph import no_grad
 from minilora.lora import LoRAConfig, attach, init_adapter, merge
-from minilora.nn import parameter_report
 from minilora.optim import Adam
 from minilora.tensor import Tensor
 

@@ -9,8 +9,8 @@ import pytest
 from strategies import learned
 
 from minilora import data, demo, lora, questions
+from minilora.count import ParameterReport
 from minilora.files import load_adapter, load_model
-from minilora.nn import ParameterReport
 from minilora.tensor import Tensor
 from minilora.train import train
 

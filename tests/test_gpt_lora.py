@@ -9,11 +9,11 @@ from strategies import Watch, agree, contents, float_dtypes, gpt_shapes, hunt, l
 
 from minilora import lora
 from minilora.compose import stack
+from minilora.count import parameter_report
 from minilora.gpt import GPT, GPTConfig, generate
 from minilora.gradcheck import gradcheck
 from minilora.graph import no_grad
 from minilora.lora import LoRAConfig, attach, init_adapter, merge
-from minilora.nn import parameter_report
 from minilora.optim import Adam
 
 IDS = np.array([[1, 2, 3, 4], [4, 0, 6, 6], [5, 5, 2, 1]])

@@ -26,9 +26,10 @@ from strategies import (
 
 from minilora import functional as F
 from minilora.backend import to_device
+from minilora.count import parameter_report
 from minilora.graph import no_grad
 from minilora.lora import Adapter, LoRAConfig, LoRALinear, LoRAPair, attach, init_adapter, merge
-from minilora.nn import Linear, parameter_report
+from minilora.nn import Linear
 from minilora.optim import Adam
 from minilora.tensor import Tensor
 
