@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from . import functional as F
-from .backend import get_array_module
+from .backend import get_array_module, to_device
 from .lora import Adapter, LoRALinear
 from .nn import Module
 from .tensor import record
@@ -54,12 +53,10 @@ class StackedLoRALinear(LoRALinear):
     def __call__(self, x):
         if x.ndim != 3 or x.shape[0] != len(self.pairs):
             raise ValueError(f"this model stacks {len(self.pairs)} adapters, one per batch row; got input {x.shape}")
-        xp = get_array_module(x.data)
-        A = stack_rows([p and p.lora_A for p in self.pairs])
-        B = stack_rows([p and p.lora_B for p in self.pairs])
-        scaling = xp.asarray(self.scaling.astype(x.dtype))
-        thin = F.linear(F.dropout(x, self.dropout, self.rng), A) * scaling  # (B, T, r)
-        return F.linear(x, self.weight, self.bias) + F.linear(thin, B)
+        A = stack_rows([p and p.lora_A for p in self.pairs])  # (B, r, in)
+        B = stack_rows([p and p.lora_B for p in self.pairs])  # (B, out, r)
+        scaling = to_device(self.scaling.astype(x.dtype), get_array_module(x.data))  # (B, 1, 1)
+        return LoRALinear(self, A, B, scaling, self.dropout, self.rng)(x)
 
     def merged(self):
         """Refused: there is one weight, and a different update for each row."""

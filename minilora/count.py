@@ -2,6 +2,8 @@
 
 from collections import namedtuple
 
+from .graph import count_consumers
+
 
 class ParameterReport(namedtuple("ParameterReport", "trainable total trainable_bytes total_bytes")):
     """Counts of numbers and of bytes, summed over the arrays of a model."""
@@ -34,12 +36,8 @@ def activation_bytes(loss, model):
     function.
     """
     own = {id(_owner(p.data)) for p in model.parameters()}
-    held, nodes, unseen = {}, {loss.node}, [loss.node]
-    while unseen:
-        for sources, vjp in unseen.pop().edges:
-            held |= {id(a): a for a in map(_owner, _closed_over(vjp)) if id(a) not in own}
-            unseen += [n for n in sources if n is not None and n not in nodes]
-            nodes.update(unseen)
+    vjps = (vjp for node in count_consumers(loss.node) for _, vjp in node.edges)
+    held = {id(a): a for vjp in vjps for a in map(_owner, _closed_over(vjp)) if id(a) not in own}
     return sum(a.nbytes for a in held.values())
 
 

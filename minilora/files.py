@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from .backend import get_array_module, to_device, to_numpy
 from .gpt import GPT, GPTConfig
-from .lora import Adapter, LoRAConfig, LoRAPair, check_fits, find_targets
+from .lora import Adapter, LoRAConfig, LoRALinear, LoRAPair, check_fits, find_targets
 from .tensor import Tensor
 
 MODEL_TYPE = "minilora-gpt"
@@ -31,9 +31,9 @@ def save_model(model, folder):
     Raises: ValueError for a model that carries an adapter: save the adapter and the base, or merge(model).
     Source: https://github.com/huggingface/safetensors.
     """
-    adapted = [name for name, _ in model.named_parameters() if "lora_" in name]
+    adapted = [name for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoRAPair))]
     if adapted:
-        raise ValueError(f"save_model: {adapted[0]} is an adapter's; save merge(model), or base and adapter apart")
+        raise ValueError(f"save_model: {adapted[0]} has lora_A and lora_B; save merge(model), or both apart")
     config = {"model_type": MODEL_TYPE, **asdict(model.config)}
     _save_folder(folder, "model.safetensors", dict(model.named_parameters()), "config.json", config, {})
 

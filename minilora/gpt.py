@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import functional as F
-from .backend import get_array_module, to_numpy
+from .backend import get_array_module, to_device, to_numpy
 from .graph import is_recording, no_grad
 from .nn import Embedding, LayerNorm, Linear, Module, check_rng, normal
 from .tensor import Tensor
@@ -121,7 +121,11 @@ class GPT(Module):
         self.ln_f = _layer_norm(config, dtype)
 
     def __call__(self, ids, cache=None):
-        return F.linear(self.hidden(ids, cache), self.wte.weight)
+        return self.head(self.hidden(ids, cache))
+
+    def head(self, hidden):
+        """Logits of hidden states: (..., C) -> (..., V), through the embedding table."""
+        return F.linear(hidden, self.wte.weight)
 
     def hidden(self, ids, cache=None):
         """What the head reads, (B, T) -> (B, T, C). `cache`: one KeyValueCache per block, whose positions go on."""
@@ -154,8 +158,7 @@ class GPT(Module):
         D = self.config.n_embd // self.config.n_head
         angles = positions[:, None] * self.config.rope_theta ** (-np.arange(0, D, 2) / D)
         table = self.wte.weight.data
-        move = get_array_module(table).asarray
-        return move(np.cos(angles).astype(table.dtype)), move(np.sin(angles).astype(table.dtype))
+        return tuple(to_device(f(angles).astype(table.dtype), get_array_module(table)) for f in (np.cos, np.sin))
 
 
 class KeyValueCache:
@@ -200,7 +203,7 @@ def generate(model, ids, max_new_tokens, *, temperature=0.0, top_k=None, stop=No
     with no_grad():
         for _ in range(max_new_tokens):
             last = model.hidden(unread, cache)[:, -1]
-            logits = to_numpy(F.linear(last, model.wte.weight).data).astype(np.float64)
+            logits = to_numpy(model.head(last).data).astype(np.float64)
             token = _choose(logits, temperature, top_k, rng)
             if stop is not None:
                 token[stopped] = stop

@@ -48,6 +48,21 @@ class Node:
         self.shape, self.edges, self.grad = shape, edges, None
 
 
+def count_consumers(root):
+    """{node: how many inputs of others it is} for `root` and every node below it, each visited once."""
+    consumers, unseen = {root: 0}, [root]
+    while unseen:
+        for nodes, _ in unseen.pop().edges:
+            for node in nodes:
+                if node is None:
+                    continue
+                if node not in consumers:
+                    consumers[node] = 0
+                    unseen.append(node)
+                consumers[node] += 1
+    return consumers
+
+
 def backpropagate(root, dy):
     """Carry the gradient `dy` of `root` down to every leaf below it, and add it to the leaf's `grad`.
 
@@ -55,14 +70,7 @@ def backpropagate(root, dy):
     first and each node is visited once. Recursing along every path instead would double the work at
     every residual connection: 2^n visits for n of them.
     """
-    consumers, unseen = {root: 0}, [root]
-    while unseen:
-        for nodes, _ in unseen.pop().edges:
-            for node in nodes:
-                if node is not None and node not in consumers:
-                    unseen.append(node)
-                consumers[node] = consumers.get(node, 0) + 1
-
+    consumers = count_consumers(root)
     gradients, complete = {root: dy}, [root]
     while complete:
         node = complete.pop()

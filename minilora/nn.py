@@ -69,9 +69,8 @@ class Module:
 
     def map_tensors(self, f):
         """A copy in which each Tensor t is f(t); a Tensor that is shared stays shared."""
-        done = {}
-        replace = lambda _, t: done.setdefault(id(t), f(t)) if isinstance(t, Tensor) else None
-        return self.rebuild(replace)
+        done = {id(t): f(t) for t in self.parameters()}
+        return self.rebuild(lambda _, t: done[id(t)] if isinstance(t, Tensor) else None)
 
     def fingerprint(self):
         """{name: 16 hex digits of the SHA-256 of shape and values} for every tensor: which base is this?

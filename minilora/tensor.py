@@ -118,11 +118,11 @@ class Tensor:
             raise ValueError("nothing to differentiate: no input requires a gradient, or no_grad() was active")
         if dy is None and self.size != 1:
             raise ValueError(f"backward() needs one number, got shape {self.shape}; use .sum(), or pass dy")
-        dy = xp.ones_like(self.data) if dy is None else Tensor(dy).data
-        check_same("backward(dy)", self, Tensor(dy))
+        dy = Tensor(xp.ones_like(self.data) if dy is None else dy)
+        check_same("backward(dy)", self, dy)
         if dy.shape != self.shape:
             raise ValueError(f"backward(dy) got dy of shape {dy.shape} for a tensor of shape {self.shape}")
-        backpropagate(self.node, dy)
+        backpropagate(self.node, dy.data)
 
     def _operand(self, op, other):
         """`other` as an operand of `self`: a Tensor, an array (then a constant) or a Python number."""

@@ -31,7 +31,7 @@ def train(model, optimizer, batches, steps, *, schedule=None, max_norm=1.0, labe
                 raise ValueError(f"train: the batches ended after {step} of {steps} steps") from None
             optimizer.zero_grad()
             loss = model.loss(ids, targets)
-            losses.append(loss.item())  # the one wait for the device in a step; without it nan would go unseen
+            losses.append(loss.item())  # waits for the device, as the norm below does: nan must be seen now
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"train: the loss is {losses[-1]} at step {step}; lower the learning rate")
             loss.backward()

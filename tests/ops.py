@@ -195,3 +195,10 @@ OPS = [
     Op("stack_rows", lambda a, b: stack_rows([a, None, b]), stack_formula, lambda n, m, k: [(n, m), (k, m + 1)], 2,
        (), (3, 3, 4)),
 ]  # fmt: skip
+
+
+def refuses(call, exception, shown):
+    """`call()` raises `exception`, and its message holds every part of `shown`."""
+    with pytest.raises(exception) as error:
+        call()
+    assert [part for part in shown if part not in str(error.value)] == []

@@ -697,10 +697,10 @@ def test_an_adapter_that_is_not_finite_is_not_saved_and_the_old_one_stays(value,
     assert not (tmp_path / "new").exists()
 
 
-def test_a_model_that_carries_an_adapter_is_not_saved_as_plain(tmp_path):
+def test_a_model_that_carries_an_adapter_is_not_saved_as_plain_nor_is_an_adapter(tmp_path):
     base = gpt()
     adapter = trained_adapter(base)
-    for model in (attach(base, adapter), attach(base, stack([adapter, None]))):
+    for model in (attach(base, adapter), attach(base, stack([adapter, None])), adapter):
         with pytest.raises(ValueError, match=r"lora_A.*merge\(model\)"):
             save_model(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops import like
+from ops import like, refuses
 from strategies import arrays, broadcastable_shapes, integer_arrays, matmul_shapes, rngs, shapes
 
 from minilora import Tensor, gradcheck
@@ -283,10 +283,7 @@ REFUSED |= {f"{sign}, dtypes": (lambda f=f: f(T(2), np.ones(2, np.float32)), Typ
 
 @pytest.mark.parametrize("wrong", REFUSED)
 def test_bad_input_is_refused_with_both_sides_shown(wrong):
-    call, exception, shown = REFUSED[wrong]
-    with pytest.raises(exception) as error:
-        call()
-    assert [part for part in shown if part not in str(error.value)] == []
+    refuses(*REFUSED[wrong])
 
 
 @pytest.mark.parametrize("dy", [2.0, 2], ids=repr)
