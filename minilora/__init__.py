@@ -1,17 +1,20 @@
 """LoRA from scratch in NumPy/CuPy: an autograd engine, a GPT, the adapters, and a gradient checker, all to be read.
 
-Reading order: backend, graph, tensor, functional, gradcheck, nn, optim, gpt, lora. Each file imports only from
+Reading order: backend, graph, tensor, functional, gradcheck, nn, optim, gpt, targets, lora. Each file imports only from
 those before it.
 """
 
 from .compose import stack
 from .count import parameter_report
-from .files import load_adapter, load_model, save_adapter, save_model
+from .export import rounding_report, save_merged
 from .gpt import GPT, GPTConfig, generate
+from .gpt2 import load_gpt2, load_model, save_gpt2, save_model
 from .gradcheck import GradientError, check_vjp, gradcheck
 from .graph import no_grad
-from .lora import Adapter, LoRAConfig, attach, init_adapter, merge
+from .lora import Adapter, attach, init_adapter, merge
 from .optim import Adam
+from .peft import init_peft_adapter, load_adapter, save_adapter
+from .targets import LoRAConfig
 from .tensor import Tensor
 
 __version__ = "0.1.0"
@@ -29,12 +32,17 @@ __all__ = [
     "generate",
     "gradcheck",
     "init_adapter",
+    "init_peft_adapter",
     "load_adapter",
+    "load_gpt2",
     "load_model",
     "merge",
     "no_grad",
     "parameter_report",
+    "rounding_report",
     "save_adapter",
+    "save_gpt2",
+    "save_merged",
     "save_model",
     "stack",
 ]

@@ -46,8 +46,9 @@ class StackedLoRALinear(LoRALinear):
 
     def __init__(self, linear, rows, name, rng):
         column = lambda values: np.array(values, np.float64).reshape(-1, 1, 1)
+        scaling = column([0 if a is None else a.config.scaling(name) for a in rows])
         dropout = column([0 if a is None else a.config.dropout for a in rows])
-        super().__init__(linear, None, None, column([0 if a is None else a.config.scaling for a in rows]), dropout, rng)
+        super().__init__(linear, None, None, scaling, dropout, rng)
         self.pairs = [None if a is None else a.pairs[name] for a in rows]
 
     def __call__(self, x):

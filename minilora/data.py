@@ -1,4 +1,4 @@
-"""Text and batches: Python's own documentation as a corpus, 96 characters as a vocabulary. Knows no model.
+"""A corpus from Python's own documentation, 96 characters as a vocabulary, and batches of any tokens. Knows no model.
 
 Every CPython carries its language reference as `pydoc_data.topics`. It is read by import at run time and nothing of
 it is redistributed, so the text, and every loss measured on it, differs a little between Python versions.
@@ -34,6 +34,11 @@ def encode(text):
 def decode(ids):
     """Int array -> text."""
     return "".join(ALPHABET[i] for i in np.asarray(ids).reshape(-1))
+
+
+def encode_pairs(pairs):
+    """[(prompt, answer)] as texts -> the same as int arrays, which is what `pack` takes. Raises: as `encode`."""
+    return [(encode(prompt), encode(answer)) for prompt, answer in pairs]
 
 
 def load_corpus():
@@ -96,25 +101,39 @@ def windows(ids, batch, length, rng):
         yield stretch[:, :-1], stretch[:, 1:]
 
 
-def pack(pairs):
-    """(inputs, targets), both (len(pairs), T), from (prompt, answer) texts: the loss is on the answers alone.
+def stretches(ids, length, batch):
+    """(inputs, targets), both (at most batch, length), once through `ids` in stretches that share no target.
 
-    Rows are filled up on the right with newlines that carry no loss and, being later, are seen by no answer.
+    What is left at the end and fills no stretch is not used.
+    Raises: ValueError if the text is shorter than one stretch.
+    """
+    n = (len(ids) - 1) // length
+    if n < 1:
+        raise ValueError(f"stretches: a text of {len(ids)} tokens is shorter than one stretch of {length} + 1")
+    inputs, targets = ids[: n * length].reshape(n, length), ids[1 : n * length + 1].reshape(n, length)
+    for start in range(0, n, batch):
+        yield inputs[start : start + batch], targets[start : start + batch]
+
+
+def pack(pairs):
+    """(inputs, targets), both (len(pairs), T), from (prompt ids, answer ids): the loss is on the answers alone.
+
+    Rows are filled up on the right with token 0, which carries no loss there and, being later, is seen by no answer.
     Raises: ValueError for an empty list, an empty prompt or an empty answer.
     """
-    if not pairs or not all(prompt and answer for prompt, answer in pairs):
+    if not pairs or not all(len(prompt) and len(answer) for prompt, answer in pairs):
         raise ValueError(f"pack: no (prompt, answer) pairs, or an empty side among them: {pairs!r:.200}")
     longest = max(len(prompt) + len(answer) for prompt, answer in pairs) - 1
     inputs, targets = np.zeros((len(pairs), longest), np.int64), np.full((len(pairs), longest), IGNORE)
     for row, (prompt, answer) in enumerate(pairs):
-        ids = encode(prompt + answer)
+        ids = np.concatenate([prompt, answer])
         inputs[row, : len(ids) - 1] = ids[:-1]
         targets[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
     return inputs, targets
 
 
 def question_batches(pairs, batch, rng):
-    """Endless `pack`ed batches of (prompt, answer) pairs, in a new random order on each pass.
+    """Endless `pack`ed batches of (prompt ids, answer ids), in a new random order on each pass.
 
     Raises: ValueError if there are fewer pairs than one batch takes.
     """

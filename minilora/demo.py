@@ -16,12 +16,14 @@ import numpy as np
 from . import data, questions
 from .backend import to_numpy
 from .count import activation_bytes, parameter_report
-from .files import load_adapter, load_model, save_adapter, save_model
 from .gpt import GPT, GPTConfig, generate
+from .gpt2 import load_model, save_model
 from .graph import no_grad
-from .lora import LoRAConfig, attach, init_adapter, merge
+from .lora import attach, init_adapter, merge
 from .optim import Adam, warmup_cosine
-from .train import exact_match, heldout_loss, train
+from .peft import load_adapter, save_adapter
+from .targets import LoRAConfig
+from .train import Interrupted, exact_match, heldout_loss, train
 
 BASE, ADAPTER = "base", "security"  # the folders that are kept
 NEWLINE = 0  # ends an answer
@@ -43,10 +45,6 @@ def _gpt(n_layer, n_embd):
 
 FULL = Size(_gpt(3, 96), base_steps=600, lora_steps=650)
 QUICK = Size(_gpt(2, 32), base_steps=60, lora_steps=40)
-
-
-class Interrupted(Exception):
-    """Ctrl-C: the message says where it fell and what was kept."""
 
 
 def run(size, out, xp, seed, say=print, again="python -m minilora"):
@@ -93,7 +91,7 @@ def run(size, out, xp, seed, say=print, again="python -m minilora"):
 
         doing = "step 4 of 5, training A and B"
         started = time.perf_counter()
-        batches = data.question_batches(questions.TRAINED, 16, rng)
+        batches = data.question_batches(data.encode_pairs(questions.TRAINED), 16, rng)
         teach(adapted, adapter, batches, size.lora_steps, 1e-2, label="[4/5] training A and B")
         say(f"[4/5] Trained A and B only, {size.lora_steps} steps in {time.perf_counter() - started:.0f} s")
         save_adapter(adapter, out / ADAPTER, base_model=str(out / BASE))
@@ -116,14 +114,14 @@ def pretrain(size, corpus, xp, rng, say):
     """Step 1: a GPT from random weights to technical English."""
     base = GPT(size.model, rng).to_device(xp)
     text, heldout = data.encode(corpus.train), data.encode(corpus.heldout)
-    first = heldout_loss(base, heldout, size.model.block_size)
+    first = heldout_loss(base, data.stretches(heldout, size.model.block_size, 32))
     say(f"[1/5] Pre-training a {parameter_report(base).total:,}-parameter GPT on {len(text):,} characters of Python's "
         f"own documentation")
     started, steps = time.perf_counter(), size.base_steps
     adam = Adam(base.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     train(base, adam, data.windows(text, 8, 128, rng), steps,
           schedule=lambda step: warmup_cosine(step, steps, peak=4e-3, warmup=20), label="[1/5] pre-training")
-    loss = heldout_loss(base, heldout, size.model.block_size)
+    loss = heldout_loss(base, data.stretches(heldout, size.model.block_size, 32))
     say(f"      {steps} steps in {time.perf_counter() - started:.0f} s, held-out loss {first:.2f} -> {loss:.2f} "
         f"nats per character. It writes:\n      {sample(base, 'The ')!r}")
     return base
@@ -156,16 +154,13 @@ def answer(model, prompt):
 
 def scores(model):
     """{row: list of bool} of exact answers on the three question sets."""
-    return {
-        "trained": exact_match(model, questions.TRAINED),
-        "unseen": exact_match(model, questions.UNSEEN),
-        "never": exact_match(model, questions.NEVER_TOLD),
-    }
+    sets = {"trained": questions.TRAINED, "unseen": questions.UNSEEN, "never": questions.NEVER_TOLD}
+    return {name: exact_match(model, data.encode_pairs(pairs)) for name, pairs in sets.items()}
 
 
 def cost_table(base, adapted, rng, say):
     """What one training step holds in memory: full fine-tuning against LoRA on q, v and on every linear."""
-    ids, targets = data.pack(questions.TRAINED[::23])
+    ids, targets = data.pack(data.encode_pairs(questions.TRAINED[::23]))
     attention_only = LoRAConfig(r=8, alpha=16, target_modules=["q_proj", "v_proj"])
     models = {
         "full fine-tuning": base.trainable_copy(),
@@ -204,7 +199,8 @@ def merge_lines(base, adapted, probe, reference, say):
     merged = merge(adapted)
     with_adapter = logits(adapted, probe)
     error = np.abs(logits(merged, probe) - with_adapter).max()
-    same = exact_match(merged, questions.UNSEEN) == exact_match(adapted, questions.UNSEEN)
+    unseen = data.encode_pairs(questions.UNSEEN)
+    same = exact_match(merged, unseen) == exact_match(adapted, unseen)
     times = {name: [] for name in ("base", "attached", "merged")}
     for _ in range(15):
         for name, model in zip(times, (base, adapted, merged), strict=True):
@@ -234,8 +230,8 @@ def ask(question, out, xp, say=print):
         raise ValueError("the question is empty; ask, say, 'which port does ssh use?'")
     if not (out / ADAPTER / "adapter_model.safetensors").exists():
         raise FileNotFoundError(f"nothing to ask in {out}: run the demo first, to its end")
-    base = load_model(out / BASE).to_device(xp)
-    adapter = load_adapter(out / ADAPTER, base)
+    base = load_model(out / BASE, xp)
+    adapter = load_adapter(out / ADAPTER, base, say=lambda receipt: None)
     prompt, room = f"Q: {question}\nA: ", base.config.block_size - LONGEST_ANSWER
     if len(prompt) > room:
         most = room - len(prompt) + len(question)

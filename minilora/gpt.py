@@ -3,6 +3,7 @@
 Shapes: B batch, T time (positions), S positions in the key/value cache, C channels (n_embd), H heads, V vocabulary.
 """
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,8 @@ class GPTConfig:
 
     Shapes: n_layer blocks of n_head heads over n_embd channels, vocab_size tokens, at most block_size positions;
     the MLP is n_inner wide (default 4 · n_embd). positions: "learned" vectors as in GPT-2, or "rope", rotary
-    angles position · rope_theta^(-2i/D), with which a small model learns far sooner.
+    angles position · rope_theta^(-2i/D), with which a small model learns far sooner. tie_word_embeddings: the head is
+    the embedding table itself.
     Raises: ValueError that names the field and its value.
     Source: Radford et al. 2019 (GPT-2); Su et al. 2021 (RoPE).
     """
@@ -34,6 +36,7 @@ class GPTConfig:
     rope_theta: float = 10000.0
     n_inner: int | None = None
     layer_norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = True
 
     def __post_init__(self):
         if self.n_inner is None:
@@ -45,10 +48,12 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.positions not in ("learned", "rope"):
             raise ValueError(f'GPTConfig: positions must be "learned" or "rope", got {self.positions!r}')
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"GPTConfig: tie_word_embeddings must be True or False, got {self.tie_word_embeddings!r}")
         if self.positions == "rope" and self.n_embd // self.n_head % 2:
             raise ValueError(f"GPTConfig: rope turns pairs, but a head has {self.n_embd // self.n_head} channels (odd)")
         for name in ("rope_theta", "layer_norm_epsilon"):
-            if not isinstance(getattr(self, name), (int, float)) or not 0 < getattr(self, name) < float("inf"):
+            if not isinstance(getattr(self, name), (int, float)) or not 0 < getattr(self, name) <= sys.float_info.max:
                 raise ValueError(f"GPTConfig: {name} must be finite and positive, got {getattr(self, name)!r}")
 
 
@@ -100,10 +105,11 @@ def _layer_norm(config, dtype):
 
 
 class GPT(Module):
-    """A GPT whose head is its embedding table, transposed (tied).
+    """A GPT. Its head is its embedding table, transposed, unless the config unties the two.
 
     Shapes: `model(ids)`: ids (B, T) integers on the host -> logits Tensor (B, T, V), float32 unless `dtype` says
-    otherwise. `rng` is a `numpy.random.Generator`: the same seed gives the same weights on every backend.
+    otherwise. `rng` is a `numpy.random.Generator`: the same seed gives the same weights on every backend; None leaves
+    them zero, for a loader.
     Raises: ValueError for ids that are empty, out of range or longer than block_size; TypeError if not integers.
     Source: Radford et al. 2019 (GPT-2), section 2.3; weights drawn with variance 1 / fan-in.
 
@@ -114,18 +120,21 @@ class GPT(Module):
 
     def __init__(self, config, rng, dtype="float32"):
         self.config = config
-        self.wte = Embedding(normal(rng, config.n_embd**-0.5, (config.vocab_size, config.n_embd), dtype))
+        table = lambda rows: Embedding(normal(rng, config.n_embd**-0.5, (rows, config.n_embd), dtype))
+        self.wte = table(config.vocab_size)
         if config.positions == "learned":
-            self.wpe = Embedding(normal(rng, config.n_embd**-0.5, (config.block_size, config.n_embd), dtype))
+            self.wpe = table(config.block_size)
         self.h = [Block(config, rng, dtype) for _ in range(config.n_layer)]
         self.ln_f = _layer_norm(config, dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = table(config.vocab_size)
 
     def __call__(self, ids, cache=None):
         return self.head(self.hidden(ids, cache))
 
     def head(self, hidden):
-        """Logits of hidden states: (..., C) -> (..., V), through the embedding table."""
-        return F.linear(hidden, self.wte.weight)
+        """Logits of hidden states: (..., C) -> (..., V)."""
+        return F.linear(hidden, (self.wte if self.config.tie_word_embeddings else self.lm_head).weight)
 
     def hidden(self, ids, cache=None):
         """What the head reads, (B, T) -> (B, T, C). `cache`: one KeyValueCache per block, whose positions go on."""
@@ -177,12 +186,13 @@ class KeyValueCache:
         return Tensor(self.k), Tensor(self.v)
 
 
-def generate(model, ids, max_new_tokens, *, temperature=0.0, top_k=None, stop=None, rng=None):
+def generate(model, ids, max_new_tokens, *, temperature=0.0, top_k=None, stop=None, rng=None, after=None):
     """Continue each row of `ids`, one token at a time, with a key/value cache and no graph.
 
     Shapes: ids (B, T) integers -> NumPy array (B, T + n), n <= max_new_tokens. temperature 0 takes the likeliest
     token, else tokens are drawn by `rng` from softmax(logits / temperature), of the top_k likeliest if given.
-    After the token `stop` a row is filled with it; when every row has stopped, generation ends.
+    After the token `stop` a row is filled with it; when every row has stopped, generation ends. `after(token)` is
+    called with each new column (B,): for showing progress.
     Raises: ValueError for ids that do not fit or would outgrow block_size, temperature < 0, top_k outside 1 .. V,
     stop outside the vocabulary, or temperature > 0 without an rng.
     Source: Fan et al. 2018 (top-k sampling).
@@ -210,6 +220,8 @@ def generate(model, ids, max_new_tokens, *, temperature=0.0, top_k=None, stop=No
                 stopped |= token == stop
             unread = token[:, None]
             ids = np.concatenate([ids, unread], axis=1)
+            if after is not None:
+                after(token)
             if stopped.all():
                 break
     return ids

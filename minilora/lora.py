@@ -10,61 +10,12 @@ detach, or to un-merge, is to go on using the base. There is no merged flag and 
 """
 
 import math
-import re
-from dataclasses import dataclass
-
-import numpy as np
 
 from . import functional as F
 from .backend import get_array_module
 from .nn import Linear, Module, check_rng, uniform
+from .targets import check_patterns, find_targets
 from .tensor import Tensor
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """What to adapt, and how strongly. The meanings are PEFT's (which says lora_alpha and lora_dropout).
-
-    r: rank of the update. alpha: its strength (no default: alpha changes what r means).
-    target_modules: a list of names or dotted endings, ["q_proj", "mlp.up_proj"]; or one regular expression that
-    matches whole names; or "all-linear". dropout: on the adapter's input, while training. use_rslora: scale by
-    alpha / √r, which keeps the update's size as r grows.
-    Shapes: none. Raises: ValueError that names the field, what it must be, and its value.
-    Source: Hu et al. 2021, section 4.1; Kalajdzievski 2023 (rsLoRA).
-
-    >>> LoRAConfig(r=8, alpha=16, target_modules=["q_proj", "v_proj"]).scaling
-    2.0
-    """
-
-    r: int
-    alpha: float
-    target_modules: tuple | str
-    dropout: float = 0.0
-    use_rslora: bool = False
-
-    def __post_init__(self):
-        if isinstance(self.target_modules, (list, set)):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        for field in ("r", "alpha", "dropout"):
-            if isinstance(getattr(self, field), np.generic):  # a NumPy number could not be saved as JSON
-                object.__setattr__(self, field, getattr(self, field).item())
-        names = self.target_modules
-        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
-        for field, ok, need in (
-            ("r", number(self.r) and isinstance(self.r, int) and self.r >= 1, "a whole number of at least 1"),
-            ("alpha", number(self.alpha) and 0 < self.alpha < math.inf, "a finite positive number"),
-            ("dropout", number(self.dropout) and 0 <= self.dropout < 1, "in [0, 1)"),
-            ("use_rslora", isinstance(self.use_rslora, bool), "True or False"),
-            ("target_modules", names and (isinstance(names, str) or isinstance(names, tuple)
-             and all(t and isinstance(t, str) for t in names)), "at least one name, or an expression"),
-        ):
-            if not ok:
-                raise ValueError(f"LoRAConfig: {field} must be {need}; got {getattr(self, field)!r}")
-
-    @property
-    def scaling(self):
-        """alpha / r, or alpha / √r with use_rslora."""
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 class LoRAPair(Module):
@@ -101,7 +52,8 @@ class Adapter(Module):
     Shapes: `pairs` maps a module's name to its LoRAPair, lora_A (r, in) and lora_B (out, r); `config` is a LoRAConfig;
     `base_fingerprint` is that of the model it belongs to (`model.fingerprint()`), or None if that is unknown.
     `parameters()` and `named_parameters()` (`h.0.attn.q_proj.lora_A`) are what the optimizer is given.
-    Raises: ValueError if there is no pair, or, naming the module and both shapes, if one is not of rank `config.r`.
+    Raises: ValueError if there is no pair, or, naming the module and both shapes, if one is not of rank
+    `config.rank(name)`.
     Source: Hu et al. 2021, section 4.1.
     """
 
@@ -110,8 +62,8 @@ class Adapter(Module):
             raise ValueError("Adapter: no pair of lora_A and lora_B; use init_adapter or load_adapter")
         for name, pair in pairs.items():
             A, B = pair.lora_A.shape, pair.lora_B.shape
-            if len(A) != 2 or len(B) != 2 or not A[0] == B[1] == config.r:
-                raise ValueError(f"{name}: lora_A {A}, lora_B {B}: need (r, in) and (out, r) with r={config.r}")
+            if len(A) != 2 or len(B) != 2 or not A[0] == B[1] == config.rank(name):
+                raise ValueError(f"{name}: lora_A {A}, lora_B {B}: need (r, in), (out, r) with r={config.rank(name)}")
         self.config, self.pairs, self.base_fingerprint = config, dict(pairs), base_fingerprint
 
     def named_parameters(self):
@@ -121,7 +73,7 @@ class Adapter(Module):
     def layer(self, name, linear, rng):
         """The layer that stands for the Linear `name` in an adapted model."""
         pair = self.pairs[name]
-        return LoRALinear(linear, pair.lora_A, pair.lora_B, self.config.scaling, self.config.dropout, rng)
+        return LoRALinear(linear, pair.lora_A, pair.lora_B, self.config.scaling(name), self.config.dropout, rng)
 
     def misfits(self, modules, fingerprint):
         """Why this adapter does not belong on these modules, as lines; none if it does."""
@@ -137,7 +89,9 @@ class Adapter(Module):
             else:
                 F.check_same(f"attaching an adapter to {name}", module.weight, A, B)
         if self.base_fingerprint is not None and fingerprint is not None and not lines:
-            for name in sorted(self.base_fingerprint.keys() | fingerprint.keys()):
+            names = self.base_fingerprint.keys() | fingerprint.keys()
+            shared = self.base_fingerprint.keys() & fingerprint.keys()
+            for name in sorted(names, key=lambda name: (name in shared, name)):  # what only one has tells most
                 ours, theirs = self.base_fingerprint.get(name, "absent"), fingerprint.get(name, "absent")
                 if ours != theirs:
                     lines.append(f"{name}: made for {ours}, this base has {theirs}")
@@ -151,31 +105,13 @@ def check_fits(who, base, adapter, check_base=True):
     lines = adapter.misfits(dict(base.named_modules()), base.fingerprint() if check_base else None)
     if lines:
         more = f"\n  ... and {len(lines) - 8} more" * (len(lines) > 8)
-        raise ValueError(f"{who}: this adapter does not fit this base:\n  " + "\n  ".join(lines[:8]) + more)
+        raise ValueError(f"{who}: this adapter does not fit this base; give the one it was trained on:\n  "
+                         + "\n  ".join(lines[:8]) + more)
 
 
-def find_targets(model, target_modules):
-    """The names of the Linear layers that `target_modules` selects, in the model's order.
-
-    Raises: ValueError that lists what exists, if any of the patterns matches nothing.
-    Source: the matching rules of PEFT's LoraConfig.
-    """
-    linears = [name for name, module in model.named_modules() if isinstance(module, Linear)]
-    if target_modules == "all-linear":
-        matched = {"all-linear": linears}
-    elif isinstance(target_modules, str):
-        try:
-            matched = {target_modules: [name for name in linears if re.fullmatch(target_modules, name)]}
-        except re.error as error:
-            raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from None
-    else:
-        matched = {t: [n for n in linears if n == t or n.endswith(f".{t}")] for t in target_modules}
-    unmatched = [pattern for pattern, names in matched.items() if not names]
-    if unmatched:
-        hint = " (a string is a regex for whole names; a list holds endings)" * isinstance(target_modules, str)
-        raise ValueError(f"target_modules {unmatched} match no Linear layer{hint}. There are: {', '.join(linears)}")
-    chosen = {name for names in matched.values() for name in names}
-    return [name for name in linears if name in chosen]
+def linear_names(model):
+    """The names of the Linear layers of `model`, in its order: what can be adapted."""
+    return [name for name, module in model.named_modules() if isinstance(module, Linear)]
 
 
 def init_adapter(model, config, rng, *, allow_large_r=False):
@@ -191,15 +127,17 @@ def init_adapter(model, config, rng, *, allow_large_r=False):
     adapted = [name for name, module in modules.items() if isinstance(module, LoRALinear)]
     if adapted:
         raise ValueError(f"init_adapter: {adapted[0]} already carries LoRA; call it on the base, or on merge(model)")
-    for name in find_targets(model, config.target_modules):
-        W = modules[name].weight.data
-        if config.r > min(W.shape) and not allow_large_r:
+    names = find_targets(linear_names(model), config.target_modules)
+    check_patterns(config, names)
+    for name in names:
+        W, r = modules[name].weight.data, config.rank(name)
+        if r > min(W.shape) and not allow_large_r:
             raise ValueError(
-                f"init_adapter: r={config.r} exceeds min(in, out) of {name}, weight {W.shape}; "
+                f"init_adapter: r={r} exceeds min(in, out) of {name}, weight {W.shape}; "
                 "a smaller r expresses the same updates, or pass allow_large_r=True"
             )
-        A = uniform(rng, 1 / math.sqrt(W.shape[1]), (config.r, W.shape[1]), W)
-        B = Tensor(get_array_module(W).zeros((W.shape[0], config.r), W.dtype), requires_grad=True)
+        A = uniform(rng, 1 / math.sqrt(W.shape[1]), (r, W.shape[1]), W)
+        B = Tensor(get_array_module(W).zeros((W.shape[0], r), W.dtype), requires_grad=True)
         pairs[name] = LoRAPair(A, B)
     return Adapter(config, pairs, model.fingerprint())
 

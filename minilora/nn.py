@@ -110,8 +110,11 @@ def _rebuilt(name, value, replace):
 
 
 def _digest(array):
-    values = to_numpy(array).astype("<f4")
-    return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()[:16]
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(to_numpy(array), "<f4")
+    digest = hashlib.sha256(repr(values.shape).encode())
+    digest.update(values.reshape(-1))  # not copied: a model may be large
+    return digest.hexdigest()[:16]
 
 
 def uniform(rng, bound, shape, like):
@@ -121,7 +124,12 @@ def uniform(rng, bound, shape, like):
 
 
 def normal(rng, std, shape, dtype):
-    """A trainable Tensor of normal numbers with standard deviation `std`, drawn by NumPy in float64, then cast."""
+    """A trainable Tensor of normal numbers with standard deviation `std`, drawn by NumPy in float64, then cast.
+
+    Zeros if `rng` is None: memory that is not touched until a loader puts the real numbers in their place.
+    """
+    if rng is None:
+        return Tensor(np.zeros(shape, dtype), requires_grad=True)
     return Tensor((check_rng(rng).standard_normal(shape) * std).astype(dtype), requires_grad=True)
 
 

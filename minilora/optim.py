@@ -2,7 +2,7 @@
 
 import math
 
-from .backend import get_array_module
+from .backend import get_array_module, to_device
 from .tensor import Tensor
 
 
@@ -64,6 +64,20 @@ class Adam:
             if self.weight_decay:
                 p.data *= 1 - lr * self.weight_decay
             p.data -= (lr / (1 - b1**t)) * (m / denominator)
+
+    def state(self):
+        """{name: moment}, not copied: with the parameters and `steps`, all that another Adam needs to go on."""
+        return {f"{kind}.{i}": a for kind in "mv" for i, a in enumerate(getattr(self, kind))}
+
+    def restore(self, state, steps):
+        """Go on, to the bit, after those `steps`. Raises: ValueError, with nothing changed, if `state` does not fit."""
+        ours, theirs = ({n: (a.shape, a.dtype.name) for n, a in s.items()} for s in (self.state(), state))
+        if ours != theirs or steps < 0:
+            odd = [f"{n}: {theirs.get(n)}, not {ours.get(n)}" for n in ours | theirs if theirs.get(n) != ours.get(n)]
+            raise ValueError(f"Adam.restore: {steps} steps and {len(theirs)} moments do not fit here; {odd[:4]}")
+        for name, moment in self.state().items():
+            moment[...] = to_device(state[name], get_array_module(moment))
+        self.steps = steps
 
 
 def clip_grad_norm(params, max_norm):

@@ -12,19 +12,27 @@ from .graph import no_grad
 from .optim import clip_grad_norm
 
 
-def train(model, optimizer, batches, steps, *, schedule=None, max_norm=1.0, label="", quiet=False):
+class Interrupted(Exception):
+    """Ctrl-C: the message says where it fell and what was kept."""
+
+
+def train(model, optimizer, batches, steps, *, schedule=None, max_norm=1.0, label="", quiet=False, start=0, after=None):
     """`steps` optimizer steps on `model`, with a progress bar; returns the list of losses (nats per token).
 
     Shapes: `batches` yields (inputs, targets), both (B, T) integers. `schedule(step)` gives the learning rate of
     each step (default: the optimizer's own). Gradients are clipped to a joint norm of `max_norm`.
+    A run that goes on after `start` steps is given the batches from there. `after(done, loss)` is called after each
+    step, with the number of steps done since the very first.
     Raises: ValueError if a loss or a gradient is not finite, before that step touches a parameter, or if the batches
     run out early.
     """
     if steps < 1:
         raise ValueError(f"train: steps must be at least 1, got {steps}")
+    if not 0 <= start <= steps:
+        raise ValueError(f"train: start must lie in 0 .. {steps}, the number of steps; got {start}")
     losses, tokens, batches = [], 0, iter(batches)
-    with tqdm(total=steps, desc=label, unit="step", disable=quiet, leave=False) as bar:
-        for step in range(steps):
+    with tqdm(total=steps, initial=start, desc=label, unit="step", disable=quiet, leave=False) as bar:
+        for step in range(start, steps):
             try:
                 ids, targets = next(batches)
             except StopIteration:
@@ -42,22 +50,30 @@ def train(model, optimizer, batches, steps, *, schedule=None, max_norm=1.0, labe
             speed = tokens / (bar.format_dict["elapsed"] or 1e-9)
             bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
+            if after is not None:
+                after(step + 1, losses[-1])
     return losses
 
 
-def heldout_loss(model, ids, length, batch=32):
-    """Mean loss in nats per token over the whole text `ids`, cut into stretches of `length` positions."""
-    n = (len(ids) - 1) // length
-    if n < 1:
-        raise ValueError(f"heldout_loss: a text of {len(ids)} tokens is shorter than one stretch of {length} + 1")
-    inputs, targets = ids[: n * length].reshape(n, length), ids[1 : n * length + 1].reshape(n, length)
+def heldout_loss(model, batches, label=None):
+    """Mean loss in nats over every token of `batches` that carries one, so that it is the same however they are cut.
+
+    Shapes: `batches` holds (inputs, targets), both (B, T) integers. A `label` shows a progress bar.
+    Raises: ValueError if no token carries a loss.
+    """
+    total = tokens = 0
     with no_grad():
-        sums = [len(i) * model.loss(i, t).item() for i, t in _slices(batch, inputs, targets)]
-    return sum(sums) / n
+        for ids, targets in tqdm(batches, desc=label, unit="batch", disable=label is None, leave=False):
+            carrying = int((targets != IGNORE).sum())
+            total += carrying * model.loss(ids, targets).item()
+            tokens += carrying
+    if not tokens:
+        raise ValueError("heldout_loss: there is no batch to measure the loss on")
+    return total / tokens
 
 
 def exact_match(model, pairs, batch=64):
-    """For each (prompt, answer): does greedy decoding give exactly this answer? A list of bool.
+    """For each (prompt ids, answer ids): does greedy decoding give exactly this answer? A list of bool.
 
     One forward pass tells: greedy decoding reproduces the answer if and only if the likeliest token is the right one
     at each of its positions, given the answer so far.
@@ -65,12 +81,8 @@ def exact_match(model, pairs, batch=64):
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))  # alike in length: little filling up
     right = np.zeros(len(pairs), bool)
     with no_grad():
-        for (rows,) in _slices(batch, np.array(order)):
+        for rows in (order[i : i + batch] for i in range(0, len(order), batch)):
             inputs, targets = pack([pairs[i] for i in rows])
             best = to_numpy(model(inputs).data).argmax(-1)
             right[rows] = ((best == targets) | (targets == IGNORE)).all(axis=1)
     return right.tolist()
-
-
-def _slices(n, *arrays):
-    return ([a[start : start + n] for a in arrays] for start in range(0, len(arrays[0]), n))

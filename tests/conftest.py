@@ -38,6 +38,26 @@ def device_xp(request):
     return strict_array if request.param == "strict_array" else cupy_or_skip()
 
 
+@pytest.fixture(scope="session")
+def bpe_folder(tmp_path_factory):
+    """A folder with the files of a GPT-2, its weights aside: a byte-level BPE of 300 tokens learned from few words."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the library tokenizers: pip install 'minilora[hf]'")
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("bpe")
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=letters,
+                                  show_progress=False)  # fmt: skip
+    words = "The quick brown fox jumps over the lazy dog.\n\nThe dog sleeps; the fox doesn't. 1 + 1 = 2, café 😀\n"
+    bpe.train_from_iterator([words * 3], trainer)
+    bpe.save(str(folder / "tokenizer.json"))
+    bpe.model.save(str(folder))
+    (folder / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 300}')
+    return folder
+
+
 @pytest.fixture
 def no_garbage_collector():
     """Within the test, memory is freed by the last reference going away and by nothing else."""

@@ -4,6 +4,7 @@ Arrays are drawn as a seed, so that hypothesis shrinks the shape and the seed an
 values lie well inside the float range, and a failure prints in one line.
 """
 
+import json
 import weakref
 from collections import namedtuple
 from itertools import pairwise
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 
 from minilora import functional as F
 from minilora.backend import get_array_module, to_numpy
-from minilora.lora import Adapter, LoRAConfig, LoRALinear, LoRAPair
+from minilora.gpt import GPT, GPTConfig
+from minilora.lora import Adapter, LoRALinear, LoRAPair, init_adapter
 from minilora.nn import Linear, Module
+from minilora.targets import LoRAConfig
 from minilora.tensor import Tensor
 
 seeds = st.integers(0, 2**32 - 1)
@@ -199,3 +202,52 @@ class Watch:
 
     def traced(self, name):
         return self.inputs[name][1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files: a small GPT, an adapter that has learned something, how they are compared, and tensors written by hand.
+
+SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 11, "block_size": 16}
+ODD_NUMBERS = np.array([-0.0, 5e-324, 1e-45, 1e-38, -1e38, 1 / 3, 1e300])  # signed zero, subnormals, the far ends
+TYPE_CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "int32": "I32", "int64": "I64"}
+
+
+def small_gpt(seed=0, dtype="float32", **changes):
+    """A GPT of two layers in which no number is 0 or 1 by default: biases and LayerNorms are drawn too."""
+    rng = np.random.default_rng(seed)
+    model = GPT(GPTConfig(**{**SMALL, **changes}), rng, dtype)
+    for p in model.parameters():
+        if p.ndim == 1:
+            p.data += (0.3 * rng.standard_normal(p.shape)).astype(dtype)
+    return model
+
+
+def trained_adapter(base, seed=1, r=2, alpha=4, target_modules=("q_proj", "mlp.up_proj"), **more):
+    """An adapter whose B is not zero, as if it had been trained; its names are those of this library."""
+    adapter = init_adapter(base, LoRAConfig(r, alpha, target_modules, **more), np.random.default_rng(seed))
+    return learned(adapter, seed, 1.0)
+
+
+def bits(module):
+    """{name: (dtype, shape, bytes)} of every tensor: equal only if equal to the bit, and to the sign of a zero."""
+    arrays = {name: to_numpy(p.data) for name, p in module.named_parameters()}
+    return {name: (a.dtype.name, a.shape, a.tobytes()) for name, a in arrays.items()}
+
+
+def same_adapter(a, b):
+    """Equal to the bit, of equal configuration, and with the same tensors shared."""
+    sharing = lambda adapter: [list(map(id, adapter.parameters())).index(id(p.lora_A)) for p in adapter.pairs.values()]
+    return bits(a) == bits(b) and a.config == b.config and list(a.pairs) == list(b.pairs) and sharing(a) == sharing(b)
+
+
+def write_tensors(path, arrays, metadata=None, bfloat16=()):
+    """A safetensors file put together by hand; arrays named in `bfloat16` are cut to the upper half of a float32."""
+    header, data = {} if metadata is None else {"__metadata__": metadata}, b""
+    for name, array in arrays.items():
+        code, array = TYPE_CODES[array.dtype.name], np.ascontiguousarray(array)
+        if name in bfloat16:
+            code, array = "BF16", (array.astype("<f4").view("<u4") >> 16).astype("<u2")
+        span = [len(data), len(data) + array.nbytes]
+        header[name], data = {"dtype": code, "shape": list(array.shape), "data_offsets": span}, data + array.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)

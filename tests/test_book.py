@@ -13,13 +13,16 @@ import pytest
 import minilora
 
 ROOT = Path(__file__).resolve().parent.parent
-BOOK = ["backend", "graph", "tensor", "functional", "gradcheck", "nn", "optim", "gpt", "lora"]
-ORDER = [*BOOK, "compose", "count", "files", "data", "questions", "train", "demo", "__main__"]
+BOOK = ["backend", "graph", "tensor", "functional", "gradcheck", "nn", "optim", "gpt", "targets", "lora"]
+ORDER = [*BOOK, "compose", "count", "files", "gpt2", "names", "fused", "peft", "rules", "export", "data", "tokenizer",
+         "text", "questions", "train", "checkpoint", "finetune", "commands", "demo", "__main__"]  # fmt: skip
 STRANGERS = {("gpt", "lora"), ("lora", "gpt")}  # though one stands after the other, neither may know it
-GUESTS = {"files": {"safetensors"}, "train": {"tqdm"}, "demo": {"tqdm"}}  # everyone may import NumPy, nobody the rest
+# Everyone may import NumPy, nobody the rest.
+GUESTS = {"files": {"safetensors", "ml_dtypes"}, "tokenizer": {"tokenizers"}, "text": {"tqdm"}, "train": {"tqdm"},
+          "commands": {"tqdm"}, "demo": {"tqdm"}}  # fmt: skip
 SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "minilora").glob("*.py"))}
 MODULES = [name for name in SOURCES if name != "__init__"]
-NOT_OURS = re.compile(r"\.(?!ci$|gitignore$).*|__pycache__|build|dist|shared|out|minilora-demo.*|.*\.egg-info")
+NOT_OURS = re.compile(r"\.(?!ci$|gitignore$).*|__pycache__|build|dist|shared|out|(minilora|gpt2)-demo.*|.*\.egg-info")
 
 
 # The rules: each takes the source of one file and returns what is wrong with it, as lines.
@@ -206,7 +209,7 @@ def test_every_public_definition_has_a_docstring(name):
 def test_the_book_can_be_read_in_an_afternoon():
     lengths = {name: len(SOURCES[name].splitlines()) for name in BOOK}
     assert max(lengths.values()) <= 250, lengths
-    assert sum(lengths.values()) <= 1550, lengths
+    assert sum(lengths.values()) <= 1635, lengths
     assert sum(code_lines(SOURCES[name]) for name in BOOK) <= 1000
 
 

@@ -97,7 +97,7 @@ pairs = st.lists(st.tuples(texts.filter(bool), texts.filter(bool)), min_size=1, 
 
 @given(pairs)
 def test_packing_puts_the_loss_on_the_answers_alone(pairs):
-    inputs, targets = data.pack(pairs)
+    inputs, targets = data.pack(data.encode_pairs(pairs))
     for (prompt, answer), row_in, row_out in zip(pairs, inputs, targets, strict=True):
         n = len(prompt) + len(answer) - 1
         assert data.decode(row_in[:n]) == (prompt + answer)[:-1]
@@ -108,12 +108,12 @@ def test_packing_puts_the_loss_on_the_answers_alone(pairs):
 @pytest.mark.parametrize("pairs", [[], [("a", "b"), ("a", "")], [("", "b")]], ids=["no pair", "answer", "prompt"])
 def test_packing_nothing_is_refused(pairs):
     with pytest.raises(ValueError, match="no .* pairs, or an empty side"):
-        data.pack(pairs)
+        data.pack(data.encode_pairs(pairs))
 
 
 def test_every_pair_comes_once_in_a_pass():
     pairs = [(f"Q{i} ", "a") for i in range(8)]
-    stream = data.question_batches(pairs, 4, np.random.default_rng(0))
+    stream = data.question_batches(data.encode_pairs(pairs), 4, np.random.default_rng(0))
     rows = np.concatenate([next(stream)[0], next(stream)[0]])
     assert sorted(data.decode(row) for row in rows) == [prompt for prompt, _ in pairs]
 
@@ -121,14 +121,32 @@ def test_every_pair_comes_once_in_a_pass():
 def test_the_order_is_another_in_each_pass_and_for_each_generator():
     pairs, orders = [(f"Q{i} ", "a") for i in range(10, 42)], set()
     for seed in (0, 0, 1):
-        stream = data.question_batches(pairs, 32, np.random.default_rng(seed))
+        stream = data.question_batches(data.encode_pairs(pairs), 32, np.random.default_rng(seed))
         orders |= {data.decode(next(stream)[0]) for _ in range(3)}
     assert len(orders) == 6 and not any(order == "".join(prompt for prompt, _ in pairs) for order in orders)
 
 
 def test_fewer_pairs_than_a_batch_are_refused():
     with pytest.raises(ValueError, match="1 pairs .* batch of 2"):
-        next(data.question_batches([("a", "b")], 2, np.random.default_rng(0)))
+        next(data.question_batches([([1], [2])], 2, np.random.default_rng(0)))
+
+
+def test_packing_takes_the_tokens_of_any_vocabulary():
+    inputs, targets = data.pack([(np.array([50_000, 7]), np.array([9, 50_256])), ([1], [2])])
+    assert inputs.tolist() == [[50_000, 7, 9], [1, 0, 0]]
+    assert targets.tolist() == [[IGNORE, 9, 50_256], [2, IGNORE, IGNORE]]
+
+
+@given(st.integers(1, 30), st.integers(1, 7), st.integers(1, 3))
+def test_stretches_go_once_through_the_text_and_leave_out_less_than_one(n, length, batch):
+    if n < length + 1:
+        with pytest.raises(ValueError, match=rf"text of {n} tokens .* {length} \+ 1"):
+            next(data.stretches(np.arange(n), length, batch))
+        return
+    batches = list(data.stretches(np.arange(n), length, batch))
+    targets = np.concatenate([t for _, t in batches]).reshape(-1)
+    assert all(i.shape == t.shape and 1 <= len(i) <= batch and (t == i + 1).all() for i, t in batches)
+    assert targets.tolist() == list(range(1, len(targets) + 1)) and n - 1 - len(targets) < length
 
 
 def test_there_are_sixty_facts_in_twelve_trained_and_four_unseen_phrasings():

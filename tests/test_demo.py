@@ -10,7 +10,9 @@ from strategies import learned
 
 from minilora import data, demo, lora, questions
 from minilora.count import ParameterReport
-from minilora.files import load_adapter, load_model
+from minilora.gpt2 import load_model
+from minilora.peft import load_adapter
+from minilora.targets import LoRAConfig
 from minilora.tensor import Tensor
 from minilora.train import train
 
@@ -36,6 +38,10 @@ def run(out, seed=0, size=SIZE, **options):
     return lines, "\n".join(lines)
 
 
+def in_words(pairs):
+    return [(data.decode(prompt), data.decode(answer)) for prompt, answer in pairs]
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """One whole run, on all questions and the whole text, and what its parts were given."""
@@ -53,10 +59,10 @@ def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         spy(patch, data, "windows", lambda ids, *more: ids)
-        spy(patch, data, "question_batches", lambda pairs, *more: pairs)
-        spy(patch, demo, "heldout_loss", lambda model, ids, length: ids)
+        spy(patch, data, "question_batches", lambda pairs, *more: in_words(pairs))
+        spy(patch, data, "stretches", lambda ids, *more: ids)
         spy(patch, demo, "train", lambda model, adam, batches, steps, **more: (model, adam.params, steps))
-        spy(patch, demo, "exact_match", lambda model, pairs: pairs)
+        spy(patch, demo, "exact_match", lambda model, pairs: in_words(pairs))
         lines, text = run(out)
     return Ran(lines, text, out, seen)
 
@@ -67,7 +73,7 @@ def ran(tmp_path_factory):
 def test_the_base_learns_from_the_training_text_and_is_measured_on_the_heldout_text(ran):
     corpus = data.load_corpus()
     assert [data.decode(ids) for ids in ran.seen["windows"]] == [corpus.train]
-    assert [data.decode(ids) for ids in ran.seen["heldout_loss"]] == [corpus.heldout] * 2
+    assert [data.decode(ids) for ids in ran.seen["stretches"]] == [corpus.heldout] * 2
 
 
 def test_the_adapter_learns_from_the_trained_phrasings_alone(ran):
@@ -177,7 +183,7 @@ def merging(monkeypatch, merge, answers_differ):
     """What `merge_lines` prints of a merge: the change of logits, and what it says of the answers."""
     rng = np.random.default_rng(0)
     base = demo.GPT(SIZE.model, rng)
-    adapted = lora.attach(base, learned(lora.init_adapter(base, lora.LoRAConfig(4, 8, "all-linear"), rng)))
+    adapted = lora.attach(base, learned(lora.init_adapter(base, LoRAConfig(4, 8, "all-linear"), rng)))
     merged = merge(adapted)
     monkeypatch.setattr(demo, "merge", lambda model: merged)
     monkeypatch.setattr(demo, "exact_match", lambda model, pairs: [answers_differ and model is merged])
@@ -200,7 +206,7 @@ def test_a_merge_changes_logits_by_rounding_alone_and_one_that_is_wrong_is_seen_
 
 
 def test_each_row_of_the_scores_is_scored_on_its_own_questions(monkeypatch):
-    monkeypatch.setattr(demo, "exact_match", lambda model, pairs: (model, pairs))
+    monkeypatch.setattr(demo, "exact_match", lambda model, pairs: (model, in_words(pairs)))
     assert demo.scores("model") == {name: ("model", pairs) for name, pairs in ALL.items()}
 
 

@@ -13,8 +13,9 @@ from minilora.count import parameter_report
 from minilora.gpt import GPT, GPTConfig, generate
 from minilora.gradcheck import gradcheck
 from minilora.graph import no_grad
-from minilora.lora import LoRAConfig, attach, init_adapter, merge
+from minilora.lora import attach, init_adapter, merge
 from minilora.optim import Adam
+from minilora.targets import LoRAConfig
 
 IDS = np.array([[1, 2, 3, 4], [4, 0, 6, 6], [5, 5, 2, 1]])
 TARGETS = np.array([[2, 3, 4, -100], [0, 6, 6, 1], [5, 2, 1, 0]])
@@ -259,11 +260,11 @@ def test_every_backend_computes_what_numpy_does(xp, positions):
     assert type(our_text) is np.ndarray and np.array_equal(our_text, numpy_text)
 
 
-def test_a_misspelt_module_is_refused_with_every_linear_there_is():
+def test_a_misspelt_module_is_refused_with_every_kind_of_linear_there_is():
     with pytest.raises(ValueError) as caught:
         new_adapter(small_gpt(), targets=["q_proj", "value_proj"])
     assert "value_proj" in str(caught.value)
-    assert all(f"h.{i}.{name}" in str(caught.value) for i in range(2) for name in LINEARS)
+    assert all(str(caught.value).count(f"h.*.{name}") == 1 for name in LINEARS)
 
 
 def test_an_adapter_of_one_gpt_is_refused_on_another_and_both_stay_as_they_are():

@@ -28,9 +28,10 @@ from minilora import functional as F
 from minilora.backend import to_device
 from minilora.count import parameter_report
 from minilora.graph import no_grad
-from minilora.lora import Adapter, LoRAConfig, LoRALinear, LoRAPair, attach, init_adapter, merge
+from minilora.lora import Adapter, LoRALinear, LoRAPair, attach, init_adapter, merge
 from minilora.nn import Linear
 from minilora.optim import Adam
+from minilora.targets import LoRAConfig
 from minilora.tensor import Tensor
 
 X = np.random.default_rng(7).standard_normal((2, 3, 6)).astype(np.float32)  # a batch for tiny_mlp(6, ...)
@@ -226,7 +227,7 @@ def test_the_scaling_is_alpha_over_r_or_over_its_root(r, alpha, rslora, scaling)
     base = tiny_mlp(32, 32, dtype="float64")
     adapter = learned(init_adapter(base, config, np.random.default_rng(0)))
     pair, merged = adapter.pairs["layers.0"], merge(attach(base, adapter)).layers[0]
-    assert config.scaling == scaling
+    assert config.scaling("layers.0") == scaling
     assert np.allclose(merged.weight.data - base.layers[0].weight.data, scaling * pair.lora_B.data @ pair.lora_A.data)
 
 
@@ -572,7 +573,7 @@ package = types.ModuleType("minilora")
 package.__path__ = [sys.argv[1]]
 sys.modules.update({"minilora": package, "minilora.gpt": None})
 import numpy as np
-from minilora import compose, lora, nn, tensor
+from minilora import compose, lora, nn, targets, tensor
 class Model(nn.Module):
     def __init__(self, rng):
         self.proj = nn.Linear.init(4, 3, rng)
@@ -580,7 +581,7 @@ class Model(nn.Module):
         return self.proj(x)
 rng = np.random.default_rng(0)
 base = Model(rng)
-adapter = lora.init_adapter(base, lora.LoRAConfig(2, 4, ["proj"]), rng)
+adapter = lora.init_adapter(base, targets.LoRAConfig(2, 4, ["proj"]), rng)
 x = tensor.Tensor(np.ones((2, 1, 4), np.float32))
 lora.attach(base, compose.stack([adapter, None]))(x).sum().backward()
 lora.merge(lora.attach(base, adapter))(x)

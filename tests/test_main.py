@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,19 +12,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilora import demo, load_adapter, load_model
+from minilora import __main__ as command_line
+from minilora import commands, demo, load_adapter, load_model
 from minilora.__main__ import array_module, main
+from minilora.finetune import Settings
 
 ROOT = Path(__file__).parent.parent
 
 
-def start(folder, *arguments, buffered=False):
+COMMANDS = ["demo", "finetune", "generate", "merge", "inspect", "compare"]
+
+
+def start(folder, *arguments, buffered=False, stdout=subprocess.PIPE, **environment):
     """The command in a process of its own, which Ctrl-C reaches even if these tests run in the background."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "" if buffered else "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "" if buffered else "1"}
     heed_ctrl_c = (lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) if os.name == "posix" else None
     return subprocess.Popen(
-        [sys.executable, "-m", "minilora", *arguments], cwd=folder, env=environment, preexec_fn=heed_ctrl_c,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "minilora", *arguments], cwd=folder, env=os.environ | environment,
+        preexec_fn=heed_ctrl_c, stdout=stdout, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -167,3 +174,114 @@ def test_ctrl_c_leaves_whole_files_and_says_what_was_kept(tmp_path, after, kept)
     assert not list(tmp_path.rglob("*.tmp"))
     if kept != "Kept: nothing":
         load_model(tmp_path / "out" / "base")
+
+
+# The commands: their help, their arguments, and how their errors end. What they compute is in test_commands.py.
+
+
+def helped(capsys, *command):
+    """What --help says, and the commands it shows as examples."""
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--help"])
+    out, err = capsys.readouterr()
+    assert (stopped.value.code or 0, err) == (0, "") and "example" in out
+    return out, [shlex.split(line)[1:] for line in out.partition("example")[2].splitlines() if line[:3] == "  m"]
+
+
+def test_help_names_every_command_and_its_examples_are_understood(capsys):
+    out, examples = helped(capsys)
+    assert all(re.search(rf"^    {name} +\w", out, re.MULTILINE) for name in COMMANDS)
+    assert examples == [["--quick"], ["--quick", "--ask", "is md5 safe?"]]
+    for example in examples:
+        assert command_line._parser().parse_args(["demo", *example]).quick
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_a_command_is_explained(command, capsys):
+    _, examples = helped(capsys, command)
+    parser = command_line._parser()._subparsers._group_actions[0].choices[command]
+    assert [action.dest for action in parser._actions if len(action.help or "") < 10] == [] and len(examples) == 1
+    assert command_line._parser().parse_args(examples[0]).run.__name__ == f"_{command}"
+
+
+def test_the_examples_of_the_help_work_as_they_stand(quick, capsys, monkeypatch):
+    monkeypatch.chdir(quick[0])
+    Path("notes.txt").write_text("".join(f"Note {i}: a port is open until it is closed.\n" for i in range(40)))
+    for command in COMMANDS[1:]:
+        _, [example] = helped(capsys, command)
+        assert main(example) == 0
+        out, err = capsys.readouterr()
+        assert out.endswith("\n") and "Traceback" not in err
+        assert (command == "finetune") == bool(re.search("held-out loss .* kept in my-adapter", " ".join(out.split())))
+    assert {path.name for path in Path("my-adapter").iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    assert main(["generate", "--base", command_line.BASE, "--adapter", "my-adapter", "--prompt", "Note"]) == 0
+
+
+def given_to_finetune(monkeypatch, *arguments):
+    calls = []
+    monkeypatch.setattr(command_line, "finetune", lambda *given, **options: calls.append((given, options)))
+    monkeypatch.setattr(commands, "check_source", lambda *given: calls.append(given))
+    assert main(["finetune", "--base", "b", "--data", "d.txt", "--out", "o", "--alpha", "3", *arguments]) == 0
+    source, ((settings, xp), options) = calls
+    assert source == ("b", "model") and xp is np and options.keys() == {"resume", "say"}
+    return settings, options["resume"]
+
+
+def test_the_options_reach_the_training(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert given_to_finetune(monkeypatch) == (Settings(base="b", data="d.txt", out="o", alpha=3.0), False)
+    every = "--r 5 --target c_attn --target mlp.c_fc q_proj --lr 0.25 --steps 6 --batch 7 --length 8 --dropout 0.5"
+    more = "--seed 9 --eval-split 0.125 --save-every 11 --resume --target c_proj"
+    expected = Settings(base="b", data="d.txt", out="o", alpha=3.0, r=5, lr=0.25, steps=6, batch=7, length=8, seed=9,
+                        target=["c_attn", "mlp.c_fc", "q_proj", "c_proj"], dropout=0.5, eval_split=0.125,
+                        save_every=11)  # fmt: skip
+    assert given_to_finetune(monkeypatch, *every.split(), *more.split()) == (expected, True)
+
+
+@pytest.mark.parametrize("command", ["finetune", "generate", "compare"])
+def test_every_command_that_computes_names_the_extra_of_a_backend(command, capsys, monkeypatch, quick):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.chdir(quick[0])
+    _, [example] = helped(capsys, command)
+    example = [word if word != "my-adapter" else "elsewhere" for word in example]
+    assert main([*example, "--backend", "cupy"]) == 1
+    out, err = capsys.readouterr()
+    assert "minilora[cuda12]" in err and err.count("\n") == 1 and out == "" and not Path("elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (MemoryError("Unable to allocate 7 TiB"), "there is not enough memory; use a smaller batch (Unable to"),
+        (OverflowError("too large"), "minilora: too large\n"),
+        (FileNotFoundError(2, "No such file", "a.txt"), "minilora: a.txt: No such file\n"),
+        (OSError(28, "No space left"), "minilora: No space left\n"),
+        (ValueError("x:\n  a\n  b\n  c\n  d"), "minilora: x: a; b; c; ...\n"),
+        (ValueError(""), "minilora: ValueError\n"),
+        (ValueError("n" * 5000), "n ...\n"),
+        (UnicodeEncodeError("cp1252", "a中", 1, 2, "no"), r"in cp1252, which cannot say '\u4e2d'; set PYTHONUTF8=1"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_an_error_is_one_line_whatever_it_is(error, told, capsys, monkeypatch):
+    def fails(*arguments):
+        raise error
+
+    monkeypatch.setattr(commands, "inspect", fails)
+    assert main(["inspect", "x"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("minilora: ") and told in err and err.count("\n") == 1 and len(err) < 400
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_disk_that_is_full_is_told_and_not_by_the_interpreter(quick, buffered):
+    with open("/dev/full", "w") as full:
+        code, _, err = finish(start(quick[0], "inspect", command_line.BASE, buffered=buffered, stdout=full))
+    assert code == 1 and err == "minilora: No space left on device\n"
+
+
+def test_what_the_output_cannot_spell_is_told(quick):
+    shutil.copytree(quick[0] / command_line.BASE, quick[0] / "modèle")
+    code, out, err = finish(start(quick[0], "inspect", "modèle", PYTHONIOENCODING="ascii", PYTHONUTF8="0"))
+    assert code == 1 and err == "minilora: the output is in ascii, which cannot say '\\xe8'; set PYTHONUTF8=1\n"

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import agree, hunt, rngs, sides
 
+from minilora.backend import to_numpy
 from minilora.optim import Adam, clip_grad_norm, warmup_cosine
 from minilora.tensor import Tensor
 
@@ -179,6 +180,66 @@ def test_what_is_no_tensor_is_refused_with_what_to_pass():
 def test_an_optimizer_with_nothing_to_train_is_refused(params):
     with pytest.raises(ValueError, match=r"none of these tensors is trainable; pass adapter.parameters\(\)"):
         Adam(params)
+
+
+# --- going on ----------------------------------------------------------------------------------------------------
+
+
+def stepped(adam, gradients):
+    for g in gradients:
+        adam.params[0].grad = g
+        adam.step()
+    return adam
+
+
+def goes_on_to_the_bit(case, forget=()):
+    """Any number of steps, then a new Adam over a copy of the parameters, then the rest: nothing tells them apart."""
+    start, gradients, options = case
+    whole = stepped(Adam([Tensor(start.copy(), requires_grad=True)], **options), gradients)
+    for k in range(len(gradients) + 1):
+        first = stepped(Adam([Tensor(start.copy(), requires_grad=True)], **options), gradients[:k])
+        second = Adam([Tensor(first.params[0].data.copy(), requires_grad=True)], **options)
+        state = {name: 0 * moment if name in forget else moment.copy() for name, moment in first.state().items()}
+        second.restore(state, 0 if "steps" in forget else first.steps)
+        stepped(second, gradients[k:])
+        assert second.params[0].data.tobytes() == whole.params[0].data.tobytes()
+        assert [a.tobytes() for a in second.m + second.v] == [a.tobytes() for a in whole.m + whole.v]
+        assert second.steps == whole.steps == len(gradients)
+
+
+@given(optimisations())
+def test_an_adam_restored_goes_on_to_the_bit(case):
+    goes_on_to_the_bit(case)
+
+
+@pytest.mark.parametrize("forgotten", ["m.0", "v.0", "steps"])
+def test_an_adam_that_forgets_any_of_it_is_found_out(forgotten):
+    with pytest.raises(AssertionError):
+        hunt(optimisations(), lambda case: goes_on_to_the_bit(case, forget=(forgotten,)))
+
+
+def test_a_state_moves_between_backends_and_is_not_shared(xp):
+    ours, theirs = (Adam([Tensor(m.asarray([1.0, 2.0]), requires_grad=True)]) for m in (np, xp))
+    ours.params[0].grad = np.array([3.0, 4.0])
+    ours.step()
+    theirs.restore(ours.state(), ours.steps)
+    assert isinstance(theirs.m[0], xp.ndarray) and agree(xp, theirs.m[0], ours.m[0])
+    ours.step()
+    assert not np.array_equal(to_numpy(theirs.m[0]), ours.m[0]) and theirs.steps == 1
+
+
+@pytest.mark.parametrize("state, steps, told", [
+    ({"m.0": np.ones(3), "v.0": np.ones(2)}, 1, r"m.0: \(\(3,\), 'float64'\), not \(\(2,\), 'float64'\)"),
+    ({"m.0": np.ones(2), "v.0": np.ones(2, "float32")}, 1, "v.0.*float32.*not.*float64"),
+    ({"m.0": np.ones(2)}, 1, "1 moments do not fit.*v.0: None"),
+    ({"m.0": np.ones(2), "v.0": np.ones(2), "m.1": np.ones(2)}, 1, "3 moments do not fit.*m.1.*not None"),
+    ({"m.0": np.ones(2), "v.0": np.ones(2)}, -1, "-1 steps"),
+], ids=["shape", "dtype", "too few", "too many", "steps"])  # fmt: skip
+def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(state, steps, told):
+    adam = Adam([Tensor(np.zeros(2), requires_grad=True)])
+    with pytest.raises(ValueError, match=told):
+        adam.restore(state, steps)
+    assert adam.steps == 0 and not adam.m[0].any() and not adam.v[0].any()
 
 
 # --- clipping ----------------------------------------------------------------------------------------------------

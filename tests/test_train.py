@@ -4,13 +4,15 @@ import math
 import re
 import weakref
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import pytest
+from strategies import contents
 from tqdm import tqdm
 
 from minilora import GPT, Adam, GPTConfig, generate
-from minilora.data import decode, encode, pack
+from minilora.data import decode, encode, encode_pairs, pack, question_batches, stretches
 from minilora.train import exact_match, heldout_loss, train
 
 TINY = GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=96, block_size=32, positions="rope")
@@ -116,26 +118,98 @@ def test_the_progress_bar_tells_loss_and_speed(model, capfd, monkeypatch):
 
 def test_the_heldout_loss_is_the_mean_over_the_text_and_does_not_depend_on_the_batch(model):
     ids = encode("the quick brown fox jumps over the lazy dog.")
-    stretches = [model.loss(ids[None, i : i + 8], ids[None, i + 1 : i + 9]).item() for i in range(0, 40, 8)]
+    alone = [model.loss(ids[None, i : i + 8], ids[None, i + 1 : i + 9]).item() for i in range(0, 40, 8)]
     for batch in (1, 2, 5):
-        assert heldout_loss(model, ids, 8, batch) == pytest.approx(np.mean(stretches), rel=1e-6)
+        assert heldout_loss(model, stretches(ids, 8, batch)) == pytest.approx(np.mean(alone), rel=1e-6)
 
 
-def test_a_text_too_short_for_one_stretch_is_refused(model):
-    with pytest.raises(ValueError, match=r"8 tokens .* 8 \+ 1"):
-        heldout_loss(model, encode("12345678"), 8)
+def test_the_heldout_loss_of_questions_is_the_mean_over_the_tokens_of_the_answers(model):
+    """Not the mean of the batches' means: here one batch has two tokens that count, the other thirteen."""
+    pairs = encode_pairs([("one ", "1\n"), ("count to six ", "1 2 3 4 5 6\n")])
+    means = [model.loss(*pack([pair])).item() for pair in pairs]
+    right = np.average(means, weights=[len(answer) for _, answer in pairs])
+    for batches in ([pack(pairs)], [pack([pair]) for pair in pairs], (pack([pair]) for pair in pairs[::-1])):
+        assert heldout_loss(model, batches) == pytest.approx(right, rel=1e-6)
+    assert abs(right - np.mean(means)) > 1e-3
+
+
+def test_the_heldout_loss_of_nothing_is_refused(model):
+    with pytest.raises(ValueError, match="no batch"):
+        heldout_loss(model, [])
+
+
+def test_the_heldout_loss_shows_a_bar_only_under_a_label(model, capfd):
+    batches = [pack(encode_pairs([("one ", "1\n")]))]
+    heldout_loss(model, batches)
+    assert capfd.readouterr().err == ""
+    heldout_loss(model, batches, "before")
+    assert "before:   0%" in capfd.readouterr().err
+
+
+# Going on.
+
+
+def four_steps(start=0, stop=4, model=None, adam=None):
+    """(model, Adam, [(steps done, loss)], rates) after the steps start .. stop of a run of four."""
+    model = model or GPT(TINY, np.random.default_rng(3))
+    adam = adam or Adam(model.parameters())
+    calls, rates, pairs = [], [], encode_pairs([(f"{i}+{i}=", f"{2 * i}\n") for i in range(7)])
+    batches = islice(question_batches(pairs, 3, np.random.default_rng(4)), start, stop)
+    after = lambda done, loss: calls.append((done, loss))
+    schedule = lambda step: rates.append(0.01 * (step + 1)) or rates[-1]
+    train(model, adam, batches, stop, schedule=schedule, quiet=True, start=start, after=after)
+    return model, adam, calls, rates
+
+
+def test_after_each_step_the_hook_is_told_how_many_are_done_and_the_loss():
+    model = GPT(TINY, np.random.default_rng(0))
+    adam, calls = Adam(model.parameters()), []
+    after = lambda done, loss: calls.append((done, adam.steps, loss))
+    losses = train(model, adam, batches_of("abcabcabcabcabc"), 3, quiet=True, after=after)
+    assert calls == [(1, 1, losses[0]), (2, 2, losses[1]), (3, 3, losses[2])]
+
+
+def test_a_run_in_two_parts_is_the_run_in_one_to_the_bit():
+    whole, _, calls, rates = four_steps()
+    half, adam, first, _ = four_steps(stop=2)
+    fresh = Adam(half.parameters())
+    fresh.restore(adam.state(), adam.steps)
+    again, _, second, late = four_steps(2, 4, half, fresh)
+    assert contents(again) == contents(whole)
+    assert first + second == calls and [done for done, _ in calls] == [1, 2, 3, 4]
+    assert late == rates[2:]
+
+
+def test_a_run_that_goes_on_at_its_end_has_nothing_to_do(model):
+    assert train(model, Adam(model.parameters()), [], 3, quiet=True, start=3) == []
+
+
+@pytest.mark.parametrize("start", [-1, 4])
+def test_a_start_outside_the_run_is_refused(model, start):
+    with pytest.raises(ValueError, match=rf"start must lie in 0 \.\. 3.*got {start}"):
+        train(model, Adam(model.parameters()), [], 3, quiet=True, start=start)
+
+
+def test_the_bar_of_a_run_that_goes_on_starts_where_it_stood(model, capfd, monkeypatch):
+    monkeypatch.setattr("minilora.train.tqdm", partial(tqdm, mininterval=0))
+    train(model, Adam(model.parameters()), batches_of("abcabcabcabcabc"), 3, label="learning", start=1)
+    shown = capfd.readouterr().err
+    assert " 1/3 " in shown and " 3/3 " in shown and " 0/3 " not in shown
+
+
+# Exact answers.
 
 
 def test_exact_match_agrees_with_greedy_decoding():
     rng = np.random.default_rng(1)
     model = GPT(TINY, rng)
     pairs = [("2+2=", "4\n"), ("capital of peru? ", "lima\n"), ("q ", "ok\n"), ("rr ", "no\n")]
-    loop = iter(lambda: pack(pairs), None)
+    loop = iter(lambda: pack(encode_pairs(pairs)), None)
     train(model, Adam(model.parameters(), lr=1e-2), loop, 60, quiet=True)
     probes = pairs + [(prompt + " ", answer) for prompt, answer in pairs] + [("2+2=", "5\n"), ("q ", "okay\n")]
     decoded = []
     for prompt, answer in probes:
         ids = encode(prompt)[None]
         decoded.append(decode(generate(model, ids, len(answer))[0, ids.shape[1] :]) == answer)
-    assert exact_match(model, probes) == decoded
+    assert exact_match(model, encode_pairs(probes)) == decoded
     assert True in decoded and False in decoded
