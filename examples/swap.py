@@ -67,7 +67,8 @@ adapters = {}
 for name, task in tasks.items():
     adapters[name] = init_adapter(base, LoRAConfig(r=4, alpha=8, target_modules="all-linear"), rng)
     adam = Adam(adapters[name].parameters(), betas=(0.9, 0.95))
-    batches = data.question_batches([(prompt(b), task(b) + "\n") for b in seen], 32, rng)
+    pairs = data.encode_pairs([(prompt(b), task(b) + "\n") for b in seen])
+    batches = data.question_batches(pairs, 32, rng)
     train(attach(base, adapters[name]), adam, batches, steps, schedule=schedule, label=name)
 
 # 4. The matrix: each adapter (row) asked for each task (column), on strings never seen. Swapping is a look-up.
@@ -75,8 +76,8 @@ models = {"none": base} | {name: attach(base, adapter) for name, adapter in adap
 n = 16 if args.quick else len(unseen)
 print(f"{f'exact answers, % of {n}':<26}" + "".join(f"{name:>10}" for name in tasks))
 for name, model in models.items():
-    pairs = {column: [(prompt(b), task(b) + "\n") for b in unseen[:n]] for column, task in tasks.items()}
-    row = [100 * np.mean(exact_match(model, pairs[column])) for column in tasks]
+    pairs = [[(prompt(b), task(b) + "\n") for b in unseen[:n]] for task in tasks.values()]
+    row = [100 * np.mean(exact_match(model, data.encode_pairs(column))) for column in pairs]
     print(f"{'adapter: ' + name:<26}" + "".join(f"{percent:>10.0f}" for percent in row))
 
 # 5. The same prompt, four times in one batch: every row goes through its own adapter.

@@ -55,8 +55,9 @@ def save_merged(model, folder, *, dtype="float32", like=None, allow_rounding=Fal
     report = rounding_report(model, dtype)
     worst = max(report, key=lambda r: r.error)
     size, unmoved = (np.mean([getattr(r, field) for r in report]) for field in ("size", "unmoved"))
-    say(f"merged {len(report)} updates, on average {size:.1e} of their weights; stored as {dtype}, {unmoved:.1%} of "
-        f"the weights are what they were; worst rounding: {worst.error:.2g} of the update, in {worst.module}")
+    say(f"merged {len(report)} updates, on average {size:.1e} of their weights, to be stored as {dtype}:\n"
+        f"  {unmoved:.1%} of the weights stay what they were; the worst rounding is {worst.error:.2g} of an update, in "
+        f"{worst.module}")
     if worst.error > LIMIT and not allow_rounding:
         raise ValueError(
             f"stored as {dtype}, {worst.module} is rounded by {worst.error:.0%} of its update (limit {LIMIT:.0%}): "

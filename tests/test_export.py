@@ -285,7 +285,7 @@ def test_by_default_the_folder_holds_the_merged_model_bit_for_bit(tmp_path, posi
     assert contents(again) == contents(merge(model)) and again.config == base.config
     assert contents(again) != before == contents(base)
     stored = {view["dtype"] for _, view in deserialize((tmp_path / TENSORS).read_bytes())}
-    assert stored == {"F32"} and len(lines) == 1 and "stored as float32" in lines[0]
+    assert stored == {"F32"} and len(lines) == 1 and "to be stored as float32" in lines[0]
 
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])
@@ -350,7 +350,7 @@ def test_an_update_that_rounding_would_lose_is_refused_before_anything_is_writte
 
 
 @pytest.mark.parametrize("dtype", ["float32", *NARROW])
-def test_one_line_is_said_with_the_numbers_of_the_report(tmp_path, dtype, capsys):
+def test_what_is_said_are_the_numbers_of_the_report(tmp_path, dtype, capsys):
     needs(dtype)
     _, model = one_update_almost_vanishes()
     report = rounding_report(model, dtype)
@@ -360,8 +360,9 @@ def test_one_line_is_said_with_the_numbers_of_the_report(tmp_path, dtype, capsys
     worst = sorted(report, key=lambda r: r.error)[-1]
     assert worst.module == "h.1.attn.v_proj" and not said.err
     assert said.out == (
-        f"merged 12 updates, on average {size:.1e} of their weights; stored as {dtype}, {unmoved:.1%} of the weights "
-        f"are what they were; worst rounding: {worst.error:.2g} of the update, in h.1.attn.v_proj\n"
+        f"merged 12 updates, on average {size:.1e} of their weights, to be stored as {dtype}:\n"
+        f"  {unmoved:.1%} of the weights stay what they were; the worst rounding is {worst.error:.2g} of an update, in "
+        "h.1.attn.v_proj\n"
     )
 
 
