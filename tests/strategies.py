@@ -251,3 +251,25 @@ def write_tensors(path, arrays, metadata=None, bfloat16=()):
         header[name], data = {"dtype": code, "shape": list(array.shape), "data_offsets": span}, data + array.tobytes()
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def put(**fields):
+    """A change to a folder: these fields of its configuration."""
+    return lambda config, tensors: config.update(fields)
+
+
+def drop(*keys):
+    """A change to a folder: without these fields of its configuration."""
+    return lambda config, tensors: [config.pop(key) for key in keys]
+
+
+def tensor(name, value):
+    """A change to a folder: a tensor is an array, or what a function makes of it; None takes it out."""
+
+    def change(config, tensors):
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value(tensors[name]) if callable(value) else value
+
+    return change

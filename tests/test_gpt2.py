@@ -15,10 +15,13 @@ from safetensors.numpy import load_file, save_file
 from strategies import (
     ODD_NUMBERS,
     bits,
+    drop,
     float_dtypes,
     integer_arrays,
+    put,
     seeds,
     small_gpt,
+    tensor,
     trained_adapter,
     write_tensors,
 )
@@ -62,26 +65,6 @@ def folder_of(folder, change=lambda config, tensors: None, model=None, bfloat16=
     write_tensors(folder / "model.safetensors", tensors, metadata, bfloat16)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def put(**fields):
-    return lambda config, tensors: config.update(fields)
-
-
-def drop(*keys):
-    return lambda config, tensors: [config.pop(key) for key in keys]
-
-
-def tensor(name, value):
-    """Set a tensor to an array or to what a function makes of it; None takes it out."""
-
-    def change(config, tensors):
-        if value is None:
-            del tensors[name]
-        else:
-            tensors[name] = value(tensors[name]) if callable(value) else value
-
-    return change
 
 
 def bare(config, tensors):

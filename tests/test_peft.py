@@ -16,11 +16,14 @@ from safetensors.numpy import load_file, save_file
 from strategies import (
     ODD_NUMBERS,
     bits,
+    drop,
     float_dtypes,
     integer_arrays,
+    put,
     same_adapter,
     seeds,
     small_gpt,
+    tensor,
     tiny_mlp,
     trained_adapter,
     write_tensors,
@@ -372,14 +375,6 @@ def foreign(folder, change=lambda config, tensors: None):
     return base
 
 
-def drop(*keys):
-    return lambda config, tensors: [config.pop(key) for key in keys]
-
-
-def put(**fields):
-    return lambda config, tensors: config.update(fields)
-
-
 def key(module, factor, layer=0):
     return f"{PREFIX}transformer.h.{layer}.{module}.{factor}.weight"
 
@@ -388,18 +383,6 @@ def rename(pattern, by):
     def change(config, tensors):
         for name in list(tensors):
             tensors[re.sub(pattern, by, name)] = tensors.pop(name)
-
-    return change
-
-
-def tensor(name, value):
-    """Set the tensor `name` to an array, or to what a function makes of it; None takes it out."""
-
-    def change(config, tensors):
-        if value is None:
-            del tensors[name]
-        else:
-            tensors[name] = value(tensors[name]) if callable(value) else value
 
     return change
 
