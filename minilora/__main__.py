@@ -177,7 +177,6 @@ def _finetune(args):
         flag = lambda match: "argument --" + match[1].replace("target_modules", "target").replace("_", "-")
         args.refuse(re.sub(r"^\w+: (\w+)", flag, str(error)))
     commands.check_source(args.base, "model")
-    commands.check_out(args.out, beside_adapter=True)
     finetune(settings, array_module(args.backend), resume=args.resume, say=_say)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from .backend import get_array_module, to_device, to_numpy
 from .files import load_folder, save_folder
 
+ENDED = ".checkpoint.done"  # the name it goes by while it is taken away
 TENSORS, STATE = "checkpoint.safetensors", "checkpoint.json"
 
 
@@ -72,8 +73,8 @@ class Checkpoint:
 
     def remove(self):
         """Take the folder away, at once, so that no half of it is ever found under its name."""
-        gone = self.folder.with_name(f".{self.folder.name}.done")
-        shutil.rmtree(gone, ignore_errors=True)  # a kill in the line after next may have left one
+        gone = self.folder.with_name(ENDED)
+        shutil.rmtree(gone, ignore_errors=True)
         os.replace(self.folder, gone)
         shutil.rmtree(gone)
 

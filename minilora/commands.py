@@ -14,7 +14,7 @@ from .checkpoint import is_checkpoint
 from .compose import stack
 from .count import parameter_report
 from .export import save_merged
-from .files import load_folder
+from .files import check_unused, load_folder
 from .finetune import CHECKPOINT
 from .gpt import generate
 from .gpt2 import CONFIG as MODEL_CONFIG
@@ -57,16 +57,6 @@ def check_source(folder, kind):
         raise FileNotFoundError(neither)
     if kind not in found:
         raise ValueError(f"{folder} holds {_a(found[0])}, where {_a(kind)} is needed")
-
-
-def check_out(folder, *, beside_adapter=False):
-    """Raise if `folder` is a file, or holds a model or (unless `beside_adapter`) an adapter already."""
-    if Path(folder).is_dir():
-        held = [_a(kind) for kind in kinds_in(folder)[0] if kind == "model" or not beside_adapter]
-        if held:
-            raise ValueError(f"{folder} holds {held[0]} already; choose another folder to write to")
-    elif Path(folder).exists():
-        raise NotADirectoryError(f"{folder} is a file; choose a folder to write to")
 
 
 def _a(kind):
@@ -112,6 +102,10 @@ def continue_prompt(base, adapters, prompt, xp, seed, say, tell, *, max_new_toke
         if len(loaded) > 1:
             say(f"--- {folder}")
         new = row[len(ids) :].tolist()
+        unknown = sum(token >= tokenizer.vocab_size for token in new)
+        if unknown:
+            tell(f"{unknown} of {len(new)} new tokens are left out: the tokenizer knows {tokenizer.vocab_size:,}, the "
+                 f"model {model.config.vocab_size:,}")
         end = new.index(tokenizer.end) if tokenizer.end in new else len(new)
         say(prompt + tokenizer.decode(new[:end]))
 
@@ -119,9 +113,9 @@ def continue_prompt(base, adapters, prompt, xp, seed, say, tell, *, max_new_toke
 def merge_folders(base, adapter, out, say, *, dtype, allow_rounding):
     """Write the model in the folder `base` with the adapter in `adapter` merged into it, as a model folder `out`.
 
-    Raises: ValueError if `out` holds a model or an adapter already, or as `save_merged`.
+    Raises: ValueError if `out` is not empty, or as `save_merged`.
     """
-    check_out(out)
+    check_unused(out)
     check_source(base, "model")
     check_source(adapter, "adapter")
     model = load_model(base)

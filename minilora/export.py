@@ -8,6 +8,7 @@ update does.
 from collections import namedtuple
 
 import numpy as np
+from tqdm import tqdm
 
 from .backend import to_numpy
 from .files import rounded
@@ -16,31 +17,33 @@ from .lora import LoRALinear, merge
 
 LIMIT = 0.1  # the largest rounding error that is stored unasked, as a share of a module's update
 
-Rounding = namedtuple("Rounding", "module size error unmoved")
+Rounding = namedtuple("Rounding", "module size error unmoved weights")
 
 
-def rounding_report(model, dtype):
+def rounding_report(model, dtype, merged=None):
     """What merging `model` and storing it in `dtype` does to each update: a list of Rounding, in the model's order.
 
-    Shapes: none. `size` is ‖ΔW‖ / ‖W‖; `error` is ‖stored - (W + ΔW)‖ / ‖ΔW‖, above 1 where more than the update was
-    rounded away; `unmoved` is the share of weights that are stored as the base's would be. Norms are Frobenius's, in
-    float64. A module whose update is zero loses nothing: its error is 0.
+    Shapes: none. `merged` is merge(model), if that has been done. `size` is ‖ΔW‖ / ‖W‖; `error` is
+    ‖stored - (W + ΔW)‖ / ‖ΔW‖, above 1 where more than the update was rounded away; `unmoved` is the share of its
+    `weights` that are stored as the base's would be. Norms are Frobenius's, in float64. A module whose update is zero
+    loses nothing: its error is 0.
     Raises: ValueError if no layer carries an adapter, or a merged weight overflows in `dtype`.
     Source: the definition of rounding; error ≈ 0.42 u ‖W + ΔW‖ / ‖ΔW‖ for u = 2⁻²⁴, 2⁻¹¹, 2⁻⁸ (float32, float16,
     bfloat16) and normal weights; at most 1, where all is lost, if the base's weights exist in `dtype`.
     """
-    report, adapted = [], dict(model.named_modules())
-    for name, plain in merge(model).named_modules():
-        layer = adapted[name]
-        if isinstance(layer, LoRALinear):
+    report, plain = [], dict((merged or merge(model)).named_modules())
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+    with tqdm(layers, desc="rounding", unit="layer", delay=1, leave=False) as bar:
+        for name, layer in bar:
             W, B, A = (to_numpy(t.data).astype(np.float64) for t in (layer.weight, layer.lora_B, layer.lora_A))
             update = layer.scaling * (B @ A)
-            stored = rounded(name, to_numpy(plain.weight.data), dtype)
+            stored = rounded(name, to_numpy(plain[name].weight.data), dtype)
             with np.errstate(over="ignore"):  # only what is stored must fit
                 base = W.astype(stored.dtype)
             lost, size, whole = map(np.linalg.norm, (stored.astype(np.float64) - (W + update), update, W))
             error = lost / size if size else 0.0
-            report.append(Rounding(name, float(size / (whole or 1)), float(error), float(np.mean(stored == base))))
+            unmoved = float(np.mean(stored == base))
+            report.append(Rounding(name, float(size / (whole or 1)), float(error), unmoved, W.size))
     return report
 
 
@@ -52,9 +55,10 @@ def save_merged(model, folder, *, dtype="float32", like=None, allow_rounding=Fal
     is more than a tenth (LIMIT) of its update; and as `merge` and `save_model`.
     Source: as `rounding_report`.
     """
-    report = rounding_report(model, dtype)
-    worst = max(report, key=lambda r: r.error)
-    size, unmoved = (np.mean([getattr(r, field) for r in report]) for field in ("size", "unmoved"))
+    merged = merge(model)
+    report = rounding_report(model, dtype, merged)
+    worst, size = max(report, key=lambda r: r.error), np.mean([r.size for r in report])
+    unmoved = sum(r.unmoved * r.weights for r in report) / sum(r.weights for r in report)
     say(f"merged {len(report)} updates, on average {size:.1e} of their weights, to be stored as {dtype}:\n"
         f"  {unmoved:.1%} of the weights stay what they were; the worst rounding is {worst.error:.2g} of an update, in "
         f"{worst.module}")
@@ -63,4 +67,4 @@ def save_merged(model, folder, *, dtype="float32", like=None, allow_rounding=Fal
             f"stored as {dtype}, {worst.module} is rounded by {worst.error:.0%} of its update (limit {LIMIT:.0%}): "
             "what is below half a unit in the last place is lost. Save as float32, or allow the rounding"
         )
-    save_model(merge(model), folder, dtype=dtype, like=like)
+    save_model(merged, folder, dtype=dtype, like=like)

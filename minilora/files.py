@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, deserialize, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
+FREE = ("base_model_name_or_path", "_name_or_path")  # fields that people may change: no program computes with them
 DTYPES = ("float16", "bfloat16", "float32", "float64")  # what tensors can be saved in
 
 
@@ -27,24 +28,45 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None)
     folder, text = Path(folder), json.dumps(config, indent=2)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    blob = save(arrays, {"format": "pt", "minilora.config": text, **(metadata or {})})
-    contents = {tensor_file: blob, config_file: text.encode()}
+    metadata = {"format": "pt", "minilora.config": text, **(metadata or {})}
     if _staged(folder / config_file).exists():  # an earlier save may have died between its renames: end it
         with contextlib.suppress(OSError, SafetensorError), safe_open(folder / tensor_file, framework="np") as file:
             os.replace(_config_file(folder, config_file, file.metadata()), folder / config_file)
+    names = (tensor_file, config_file)
     try:
-        for name, content in contents.items():
-            with open(_staged(folder / name), "wb") as file:
-                file.write(content)
-                file.flush()
+        _write_tensors(_staged(folder / tensor_file), arrays, metadata)
+        with open(_staged(folder / config_file), "wb") as file:
+            file.write(text.encode())
+        for name in names:
+            with open(_staged(folder / name), "rb+") as file:
                 os.fsync(file.fileno())
-        for name in contents:
+        for name in names:
             os.replace(_staged(folder / name), folder / name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error.filename} has gone while it was written: is another run at it?") from None
     except BaseException:
         if _staged(folder / tensor_file).exists():  # nothing has been renamed yet: leave no trace
-            for name in contents:
+            for name in names:
                 _staged(folder / name).unlink(missing_ok=True)
         raise
+
+
+def _write_tensors(path, arrays, metadata):
+    try:
+        save_file(arrays, path, metadata)  # straight to the disk: no second copy in memory
+    except SafetensorError as error:  # which is no OSError, also where the disk is full
+        raise OSError(f"{path} could not be written: {error}") from None
+
+
+def check_unused(folder, ignore=()):
+    """Raise ValueError unless `folder` is new or empty, but for the names in `ignore`: nothing is written over."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; choose a folder to write to")
+    held = sorted(path.name for path in folder.iterdir() if path.name not in ignore) if folder.exists() else []
+    if held:
+        raise ValueError(f"{folder} is not empty: it holds {', '.join(held[:4])}{' ...' * (len(held) > 4)}; choose "
+                         "another folder, or empty this one")
 
 
 def load_folder(folder, tensor_file, config_file):
@@ -67,11 +89,11 @@ def load_folder(folder, tensor_file, config_file):
     saved = json_object(f"{tensors_at}: its minilora.config", metadata.get("minilora.config"))
     where = _config_file(folder, config_file, metadata)
     config = json_object(where, where.read_bytes())
-    differing = [f"{key}: {saved.get(key)!r} and {config.get(key)!r}" for key in sorted((saved or {}).keys() | config)
-                 if saved and saved.get(key) != config.get(key)]
+    differing = [f"{key}: {value!r} and {config.get(key)!r}" for key, value in sorted((saved or {}).items())
+                 if key not in FREE and value != config.get(key)]
     if differing:
         raise ValueError(f"{folder}: {tensor_file} and {config_file} are of two different saves, or one was edited "
-                         f"({'; '.join(differing)}); save the folder again")
+                         f"({'; '.join(differing)}); put the first value back, or take both files from one save")
     return config, tensors, metadata
 
 

@@ -1,12 +1,14 @@
 """Fine-tuning a model folder on a file of text or of questions: from two paths to an adapter, killed or not.
 
-A run that is killed at any moment and resumed gives the adapter of a run that was not, to the bit: all that is random
-follows from the seed, and the state after the last checkpoint is computed again.
+A run that is killed at any moment and resumed gives the adapter of a run that was not, to the bit, on the same machine
+and with as many threads (they decide in which order sums are made): all that is random follows from the seed, and what
+came after the last checkpoint is computed again.
 """
 
 import hashlib
 import json
 import math
+import shutil
 import sys
 import time
 from collections import namedtuple
@@ -16,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import Checkpoint, is_checkpoint
+from .checkpoint import ENDED, Checkpoint, is_checkpoint
 from .count import parameter_report
+from .files import check_unused
 from .gpt2 import load_model
 from .lora import attach
 from .optim import Adam, warmup_cosine
@@ -105,7 +108,7 @@ def finetune(settings, xp=np, *, resume=False, say=print, quiet=False):
     say(f"adapter r={settings.r}, alpha={settings.alpha:g}: {parameter_report(model)}")
 
     adam = Adam(adapter.parameters(), lr=settings.lr)
-    identity = _identity(settings, rows, base, adapter)
+    identity = _identity(settings, rows, base, adapter, xp)
     checkpoint = Checkpoint(out / CHECKPOINT, identity, adapter, adam, dropping)
     progress = {"before": None, "losses": [], "tokens": 0, "seconds": 0.0}
     if resume:
@@ -134,17 +137,19 @@ def finetune(settings, xp=np, *, resume=False, say=print, quiet=False):
 def _check_out(out, resume):
     """Raise unless `out` holds a checkpoint to resume, or, to start with, neither that nor an adapter."""
     checkpoint, adapter = out / CHECKPOINT, out / "adapter_model.safetensors"
+    if (out / ENDED).exists():  # of a run that was killed while it took its checkpoint away
+        shutil.rmtree(out / ENDED)
     if resume and not is_checkpoint(checkpoint):
         why = "the run has ended, and its adapter is there" if adapter.exists() else "start without --resume"
         raise FileNotFoundError(f"nothing to resume in {out}: {why}")
     if not resume and is_checkpoint(checkpoint):
         raise ValueError(f"{out} holds a run that has not ended: go on with --resume, remove {checkpoint}, "
                          "or choose another folder")
-    if not resume and adapter.exists():
-        raise ValueError(f"{out} holds an adapter already: choose another folder, or remove {adapter}")
+    if not resume:
+        check_unused(out, ignore=[CHECKPOINT])  # which holds nothing to go on from
 
 
-def _identity(settings, rows, base, adapter):
+def _identity(settings, rows, base, adapter, xp):
     """What must be the same when the run goes on, in the values that JSON gives back."""
     fields = {name: value for name, value in asdict(settings).items() if name not in FREE}
     file = hashlib.sha256(Path(settings.data).read_bytes()).hexdigest()
@@ -152,6 +157,7 @@ def _identity(settings, rows, base, adapter):
         "settings": fields,
         "data": {"sha256": file, "tokens": rows.fingerprint()},
         "config": asdict(base.config),
+        "arrays": {"module": xp.__name__},
         "base": adapter.base_fingerprint,
     }))  # fmt: skip
 

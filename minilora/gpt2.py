@@ -5,6 +5,7 @@ Its c_attn is q_proj, k_proj and v_proj side by side. A GPT with rotary position
 kept under its own names and in its own orientation.
 """
 
+import os
 import re
 import shutil
 import warnings
@@ -27,8 +28,9 @@ CONV1D = {
     "mlp.c_fc": ("mlp.up_proj",),
     "mlp.c_proj": ("mlp.down_proj",),
 }
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-             "added_tokens.json", "generation_config.json")
+PREFIX = "transformer."  # where GPT2LMHeadModel keeps all but its head; a bare GPT2Model has none
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+              "added_tokens.json", "generation_config.json")
 _MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old files carry; c_attn.bias is no mask
 _MATHS = {  # fields that change what a GPT-2 computes: what this library computes comes first
     "model_type": ("gpt2", None),
@@ -137,7 +139,7 @@ def _conv1d_layout(model):
     for kind in ("weight", "bias"):
         ours = [n.rpartition(".")[0] for n, _ in model.named_parameters() if n.endswith(f".{kind}")]
         for theirs, modules in gpt2_modules(ours).items():
-            prefix = "" if theirs == "lm_head" else "transformer."
+            prefix = "" if theirs == "lm_head" else PREFIX
             conv1d = kind == "weight" and theirs != modules[0]
             layout[f"{prefix}{theirs}.{kind}"] = [f"{module}.{kind}" for module in modules], conv1d
     return layout
@@ -154,10 +156,13 @@ def _save(model, folder, layout, config, dtype, like):
         joined = ours[parts[0]] if len(parts) == 1 else np.concatenate([ours[part] for part in parts])
         joined = joined.T if transposed else joined
         arrays[name] = joined if dtype is None else rounded(name, joined, dtype)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name in COMPANIONS if like is not None and Path(like).resolve() != Path(folder).resolve() else ():
+        if (Path(like) / name).exists():  # before the tensors: where those are, the folder is whole
+            staged = Path(folder) / f".{name}.tmp"
+            shutil.copyfile(Path(like) / name, staged)
+            os.replace(staged, Path(folder) / name)
     save_folder(folder, TENSORS, arrays, CONFIG, config)
-    for name in TOKENIZER if like is not None and Path(like).resolve() != Path(folder).resolve() else ():
-        if (Path(like) / name).exists():
-            shutil.copyfile(Path(like) / name, Path(folder) / name)
 
 
 def _gpt2(folder, config, tensors):
@@ -171,9 +176,9 @@ def _gpt2(folder, config, tensors):
     if missing or not {"n_positions", "n_ctx"} & config.keys():
         raise ValueError(f"{where}: no {', '.join(missing) or 'n_positions'}: this does not describe a GPT-2")
     for name in list(tensors):
-        short, tensor = name.removeprefix("transformer."), tensors.pop(name)
+        short, tensor = name.removeprefix(PREFIX), tensors.pop(name)
         if short in tensors:
-            raise ValueError(f"{folder}: {short} is there twice, with and without transformer.; keep one")
+            raise ValueError(f"{folder}: {short} is there twice, with and without {PREFIX}; keep one")
         if not _MASKS.fullmatch(short):
             tensors[short] = tensor
     tied, head = config.get("tie_word_embeddings", True), tensors.get("lm_head.weight")
@@ -190,7 +195,7 @@ def _gpt2(folder, config, tensors):
             config.get("n_positions", config.get("n_ctx")), n_inner=config.get("n_inner"),
             layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-5), tie_word_embeddings=tied,
         ), tensors)  # fmt: skip
-    layout = {name.removeprefix("transformer."): value for name, value in _conv1d_layout(blank).items()}
+    layout = {name.removeprefix(PREFIX): value for name, value in _conv1d_layout(blank).items()}
     return _filled(folder, blank, tensors, layout)
 
 

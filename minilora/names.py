@@ -7,11 +7,10 @@ import re
 
 from .files import naming
 from .gpt import GPT
-from .gpt2 import gpt2_modules, gpt2_name, is_gpt2
+from .gpt2 import PREFIX, gpt2_modules, gpt2_name, is_gpt2
 from .lora import linear_names
 from .targets import LoRAConfig, find_targets, is_expression
 
-GPT2 = "transformer."  # where GPT2LMHeadModel keeps its blocks; a bare GPT2Model has none
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")  # past history, once factors are saved
 _NEUTRAL = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _STARTS}
@@ -82,9 +81,9 @@ def _check_expressions(field, expressions):
 def _block(name, patterns):
     """The number of the block of a module, -1 for none: the first that follows one of `patterns`."""
     for pattern in patterns or [r"[^.]*\.[^.]*"]:
-        found = re.match(rf"(?:.*?\.)??{pattern}\.(\d+)\.", name)
-        if found:
-            return int(found[1])
+        found = re.match(rf"(?:.*?\.)??{pattern}\.(?P<block>\d+)\.", name)
+        if found and found["block"]:
+            return int(found["block"])
     return -1
 
 
@@ -92,7 +91,7 @@ def file_modules(names, gpt2):
     """{module of a file: our modules}, for the modules `names` of a GPT-2 or of another model."""
     if not gpt2:
         return {name: [name] for name in names}
-    return {GPT2 + theirs: ours for theirs, ours in gpt2_modules(names).items()}
+    return {PREFIX + theirs: ours for theirs, ours in gpt2_modules(names).items()}
 
 
 def of_gpt2(adapter):
@@ -110,7 +109,7 @@ def file_table(base, used):
     tables = [table]
     if isinstance(base, GPT):  # whichever of its names the file uses: they cannot be confused
         gpt2 = file_modules(linear_names(base), True)
-        bare = {file.removeprefix(GPT2): names for file, names in gpt2.items()}  # PEFT on a GPT2Model without head
+        bare = {file.removeprefix(PREFIX): names for file, names in gpt2.items()}  # PEFT on a GPT2Model without head
         tables += [gpt2, bare, file_modules(linear_names(base), False)]
     for names in tables:
         if names.keys() & set(used):

@@ -7,9 +7,9 @@ could tell (is this module there? is this its width?) is not asked here.
 import re
 
 from .names import chosen_modules
+from .peft import PREFIX
 from .targets import LoRAConfig
 
-PREFIX = "base_model.model."
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its server takes as --max-lora-rank, 16 unless told
 VLLM_NOTE = ("vLLM serves no LoRA on GPT-2 (GPT2LMHeadModel), whatever the format: merge the adapter, and serve the "
              "merged folder")

@@ -87,7 +87,10 @@ class Pairs:
 
     def fingerprint(self):
         """The SHA-256 of the tokens and of where each side ends, in hexadecimal."""
-        return hashlib.sha256(repr([[side.tolist() for side in pair] for pair in self.pairs]).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for side in (side for pair in self.pairs for side in pair):
+            digest.update(len(side).to_bytes(8, "little") + side.tobytes())
+        return digest.hexdigest()
 
     def batches(self, batch, rng):
         """Endless (inputs, targets), both (batch, T), in a new order on each pass. Raises: ValueError for too few."""

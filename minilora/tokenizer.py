@@ -60,8 +60,16 @@ def load_tokenizer(folder):
     return Tokenizer(
         lambda text: np.array(bpe.encode(text, add_special_tokens=False).ids, np.int64),
         lambda ids: bpe.decode(np.asarray(ids).reshape(-1).tolist(), skip_special_tokens=False),
-        end, size, cuttable=bpe.normalizer is None and getattr(bpe.pre_tokenizer, "use_regex", False),
+        end, size, _is_cuttable(bpe),
     )  # fmt: skip
+
+
+def _is_cuttable(bpe):
+    """Does it split as GPT-2's does, with nothing that reaches over a newline or starts every text in its own way?"""
+    plain = all(not (token.lstrip or token.rstrip or any(map(str.isspace, token.content)))
+                for token in bpe.get_added_tokens_decoder().values())
+    split = bpe.pre_tokenizer
+    return plain and bpe.normalizer is None and getattr(split, "use_regex", False) and not split.add_prefix_space
 
 
 def _read_bpe(folder, names):

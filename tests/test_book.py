@@ -19,7 +19,7 @@ ORDER = [*BOOK, "compose", "count", "files", "gpt2", "names", "fused", "peft", "
 STRANGERS = {("gpt", "lora"), ("lora", "gpt")}  # though one stands after the other, neither may know it
 # Everyone may import NumPy, nobody the rest.
 GUESTS = {"files": {"safetensors", "ml_dtypes"}, "tokenizer": {"tokenizers"}, "text": {"tqdm"}, "train": {"tqdm"},
-          "commands": {"tqdm"}, "demo": {"tqdm"}}  # fmt: skip
+          "export": {"tqdm"}, "commands": {"tqdm"}, "demo": {"tqdm"}}  # fmt: skip
 SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "minilora").glob("*.py"))}
 MODULES = [name for name in SOURCES if name != "__init__"]
 NOT_OURS = re.compile(r"\.(?!ci$|gitignore$).*|__pycache__|build|dist|shared|out|(minilora|gpt2)-demo.*|.*\.egg-info")

@@ -346,12 +346,12 @@ REFUSED = [
     (tuning + "--length 49", 1, "does not fit in the model's context of 48"),
     (tuning + "--data missing.txt", 1, "missing.txt: No such file or directory"),
     (tuning + "--base one", 1, "one holds an adapter"),
-    (tuning + "--out base", 1, "base holds a model already"),
+    (tuning + "--out base", 1, "base is not empty: it holds config.json, model.safetensors"),
     (tuning + "--out t.txt", 1, "t.txt is a file"),
     (tuning + "--resume", 1, "nothing to resume"),
     ("finetune --base base --data t.txt --out new", 2, "required: --alpha"),
-    ("merge --base base --adapter one --out base", 1, "base holds a model already"),
-    ("merge --base base --adapter one --out two", 1, "two holds an adapter already"),
+    ("merge --base base --adapter one --out base", 1, "base is not empty: it holds config.json, model.safetensors"),
+    ("merge --base base --adapter one --out two", 1, "two is not empty: it holds adapter_config.json"),
     ("merge --base base --adapter one --out q.jsonl", 1, "q.jsonl is a file"),
     ("merge --base base --adapter base --out new", 1, "base holds a model, where an adapter"),
     ("merge --base base --adapter one --out new --dtype int8", 2, "--dtype: invalid choice: 'int8'"),
@@ -388,4 +388,16 @@ def test_a_folder_of_shards_is_not_merged_into(run, tmp_path):
     before = everything(tmp_path)
     base, adapter = tmp_path / "m", GOLDEN / "c_attn/adapter"
     code, _, err = run("merge", "--base", base, "--adapter", adapter, "--out", base)
-    assert code == 1 and "holds a model already" in err and everything(tmp_path) == before
+    assert code == 1 and "is not empty: it holds config.json, model-0" in err and everything(tmp_path) == before
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_counted(run, bpe_folder, tmp_path):
+    """A table of embeddings may be rounded up: what the model says there has no text, and that is told."""
+    model = small_gpt(vocab_size=400)
+    model.wte.weight.data[:300] = 0
+    for name in ("tokenizer.json", "config.json"):
+        shutil.copyfile(bpe_folder / name, tmp_path / name)
+    save_model(model, tmp_path)
+    code, out, err = run("generate", "--base", tmp_path, "--prompt", "the", "--max-new-tokens", "3")
+    assert (code, out) == (0, "the\n")
+    assert err == "3 of 3 new tokens are left out: the tokenizer knows 300, the model 400\n"

@@ -20,7 +20,7 @@ from minilora.compose import stack
 from minilora.export import LIMIT, rounding_report, save_merged
 from minilora.files import rounded
 from minilora.gpt import GPT, GPTConfig
-from minilora.gpt2 import TENSORS, TOKENIZER, load_gpt2, load_model, save_gpt2
+from minilora.gpt2 import COMPANIONS, TENSORS, load_gpt2, load_model, save_gpt2
 from minilora.lora import LoRALinear, attach, init_adapter, merge
 from minilora.nn import Linear
 from minilora.targets import LoRAConfig
@@ -356,7 +356,10 @@ def test_what_is_said_are_the_numbers_of_the_report(tmp_path, dtype, capsys):
     report = rounding_report(model, dtype)
     save_merged(model, tmp_path, dtype=dtype, allow_rounding=True)
     said = capsys.readouterr()
-    size, unmoved = math.fsum(r.size for r in report) / 12, math.fsum(r.unmoved for r in report) / 12
+    size, sizes = math.fsum(r.size for r in report) / 12, [
+        m.weight.size for m in dict(model.named_modules()).values() if isinstance(m, LoRALinear)]
+    unmoved = math.fsum(r.unmoved * n for r, n in zip(report, sizes, strict=True)) / sum(sizes)
+    assert len(set(sizes)) > 1, "a mean over modules is not a share of weights"
     worst = sorted(report, key=lambda r: r.error)[-1]
     assert worst.module == "h.1.attn.v_proj" and not said.err
     assert said.out == (
@@ -368,8 +371,8 @@ def test_what_is_said_are_the_numbers_of_the_report(tmp_path, dtype, capsys):
 
 @pytest.mark.parametrize("error, refused", [(0.0999, False), (LIMIT, False), (0.1001, True)])
 def test_the_limit_itself_is_allowed(tmp_path, monkeypatch, error, refused):
-    lines = [export.Rounding("a", 0.1, error, 0.0), export.Rounding("b", 0.1, 0.0, 0.0)]
-    monkeypatch.setattr(export, "rounding_report", lambda model, dtype: lines)
+    lines = [export.Rounding("a", 0.1, error, 0.0, 4), export.Rounding("b", 0.1, 0.0, 0.0, 4)]
+    monkeypatch.setattr(export, "rounding_report", lambda *arguments: lines)
     try:
         save_merged(gpt()[1], tmp_path / "merged", say=silent)
     except ValueError:
@@ -385,14 +388,14 @@ def test_the_tokenizer_and_the_settings_of_the_base_go_along(tmp_path):
     theirs = {"bos_token_id": 3, "eos_token_id": 4, "task_specific_params": {"x": [1]}, "resid_pdrop": 0.25}
     (kept / "config.json").write_text(json.dumps(config | theirs | {"torch_dtype": "float16"}))
     save_file(load_file(kept / TENSORS), kept / TENSORS)  # as other programs do, without our copy of the configuration
-    for name in (*TOKENIZER[:-1], "README.md", "pytorch_model.bin"):
+    for name in (*COMPANIONS[:-1], "README.md", "pytorch_model.bin"):
         (kept / name).write_bytes(f"{name} of the base\r\n".encode())
     loaded = load_gpt2(kept)
     adapter = learned(init_adapter(loaded, LoRAConfig(2, 4, "all-linear"), np.random.default_rng(0)))
     model = attach(loaded, adapter)
     save_merged(model, merged, like=kept, say=silent)
-    assert {path.name for path in merged.iterdir()} == {"config.json", TENSORS, *TOKENIZER[:-1]}
-    assert all((merged / name).read_bytes() == (kept / name).read_bytes() for name in TOKENIZER[:-1])
+    assert {path.name for path in merged.iterdir()} == {"config.json", TENSORS, *COMPANIONS[:-1]}
+    assert all((merged / name).read_bytes() == (kept / name).read_bytes() for name in COMPANIONS[:-1])
     assert json.loads((merged / "config.json").read_text()) == config | theirs | {"dtype": "float32"}
     assert contents(load_gpt2(merged)) == contents(merge(model))
     with pytest.raises(FileNotFoundError):
@@ -443,16 +446,16 @@ def with_a_bug(function, right, wrong):
 
 REPORT_BUGS = {
     "measured against W": ("(W + update)", "W"),
-    "measured against what is stored without rounding": ("- (W + update)", "- to_numpy(plain.weight.data)"),
+    "measured against what is stored without rounding": ("- (W + update)", "- to_numpy(plain[name].weight.data)"),
     "transposed update": ("(B @ A)", "(B @ A).T"),
     "scale omitted": ("layer.scaling * (B @ A)", "B @ A"),
     "scale twice": ("layer.scaling * (B @ A)", "layer.scaling**2 * (B @ A)"),
     "a share of W": ("lost / size", "lost / whole"),
     "not relative": ("lost / size", "lost"),
     "the largest instead of the norm": ("map(np.linalg.norm,", "map(lambda x: abs(x).max(),"),
-    "stored a little too small": ("stored = rounded(name, to_numpy(plain.weight.data), dtype)",
-                                  "stored = rounded(name, to_numpy(plain.weight.data) * np.float32(0.9999), dtype)"),
-    "unmoved in the wide dtype": ("stored == base", "to_numpy(plain.weight.data) == W"),
+    "stored a little too small": ("stored = rounded(name, to_numpy(plain[name].weight.data), dtype)",
+                                  "stored = rounded(name, np.float32(0.9999) * plain[name].weight.data, dtype)"),
+    "unmoved in the wide dtype": ("stored == base", "to_numpy(plain[name].weight.data) == W"),
     "moved for unmoved": ("stored == base", "stored != base"),
 }  # fmt: skip
 
@@ -471,7 +474,7 @@ SAVE_BUGS = {
     "refuses what is allowed": (" and not allow_rounding", ""),
     "never refuses": ("worst.error > LIMIT", "False"),
     "written first": ("    if worst.error", "    save_model(merge(model), folder, dtype=dtype)\n    if worst.error"),
-    "the report of another dtype": ("rounding_report(model, dtype)", 'rounding_report(model, "float32")'),
+    "the report of another dtype": ("(model, dtype, merged)", '(model, "float32", merged)'),
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from strategies import (
     ODD_NUMBERS,
@@ -41,7 +41,7 @@ from minilora import (
     save_adapter,
     save_model,
 )
-from minilora.files import json_object, load_folder, naming, rounded, same_names, save_folder
+from minilora.files import check_unused, json_object, load_folder, naming, rounded, same_names, save_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TENSORS, CONFIG = "things.safetensors", "things.json"
@@ -283,14 +283,13 @@ def test_files_of_two_saves_are_not_mixed(tmp_path):
     write(tmp_path / "a", 1, r=2)
     write(tmp_path / "b", 1, r=3, s=None)
     os.replace(tmp_path / "b" / TENSORS, tmp_path / "a" / TENSORS)
-    with pytest.raises(ValueError, match=r"two different saves, or one was edited \(r: 3 and 2\).*save the folder"):
+    with pytest.raises(ValueError, match=r"two different saves, or one was edited \(r: 3 and 2\); put the first"):
         read(tmp_path / "a")
 
 
 @pytest.mark.parametrize("edit, shown", [
     (lambda c: c.update(seed=2), "seed: 1 and 2"), (lambda c: c.pop("seed"), "seed: 1 and None"),
-    (lambda c: c.update(new="x"), "new: None and 'x'"),
-], ids=["changed", "taken out", "added"])  # fmt: skip
+], ids=["changed", "taken out"])  # fmt: skip
 def test_an_edited_configuration_is_noticed(edit, shown, tmp_path):
     write(tmp_path, 1)
     config = json.loads((tmp_path / CONFIG).read_text())
@@ -298,6 +297,26 @@ def test_an_edited_configuration_is_noticed(edit, shown, tmp_path):
     (tmp_path / CONFIG).write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"two different saves.*{shown}"):
         read(tmp_path)
+
+
+def test_what_people_write_beside_what_was_saved_is_theirs(tmp_path):
+    """A note in a field of its own, or where the base has been moved to: no program computes with them."""
+    write(tmp_path, 1, base_model_name_or_path="here")
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "there", "note": "x"}))
+    assert read(tmp_path)[0]["note"] == "x" and read(tmp_path)[0]["base_model_name_or_path"] == "there"
+
+
+@pytest.mark.parametrize("held", ["adapter_config.json", "adapter_model.bin", "tokenizer.json", "notes.txt"])
+def test_a_folder_that_holds_anything_is_not_written_into(held, tmp_path):
+    check_unused(tmp_path / "new")
+    check_unused(tmp_path)
+    (tmp_path / held).write_text("mine")
+    with pytest.raises(ValueError, match=f"is not empty: it holds {held}; choose another folder"):
+        check_unused(tmp_path)
+    check_unused(tmp_path, ignore=[held])
+    with pytest.raises(NotADirectoryError, match="is a file; choose a folder"):
+        check_unused(tmp_path / held)
 
 
 def test_another_spelling_of_the_same_configuration_is_the_same_save(tmp_path):
@@ -564,7 +583,13 @@ class Moments:
                     self.file.flush()
                     moments.copy()
 
+        def save_slowly(arrays, path, metadata, real=files.save_file):
+            real(arrays, copies.with_name("whole"), metadata)
+            with Slowly(path, "wb") as file:
+                file.write(copies.with_name("whole").read_bytes())
+
         monkeypatch.setattr(files, "open", Slowly, raising=False)
+        monkeypatch.setattr(files, "save_file", save_slowly)
 
     def after(self, monkeypatch, owner, name):
         real = getattr(owner, name)
@@ -661,8 +686,14 @@ def test_each_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
-def test_a_write_that_stops_half_way_leaves_the_old_save(error, tmp_path, monkeypatch):
+@pytest.mark.parametrize("of", ["tensors", "configuration"])
+def test_a_write_that_stops_half_way_leaves_the_old_save(of, error, tmp_path, monkeypatch):
     write(tmp_path, 1)
+
+    def half_of_the_tensors(arrays, path, metadata, real=files.save_file):
+        real(arrays, path, metadata)
+        os.truncate(path, path.stat().st_size // 2)
+        raise error if isinstance(error, KeyboardInterrupt) else SafetensorError(str(error))
 
     class Half:
         def __init__(self, path, mode):
@@ -679,8 +710,11 @@ def test_a_write_that_stops_half_way_leaves_the_old_save(error, tmp_path, monkey
             raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "open", Half, raising=False)
-        with pytest.raises(type(error)):
+        if of == "tensors":
+            patch.setattr(files, "save_file", half_of_the_tensors)
+        else:
+            patch.setattr(files, "open", Half, raising=False)
+        with pytest.raises(type(error), match="No space left" if isinstance(error, OSError) else "^$"):
             write(tmp_path, 2)
     assert seed_of(tmp_path) == 1
     assert len(list(tmp_path.iterdir())) == 2, "nothing temporary is left"

@@ -404,7 +404,7 @@ def test_a_run_is_not_started_over_another(inputs, tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in (tmp_path / "out" / "checkpoint").iterdir()} == kept
     run(given, resume=True)
     before = saved(tmp_path / "out")
-    with pytest.raises(ValueError, match="holds an adapter already: choose another folder, or remove"):
+    with pytest.raises(ValueError, match="is not empty: it holds adapter_config.json, adapter_model.safetensors;"):
         run(given)
     assert saved(tmp_path / "out") == before
 
@@ -480,3 +480,21 @@ def test_a_damaged_checkpoint_is_refused(inputs, tmp_path, monkeypatch, change, 
     rewritten(tmp_path / "checkpoint", **change)
     with pytest.raises(ValueError, match=told):
         run(given, resume=True)
+
+
+@pytest.mark.parametrize("held", ["adapter_config.json", "adapter_model.bin"])
+def test_what_another_program_left_is_not_written_over(held, inputs, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / held).write_text("mine")
+    with pytest.raises(ValueError, match=f"out is not empty: it holds {held}"):
+        run(settings(inputs, out))
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(held, "mine")]
+
+
+def test_what_a_kill_in_the_first_save_leaves_is_in_nobodys_way(inputs, tmp_path):
+    (tmp_path / "out" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint" / ".checkpoint.json.tmp").write_text("{")
+    (tmp_path / "out" / ".checkpoint.done").mkdir()
+    run(settings(inputs, tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -546,3 +547,20 @@ def test_each_module_has_its_name_in_gpt2(ours, theirs):
 
 def test_a_gpt2_has_learned_positions_and_nothing_else_does():
     assert is_gpt2(small_gpt()) and not is_gpt2(small_gpt(positions="rope")) and not is_gpt2(small_gpt().wte)
+
+
+def test_a_kill_while_the_tokenizer_is_copied_leaves_no_model_that_lacks_it(tmp_path, monkeypatch):
+    """Where the tensors are, the folder is whole; and no file ever stands half under its own name."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    save_gpt2(small_gpt(), base)
+    (base / "tokenizer.json").write_text("{}")
+    real = shutil.copyfile
+
+    def half(source, to):
+        real(source, to)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", half)
+    with pytest.raises(KeyboardInterrupt):
+        save_gpt2(small_gpt(), out, like=base)
+    assert [path.name for path in out.iterdir()] == [".tokenizer.json.tmp"]

@@ -9,6 +9,7 @@ from strategies import small_gpt, tiny_mlp, trained_adapter
 
 from minilora.lora import Adapter, linear_names
 from minilora.names import (
+    _block,
     chosen_modules,
     endings,
     file_modules,
@@ -217,3 +218,9 @@ def test_endings_are_as_short_as_they_can_be():
 
 def test_a_model_of_other_names_has_endings_too():
     assert endings(["layers.1"], linear_names(tiny_mlp(5, 7, 3))) == ["1"]
+
+
+@pytest.mark.parametrize("pattern, block", [("h", 1), ("(h)", 1), ("h|layers", -1), ("(h|layers)", 1), ("blocks", -1)])
+def test_a_pattern_of_layers_may_have_groups_of_its_own(pattern, block):
+    """As PEFT reads them: `h|layers` is one of two whole patterns, of which the first has no number."""
+    assert _block("transformer.h.1.attn.c_attn", [pattern]) == block

@@ -822,7 +822,7 @@ def test_an_edited_alpha_is_two_different_saves(tmp_path):
     save_adapter(trained_adapter(base, alpha=4), tmp_path)
     path = tmp_path / CONFIG
     path.write_text(path.read_text().replace('"lora_alpha": 4', '"lora_alpha": 8'))
-    refused(tmp_path, base, "two different saves.*lora_alpha: 4 and 8.*save the folder again")
+    refused(tmp_path, base, "two different saves.*lora_alpha: 4 and 8.*put the first value back")
 
 
 def test_files_of_two_saves_are_not_mixed(tmp_path):

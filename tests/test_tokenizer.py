@@ -176,3 +176,22 @@ def test_without_the_library_the_error_names_the_extra(tmp_path, monkeypatch):
 def test_without_the_library_the_characters_are_there_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert load_tokenizer(write_config(tmp_path, model_type="minilora-gpt", vocab_size=96)).end == 0
+
+
+@pytest.mark.parametrize("change", ["a space before every text", "a token that is blank", "a token that eats blanks"])
+def test_a_tokenizer_that_reaches_over_a_cut_is_not_cut(change, bpe_folder, tmp_path):
+    """What is encoded in pieces must give the same tokens: each of these would not."""
+    import tokenizers
+
+    bpe = tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+    if change == "a space before every text":
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        blank = change == "a token that is blank"
+        bpe.add_tokens([tokenizers.AddedToken("x\ny" if blank else "dog", rstrip=not blank)])
+    write_config(tmp_path, model_type="gpt2", vocab_size=301)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert not tokenizer.cuttable
+    text, cut = "the x\ny dog\nx", 5 if change == "a token that is blank" else 11
+    assert tokenizer.encode(text).tolist() != [*tokenizer.encode(text[:cut]), *tokenizer.encode(text[cut:])]
