@@ -7,6 +7,7 @@ metadata of the tensors, so that two files of two different saves are noticed.
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,40 +16,44 @@ from safetensors.numpy import save_file
 
 FREE = ("base_model_name_or_path", "_name_or_path")  # fields that people may change: no program computes with them
 DTYPES = ("float16", "bfloat16", "float32", "float64")  # what tensors can be saved in
+UNFINISHED = ".unfinished"  # the folder inside a folder where a save is written
 
 
-def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None):
+def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None, beside=()):
     """Write both files so that the folder can be read at every moment, as what it was or as what it becomes.
 
-    `arrays` is {name: NumPy array}, `config` a dict for JSON, `metadata` {str: str} that other readers skip.
-    Both files are written under temporary names first; then the tensors, which carry their configuration in the
-    metadata, are renamed, then the configuration. A crash in between leaves it under its temporary name, where readers
-    find it.
+    `arrays` is {name: NumPy array}, `config` a dict for JSON, `metadata` {str: str} that other readers skip, `beside`
+    paths of files to copy along.
+    Everything is written into the folder UNFINISHED first. Then the copies get their names, then the tensors, which
+    carry their configuration in the metadata, then the configuration: where the tensors are, the folder is whole. A
+    crash in between leaves the configuration in UNFINISHED, where readers find it.
     """
     folder, text = Path(folder), json.dumps(config, indent=2)
-    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder / UNFINISHED
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata = {"format": "pt", "minilora.config": text, **(metadata or {})}
-    if _staged(folder / config_file).exists():  # an earlier save may have died between its renames: end it
+    if (staging / config_file).exists():  # an earlier save may have died between its renames: end it
         with contextlib.suppress(OSError, SafetensorError), safe_open(folder / tensor_file, framework="np") as file:
             os.replace(_config_file(folder, config_file, file.metadata()), folder / config_file)
-    names = (tensor_file, config_file)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    names = (*(Path(path).name for path in beside), tensor_file, config_file)
     try:
-        _write_tensors(_staged(folder / tensor_file), arrays, metadata)
-        with open(_staged(folder / config_file), "wb") as file:
+        for path in beside:
+            shutil.copyfile(path, staging / Path(path).name)
+        _write_tensors(staging / tensor_file, arrays, metadata)
+        with open(staging / config_file, "wb") as file:
             file.write(text.encode())
         for name in names:
-            with open(_staged(folder / name), "rb+") as file:
+            with open(staging / name, "rb+") as file:
                 os.fsync(file.fileno())
         for name in names:
-            os.replace(_staged(folder / name), folder / name)
+            os.replace(staging / name, folder / name)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error.filename} has gone while it was written: is another run at it?") from None
-    except BaseException:
-        if _staged(folder / tensor_file).exists():  # nothing has been renamed yet: leave no trace
-            for name in names:
-                _staged(folder / name).unlink(missing_ok=True)
-        raise
+    finally:
+        if (staging / tensor_file).exists() or not (staging / config_file).exists():  # else that is still needed
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_tensors(path, arrays, metadata):
@@ -82,7 +87,7 @@ def load_folder(folder, tensor_file, config_file):
         for pickle in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")):
             raise ValueError(f"{pickle} is a pickle, which can run code when loaded, and is not read; in PyTorch, "
                              f"load it with weights_only=True and save it with save_pretrained, as {tensor_file}")
-    for path, other in ((tensors_at, shards), (folder / config_file, _staged(folder / config_file))):
+    for path, other in ((tensors_at, shards), (folder / config_file, folder / UNFINISHED / config_file)):
         if not path.exists() and not other.exists():
             raise FileNotFoundError(f"{path} does not exist; the folder needs {tensor_file} and {config_file}")
     tensors, metadata = _read_tensors(tensors_at) if tensors_at.exists() else (_read_shards(shards), {})
@@ -198,11 +203,7 @@ def naming(where):
         raise ValueError(f"{where}: {error}") from None
 
 
-def _staged(path):
-    return path.with_name(f".{path.name}.tmp")
-
-
 def _config_file(folder, name, metadata):
-    """Where the configuration is: under its temporary name if that is the one which belongs to the tensors."""
-    staged, text = _staged(folder / name), (metadata or {}).get("minilora.config")
+    """Where the configuration is: still in UNFINISHED if that one belongs to the tensors."""
+    staged, text = folder / UNFINISHED / name, (metadata or {}).get("minilora.config")
     return staged if text and staged.exists() and staged.read_bytes() == text.encode() else folder / name

@@ -5,9 +5,7 @@ Its c_attn is q_proj, k_proj and v_proj side by side. A GPT with rotary position
 kept under its own names and in its own orientation.
 """
 
-import os
 import re
-import shutil
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -156,13 +154,9 @@ def _save(model, folder, layout, config, dtype, like):
         joined = ours[parts[0]] if len(parts) == 1 else np.concatenate([ours[part] for part in parts])
         joined = joined.T if transposed else joined
         arrays[name] = joined if dtype is None else rounded(name, joined, dtype)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name in COMPANIONS if like is not None and Path(like).resolve() != Path(folder).resolve() else ():
-        if (Path(like) / name).exists():  # before the tensors: where those are, the folder is whole
-            staged = Path(folder) / f".{name}.tmp"
-            shutil.copyfile(Path(like) / name, staged)
-            os.replace(staged, Path(folder) / name)
-    save_folder(folder, TENSORS, arrays, CONFIG, config)
+    elsewhere = like is not None and Path(like).resolve() != Path(folder).resolve()
+    beside = [Path(like) / name for name in COMPANIONS if (Path(like) / name).exists()] if elsewhere else []
+    save_folder(folder, TENSORS, arrays, CONFIG, config, beside=beside)
 
 
 def _gpt2(folder, config, tensors):

@@ -189,7 +189,7 @@ def _check_folder(folder):
     if (folder / "adapters.safetensors").exists() and not (folder / TENSORS).exists():
         raise ValueError(f"{folder} is an adapter of mlx-lm, whose adapter_config.json has the same name and another "
                          "meaning (scale, transposed factors); convert it to PEFT's format")
-    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    inside = sorted(path.parent.name for path in folder.glob(f"[!.]*/{CONFIG}"))
     if inside and not (folder / CONFIG).exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG}, but its sub-folders {', '.join(inside)} have: load one")
 

@@ -10,6 +10,7 @@ from strategies import learned
 
 from minilora import data, demo, lora, questions
 from minilora.count import ParameterReport
+from minilora.files import UNFINISHED
 from minilora.gpt2 import load_model
 from minilora.peft import load_adapter
 from minilora.targets import LoRAConfig
@@ -113,7 +114,7 @@ def test_what_is_kept_is_named_with_its_size(ran):
     kilobytes = [f"{(ran.out / file).stat().st_size / 1e3:,.0f} kB" for file in
                  ("security/adapter_model.safetensors", "base/model.safetensors")]  # fmt: skip
     assert f"kept in {ran.out}: the adapter, {kilobytes[0]}, and its base, {kilobytes[1]};" in ran.text
-    assert not list(ran.out.rglob("*.tmp"))
+    assert not list(ran.out.rglob(UNFINISHED))
 
 
 def test_the_answer_is_the_adapted_models_and_the_bases_stands_below_it(ran, monkeypatch):

@@ -30,6 +30,7 @@ from minilora import (
     save_model,
 )
 from minilora.checkpoint import Checkpoint, is_checkpoint
+from minilora.files import UNFINISHED
 from minilora.finetune import Settings
 from minilora.functional import IGNORE
 from minilora.optim import warmup_cosine
@@ -493,8 +494,8 @@ def test_what_another_program_left_is_not_written_over(held, inputs, tmp_path):
 
 
 def test_what_a_kill_in_the_first_save_leaves_is_in_nobodys_way(inputs, tmp_path):
-    (tmp_path / "out" / "checkpoint").mkdir(parents=True)
-    (tmp_path / "out" / "checkpoint" / ".checkpoint.json.tmp").write_text("{")
+    (tmp_path / "out" / "checkpoint" / UNFINISHED).mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint" / UNFINISHED / "checkpoint.json").write_text("{")
     (tmp_path / "out" / ".checkpoint.done").mkdir()
     run(settings(inputs, tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}

@@ -1,6 +1,7 @@
 """GPT-2 folders: every variety that is met is read as what it computes or refused by name; what is written is one."""
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -29,6 +30,7 @@ from strategies import (
 
 from minilora import GPT, GPTConfig, attach, load_gpt2, load_model, merge, save_gpt2, save_model, stack
 from minilora.backend import get_array_module
+from minilora.files import UNFINISHED
 from minilora.gpt2 import gpt2_name, is_gpt2
 from minilora.graph import no_grad
 from minilora.nn import Linear
@@ -549,18 +551,25 @@ def test_a_gpt2_has_learned_positions_and_nothing_else_does():
     assert is_gpt2(small_gpt()) and not is_gpt2(small_gpt(positions="rope")) and not is_gpt2(small_gpt().wte)
 
 
-def test_a_kill_while_the_tokenizer_is_copied_leaves_no_model_that_lacks_it(tmp_path, monkeypatch):
-    """Where the tensors are, the folder is whole; and no file ever stands half under its own name."""
-    base, out = tmp_path / "base", tmp_path / "out"
+def test_where_the_tensors_are_the_tokenizer_is_too(tmp_path, monkeypatch):
+    """At each moment of a save, and no file ever stands half under its own name."""
+    base, out, seen, real = tmp_path / "base", tmp_path / "out", [], shutil.copyfile
     save_gpt2(small_gpt(), base)
     (base / "tokenizer.json").write_text("{}")
-    real = shutil.copyfile
 
     def half(source, to):
         real(source, to)
+        seen.append({path.name for path in out.iterdir()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "copyfile", half)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "copyfile", half)
         save_gpt2(small_gpt(), out, like=base)
-    assert [path.name for path in out.iterdir()] == [".tokenizer.json.tmp"]
+    assert seen.pop() == {UNFINISHED} and not list(out.iterdir())
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", lambda *a: (rename(*a), seen.append({path.name for path in out.iterdir()})))
+    save_gpt2(small_gpt(), out, like=base)
+    assert [found - {UNFINISHED} for found in seen] == [
+        {"tokenizer.json"}, {"tokenizer.json", "model.safetensors"},
+        {"tokenizer.json", "model.safetensors", "config.json"}]  # fmt: skip
+    assert (out / "tokenizer.json").read_text() == "{}"

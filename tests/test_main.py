@@ -15,6 +15,7 @@ import pytest
 from minilora import __main__ as command_line
 from minilora import commands, demo, load_adapter, load_model
 from minilora.__main__ import array_module, main
+from minilora.files import UNFINISHED
 from minilora.finetune import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -171,7 +172,7 @@ def test_ctrl_c_leaves_whole_files_and_says_what_was_kept(tmp_path, after, kept)
     code, _, err = finish(process)
     assert code == 130 and "Traceback" not in err
     assert "interrupted in step" in err and kept in err
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(UNFINISHED))
     if kept != "Kept: nothing":
         load_model(tmp_path / "out" / "base")
 
