@@ -27,7 +27,7 @@ def test_the_layer_it_shows_is_the_layer():
     assert ast.unparse(ast.parse(shown)) == ast.unparse(layer)
 
 
-@pytest.mark.parametrize("name", ["demo.txt", "finetune.txt", "swap.txt"])
+@pytest.mark.parametrize("name", ["demo.txt", "finetune.txt", "finetune_small.txt", "swap.txt"])
 def test_the_runs_it_shows_are_the_runs_that_are_kept(name):
     kept = (ROOT / "examples" / "results" / name).read_text(encoding="utf-8")
     assert ("", kept) in BLOCKS
