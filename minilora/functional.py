@@ -8,11 +8,12 @@ import math
 
 import numpy as np
 
-from .backend import get_array_module, to_device, to_numpy
+from .backend import get_array_module, on_host, to_device
 from .graph import is_recording
 from .tensor import check_same, record
 
 IGNORE = -100  # a target with this value carries no loss
+QUERIES, LOGITS = 64, 256  # rows of attention's scores, and rows of logits, that exist at a time
 
 
 def linear(x, weight, bias=None):
@@ -21,15 +22,16 @@ def linear(x, weight, bias=None):
     A weight with a leading batch axis, (B, out, in), applies its own matrix to each x[b] of (B, T, in).
     Raises: ValueError with both shapes if `in` differs.
     """
-    check_same("linear", x, weight, *(() if bias is None else (bias,)))
-    x_shape, W = x.shape, weight.data
-    if W.ndim < 2 or x.ndim < 1 or x_shape[-1] != W.shape[-1] or (W.ndim > 2 and x_shape[:-2] != W.shape[:-2]):
+    check_same("linear", x, weight, weight if bias is None else bias)
+    X, W = x.data, weight.data
+    x_shape = X.shape
+    if W.ndim < 2 or X.ndim < 1 or x_shape[-1] != W.shape[-1] or (W.ndim > 2 and x_shape[:-2] != W.shape[:-2]):
         raise ValueError(f"linear: x {x_shape} does not fit weight {W.shape}: last axes (and batch axes) must be equal")
     if bias is not None and bias.shape != W.shape[-2:-1]:
         raise ValueError(f"linear: bias {bias.shape} does not fit weight {W.shape}: one number per row of it")
     # One matrix multiplication each way: leading axes are folded into rows, unless each has its own matrix.
     fold = (lambda a: a.reshape(-1, a.shape[-1])) if W.ndim == 2 else (lambda a: a)
-    X = fold(x.data)
+    X = fold(X)
     y = X @ W.swapaxes(-1, -2)
     if bias is not None:
         y += bias.data
@@ -61,12 +63,12 @@ def layer_norm(x, weight, bias, eps=1e-5):
     w, xp = weight.data, get_array_module(weight.data)
     average = xp.full((w.size, 1), 1 / w.size, w.dtype)  # row @ average is its mean, several times faster than .mean()
     normed = x.data - x.data @ average
-    rstd = 1 / xp.sqrt((normed * normed) @ average + eps)
+    rstd = 1 / xp.sqrt(_dot(normed, normed) / w.size + eps)
     normed *= rstd
 
     def dx(dy):
         d = dy * w
-        along = (d * normed) @ average
+        along = _dot(d, normed) / w.size
         d -= d @ average
         d -= normed * along
         d *= rstd
@@ -84,28 +86,24 @@ def gelu(x):
     """
     c, a = math.sqrt(2 / math.pi), 0.044715
     x_, xp = x.data, get_array_module(x.data)
-    t = xp.square(x_, out=xp.empty_like(x_))
-    t *= c * a  # in place where the array is ours: half the time of this op is fetching fresh memory
-    t += c
-    t *= x_
-    xp.tanh(t, out=t)  # t = tanh(c (x + a x³))
-
-    def dx(dy):
-        d = x_ * x_
-        d *= 3 * c * a
-        d += c
-        d *= x_
-        d *= 1 - t * t
-        d += t
-        d += 1  # 1 + t + x (1 - t²) c (1 + 3 a x²)
-        d *= 0.5
-        d *= dy
-        return d
-
-    y = t + 1
-    y *= x_
-    y *= 0.5
-    return record(y, (x, dx))
+    square = xp.square(x_, out=xp.empty_like(x_))
+    s = xp.multiply(square, c * a, out=xp.empty_like(x_))
+    s += c  # in place where the array is ours: half the time of this op is fetching fresh memory
+    s *= x_
+    xp.tanh(s, out=s)
+    s += 1
+    s *= 0.5  # s = (1 + t) / 2 with t = tanh(c (x + a x³))
+    y, d = x_ * s, None
+    if is_recording() and x.requires_grad:  # the derivative is made now: it is all that is kept, neither x nor s
+        d = square
+        d *= 6 * c * a
+        d += 2 * c
+        d *= y
+        xp.subtract(1, s, out=s)
+        d *= s
+        d -= s
+        d += 1  # s + x s (1 - s) 2 c (1 + 3 a x²), as 1 - t² = 4 s (1 - s)
+    return record(y, (x, lambda dy: dy * d))
 
 
 def rotary(x, cos, sin, n_head):
@@ -130,80 +128,94 @@ def rotary(x, cos, sin, n_head):
     return record(turn(x.data, sin), (x, lambda dy: turn(dy, -sin)))  # back: by the opposite angle
 
 
-def _softmax(x):
-    """Softmax over the last axis, in place: for an array that is the caller's own."""
-    x -= x.max(axis=-1, keepdims=True)
-    get_array_module(x).exp(x, out=x)
-    x /= x.sum(axis=-1, keepdims=True)
-    return x
-
-
-def softmax(x):
-    """exp(x) / Σ exp(x) over the last axis, (..., C) -> (..., C); shifted by the row's maximum against overflow."""
-    y = _softmax(x.data.copy())
-    return record(y, (x, lambda dy: y * (dy - (dy * y).sum(-1, keepdims=True))))
-
-
 def attention(q, k, v, n_head):
     """Causal attention in `n_head` heads: q (B, T, C), k and v (B, S, C) -> (B, T, C).
 
     Query t is position S - T + t (with a key/value cache S > T) and sees keys 0 .. S - T + t.
     Raises: ValueError with the three shapes if they do not fit.
-    Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1.
+    Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1; in blocks, with the probabilities made again for
+    the gradient and not kept, as Dao et al. 2022, "FlashAttention", algorithms 1 and 4.
     """
     check_same("attention", q, k, v)
     (B, T, C), S = q.shape if q.ndim == 3 else (0, 0, 0), k.shape[1] if k.ndim == 3 else 0
     if not k.shape == v.shape == (B, S, C) or S < T or n_head < 1 or C % n_head:
         raise ValueError(f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit with {n_head} heads")
     xp, scale = get_array_module(q.data), 1 / math.sqrt(C // n_head)
-    split = lambda a: a.reshape(B, -1, n_head, C // n_head).swapaxes(1, 2)  # (B, T, C) -> (B, H, T, D)
-    join = lambda a: a.swapaxes(1, 2).reshape(B, -1, C)  # (B, H, T, D) -> (B, T, C)
-
+    split = lambda a: a.reshape(B, -1, n_head, C // n_head).swapaxes(1, 2)  # (B, T, C) -> (B, H, T, D), a view
+    join = lambda a: a.swapaxes(1, 2).reshape(B, -1, C)  # and back
     Q, K, V = split(q.data * scale), split(k.data), split(v.data)
-    scores = Q @ K.swapaxes(-1, -2)  # (B, H, T, S)
-    scores += xp.triu(xp.full((T, S), -math.inf, q.dtype), S - T + 1)  # the future is out of sight
-    P = _softmax(scores)
-    O = P @ V
+    O, log_sums = xp.empty_like(Q), xp.empty((B, n_head, 1, T), q.dtype)  # in memory O is as Q: (B, T, H, D)
+    # A block of queries and the keys that its last one sees: what lies beyond is never computed.
+    blocks = [(slice(t, t + QUERIES), slice(S - T + min(t + QUERIES, T))) for t in range(0, T, QUERIES)]
+
+    def scores(rows, seen):  # keys first: NumPy takes a maximum over the first axis several times faster
+        block = K[:, :, seen] @ Q[:, :, rows].swapaxes(-1, -2)
+        n = block.shape[-1]
+        if n > 1:
+            block[:, :, -n:] += xp.tril(xp.full((n, n), -math.inf, Q.dtype), -1)  # the future is out of sight
+        return block
+
+    for rows, seen in blocks:
+        P = scores(rows, seen)
+        top = P.max(axis=-2, keepdims=True)
+        P -= top
+        xp.exp(P, out=P)
+        total = xp.ones((1, P.shape[-2]), P.dtype) @ P
+        O[:, :, rows] = (P.swapaxes(-1, -2) @ V[:, :, seen]) / total.swapaxes(-1, -2)  # D numbers a row, not S
+        log_sums[..., rows] = top + xp.log(total)
 
     def dqkv(dy):
-        dO = split(dy)
-        dS = dO @ V.swapaxes(-1, -2)  # dP, and from here softmax's VJP in place, with Σ dP P = Σ dO O
-        dS -= (dO * O).sum(-1, keepdims=True)
-        dS *= P
-        return join(dS @ K) * scale, join(dS.swapaxes(-1, -2) @ Q), join(P.swapaxes(-1, -2) @ dO)
+        dO, dQ, dK, dV = split(dy), *map(xp.zeros_like, (Q, K, V))
+        along = _dot(dO, O).swapaxes(-1, -2)  # Σ dP P = Σ dO O
+        for rows, seen in blocks:
+            P = scores(rows, seen)
+            P -= log_sums[..., rows]
+            xp.exp(P, out=P)
+            dV[:, :, seen] += P @ dO[:, :, rows]
+            dS = V[:, :, seen] @ dO[:, :, rows].swapaxes(-1, -2)  # dP, and from here softmax's VJP in place
+            dS -= along[..., rows]
+            dS *= P
+            dQ[:, :, rows] = (dS.swapaxes(-1, -2) @ K[:, :, seen]) * scale
+            dK[:, :, seen] += dS @ Q[:, :, rows]
+        return join(dQ), join(dK), join(dV)
 
     return record(join(O), ((q, k, v), dqkv))
 
 
-def cross_entropy(logits, targets):
-    """Mean of -log softmax(logits)[target]: logits (..., V), targets (...) integers on the host -> a scalar, in nats.
+def linear_cross_entropy(x, weight, targets):
+    """Mean of -log softmax(x Wᵀ)[target], in nats: x (..., C), weight (V, C), targets (...) integers -> a scalar.
 
-    A target of -100 carries no loss. Raises: ValueError if the shapes differ, a target lies outside 0 .. V-1,
-    or every target is -100; TypeError if targets are not integers.
+    A target of -100 carries no loss, and its row is not computed. Logits exist for LOGITS rows at a time, never all at
+    once: the gradients are made on the way, where they still do.
+    Raises: ValueError if shapes differ, a target lies outside 0 .. V-1, or all are -100; TypeError if not integers.
     """
-    xp, V = get_array_module(logits.data), logits.shape[-1]
-    targets = on_host(targets)
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(f"cross_entropy: targets {targets.shape} for logits {logits.shape}: one target per row")
+    check_same("linear_cross_entropy", x, weight)
+    xp, targets, shape, W = get_array_module(x.data), on_host(targets), x.shape, weight.data
+    if W.ndim != 2 or shape[-1:] != W.shape[1:] or targets.shape != shape[:-1]:
+        raise ValueError(f"linear_cross_entropy: x {shape}, weight {W.shape}, targets {targets.shape} do not fit")
     (rows,) = np.nonzero(targets.reshape(-1) != IGNORE)
     if rows.size == 0:
-        raise ValueError(f"cross_entropy: none of {targets.size} targets carries a loss (all are {IGNORE}, or none)")
-    columns = to_device(check_ids("targets", targets.reshape(-1)[rows], V), xp)
-    rows, n, shape = to_device(rows, xp), rows.size, logits.shape
+        raise ValueError(f"linear_cross_entropy: none of {targets.size} targets carries a loss (all are {IGNORE})")
+    columns = to_device(check_ids("targets", targets.reshape(-1)[rows], len(W)), xp)
+    rows, n, X, loss = to_device(rows, xp), rows.size, x.data.reshape(-1, shape[-1]), 0
+    dX, dW = (xp.zeros_like(a) if is_recording() and t.requires_grad else None for a, t in ((X, x), (W, weight)))
+    for block in (slice(start, start + LOGITS) for start in range(0, n, LOGITS)):
+        X_block = X[rows[block]]
+        z = X_block @ W.T
+        at_target = (xp.arange(len(z)), columns[block])
+        z -= z.max(axis=-1, keepdims=True)
+        right = z[at_target]
+        xp.exp(z, out=z)
+        total = z @ xp.ones((len(W), 1), z.dtype)
+        loss += (xp.log(total[:, 0]) - right).sum()
+        z[at_target] -= total[:, 0]  # z / total is softmax minus one-hot; it is divided below, where rows are thin
+        if dX is not None:
+            dX[rows[block]] = (z @ W) / total
+        if dW is not None:
+            dW += z.T @ (X_block / total)
 
-    z = logits.data.reshape(-1, V)[rows]
-    z = z - z.max(axis=-1, keepdims=True)
-    log_sum = xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
-    at_target = (xp.arange(n), columns)
-
-    def dlogits(dy):
-        dz = xp.exp(z - log_sum)  # softmax ...
-        dz[at_target] -= 1  # ... minus one-hot
-        d = xp.zeros((math.prod(shape[:-1]), V), dz.dtype)
-        d[rows] = dz * (dy / n)
-        return d.reshape(shape)
-
-    return record((log_sum[:, 0] - z[at_target]).mean(), (logits, dlogits))
+    dx, dweight = (lambda dy: (dX * (dy / n)).reshape(shape)), (lambda dy: dW * (dy / n))
+    return record(xp.asarray(loss / n), (x, dx), (weight, dweight))
 
 
 def dropout(x, p, rng):
@@ -233,6 +245,6 @@ def check_ids(what, ids, n):
     return ids
 
 
-def on_host(ids):
-    """`ids` as a NumPy array, from a list or from either backend."""
-    return to_numpy(ids) if hasattr(ids, "dtype") else np.asarray(ids)
+def _dot(a, b):
+    """Σ a b over the last axis, which stays: (..., C) and (..., C) -> (..., 1)."""
+    return get_array_module(a).einsum("...i,...i->...", a, b)[..., None]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import functional as F
-from .backend import get_array_module, to_device, to_numpy
+from .backend import get_array_module, on_host, to_device, to_numpy
 from .graph import is_recording, no_grad
 from .nn import Embedding, LayerNorm, Linear, Module, check_rng, normal
 from .tensor import Tensor
@@ -134,11 +134,14 @@ class GPT(Module):
 
     def head(self, hidden):
         """Logits of hidden states: (..., C) -> (..., V)."""
-        return F.linear(hidden, (self.wte if self.config.tie_word_embeddings else self.lm_head).weight)
+        return F.linear(hidden, self._head_weight())
+
+    def _head_weight(self):
+        return (self.wte if self.config.tie_word_embeddings else self.lm_head).weight
 
     def hidden(self, ids, cache=None):
         """What the head reads, (B, T) -> (B, T, C). `cache`: one KeyValueCache per block, whose positions go on."""
-        ids, start = F.on_host(ids), cache[0].length if cache else 0
+        ids, start = on_host(ids), cache[0].length if cache else 0
         if cache and is_recording():
             raise ValueError("GPT: a cache carries no gradients back to earlier positions; use it under no_grad()")
         if ids.ndim != 2 or ids.size == 0:
@@ -160,7 +163,7 @@ class GPT(Module):
 
     def loss(self, ids, targets):
         """Mean next-token loss in nats: ids and targets (B, T) -> scalar Tensor; a target of -100 carries no loss."""
-        return F.cross_entropy(self(ids), targets)
+        return F.linear_cross_entropy(self.hidden(ids), self._head_weight(), targets)
 
     def _rope(self, positions):
         """cos and sin (T, D/2) of the rotary angles."""
@@ -171,19 +174,22 @@ class GPT(Module):
 
 
 class KeyValueCache:
-    """One layer's keys and values of the positions read so far: a new token then goes through the layer alone."""
+    """One layer's keys and values of up to `size` positions: a new token then goes through the layer alone."""
 
-    k = v = None  # arrays (B, S, C)
-    length = property(lambda self: 0 if self.k is None else self.k.shape[1])
+    def __init__(self, size):
+        self.size, self.length, self.held = size, 0, None  # held: an array (2, B, size, C)
 
     def extend(self, k, v):
         """Append k, v (B, T, C) to what is held; returns all of it as Tensors (B, S + T, C)."""
-        if self.k is not None and self.k.shape[0] != k.shape[0]:
-            raise ValueError(f"a cache of {self.k.shape[0]} rows cannot go on with a batch of {k.shape[0]}")
-        join = get_array_module(k.data).concatenate
-        self.k = k.data if self.k is None else join([self.k, k.data], axis=1)
-        self.v = v.data if self.v is None else join([self.v, v.data], axis=1)
-        return Tensor(self.k), Tensor(self.v)
+        (B, T, C), start = k.shape, self.length
+        if self.held is None:
+            self.held = get_array_module(k.data).empty((2, B, self.size, C), k.dtype)
+        if self.held.shape[1] != B or start + T > self.size:
+            raise ValueError(f"a cache of {self.held.shape[1]} rows and {self.size} positions, {start} of them taken, "
+                             f"cannot go on with {k.shape}")
+        self.length += T
+        self.held[0, :, start : start + T], self.held[1, :, start : start + T] = k.data, v.data
+        return tuple(Tensor(a) for a in self.held[:, :, : self.length])
 
 
 def generate(model, ids, max_new_tokens, *, temperature=0.0, top_k=None, stop=None, rng=None, after=None):
@@ -208,7 +214,7 @@ def generate(model, ids, max_new_tokens, *, temperature=0.0, top_k=None, stop=No
     if not (top_k is None or 1 <= top_k <= V) or not (stop is None or 0 <= stop < V):
         raise ValueError(f"generate: top_k {top_k} must be None or 1 .. {V}, stop {stop} None or 0 .. {V - 1}")
 
-    cache, unread = [KeyValueCache() for _ in range(model.config.n_layer)], ids
+    cache, unread = [KeyValueCache(ids.shape[1] + max_new_tokens) for _ in range(model.config.n_layer)], ids
     stopped = np.zeros(len(ids), bool)
     with no_grad():
         for _ in range(max_new_tokens):

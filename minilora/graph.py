@@ -71,7 +71,7 @@ def backpropagate(root, dy):
     every residual connection: 2^n visits for n of them.
     """
     consumers = count_consumers(root)
-    gradients, complete = {root: dy}, [root]
+    gradients, complete, sums = {root: dy}, [root], set()
     while complete:
         node = complete.pop()
         dnode = gradients.pop(node)  # an interior gradient is freed as soon as it has been passed on
@@ -84,7 +84,13 @@ def backpropagate(root, dy):
                 if source is None:
                     continue
                 d = unbroadcast(d, source.shape)
-                gradients[source] = gradients[source] + d if source in gradients else d  # never in place
+                if source not in gradients:
+                    gradients[source] = d
+                elif source not in sums:  # never in place what a VJP returned: others may hold it
+                    gradients[source] = gradients[source] + d
+                    sums.add(source)
+                else:
+                    gradients[source] += d
                 consumers[source] -= 1
                 if consumers[source] == 0:
                     complete.append(source)

@@ -2,8 +2,12 @@
 
 import math
 
+import numpy as np
+
 from .backend import get_array_module, to_device
 from .tensor import Tensor
+
+BLOCK = 2**16  # numbers that Adam updates at a time on the host
 
 
 class Adam:
@@ -56,14 +60,14 @@ class Adam:
                              "call loss.backward() first, or give Adam only what the loss depends on")
         self.steps += 1
         (b1, b2), t = self.betas, self.steps
-        for p, m, v in zip(self.params, self.m, self.v, strict=True):
-            g = p.grad
+        arrays = [(p.data, p.grad, m, v) for p, m, v in zip(self.params, self.m, self.v, strict=True)]
+        for w, g, m, v in (block for each in arrays for block in _blocks(*each)):
             m += (1 - b1) * (g - m)
             v += (1 - b2) * (g * g - v)
             denominator = get_array_module(g).sqrt(v) / math.sqrt(1 - b2**t) + self.eps
             if self.weight_decay:
-                p.data *= 1 - lr * self.weight_decay
-            p.data -= (lr / (1 - b1**t)) * (m / denominator)
+                w *= 1 - lr * self.weight_decay
+            w -= (lr / (1 - b1**t)) * (m / denominator)
 
     def state(self):
         """{name: moment}, not copied: with the parameters and `steps`, all that another Adam needs to go on."""
@@ -78,6 +82,14 @@ class Adam:
         for name, moment in self.state().items():
             moment[...] = to_device(state[name], get_array_module(moment))
         self.steps = steps
+
+
+def _blocks(*arrays):
+    """The arrays in views of about BLOCK numbers, along the first axis: work on one stays in the cache."""
+    if arrays[0].size <= BLOCK or get_array_module(*arrays) is not np:
+        return [arrays]
+    rows = max(1, BLOCK * len(arrays[0]) // arrays[0].size)
+    return [tuple(a[start : start + rows] for a in arrays) for start in range(0, len(arrays[0]), rows)]
 
 
 def clip_grad_norm(params, max_norm):

@@ -5,6 +5,7 @@ A formula shares no code with the op, and is written as the definition is, with 
 """
 
 import contextlib
+import functools
 import math
 from collections import namedtuple
 
@@ -89,11 +90,27 @@ def attention_formula(q, k, v, n_head=2):
     return y
 
 
-def cross_entropy_formula(logits):
-    V = logits.shape[-1]
-    targets = some_targets(logits.shape[:-1], V).ravel()
-    losses = [-np.log(softmax_formula(z)[t]) for z, t in zip(logits.reshape(-1, V), targets, strict=True) if t >= 0]
+def linear_cross_entropy(x, weight):
+    return F.linear_cross_entropy(x, weight, some_targets(x.shape[:-1], weight.shape[0]))
+
+
+def linear_cross_entropy_formula(x, weight):
+    rows, targets = x.reshape(-1, x.shape[-1]), some_targets(x.shape[:-1], len(weight)).ravel()
+    losses = [-np.log(softmax_formula(weight @ h)[t]) for h, t in zip(rows, targets, strict=True) if t >= 0]
     return np.mean(losses)
+
+
+def in_blocks_of_two(function):
+    """The op with its blocks so small that even these inputs need several, and a last one that is cut short."""
+
+    @functools.wraps(function)
+    def small(*tensors):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "QUERIES", 2)
+            patch.setattr(F, "LOGITS", 2)
+            return function(*tensors)
+
+    return small
 
 
 def gelu_formula(x):
@@ -177,7 +194,6 @@ OPS = [
     Op("layer_norm of a batch", F.layer_norm, layer_norm_formula, lambda n, m, k: [(k, n, m), (m,), (m,)], 3),
     Op("gelu", F.gelu, gelu_formula, lambda n, m, k: [(n, m)], 1),
     Op("rotary", rotary, rotary_formula, lambda n, m, k: [(n, m, 4 * k)], 1, (), (2, 4, 1)),
-    Op("softmax", F.softmax, softmax_formula, lambda n, m, k: [(n, m)], 1),
     Op("attention", lambda q, k, v: F.attention(q, k, v, 2), attention_formula,
        lambda n, m, k: [(n, m, 2 * k)] * 3, 3, (), (2, 4, 2)),
     Op("attention, one head", lambda q, k, v: F.attention(q, k, v, 1), lambda q, k, v: attention_formula(q, k, v, 1),
@@ -186,8 +202,14 @@ OPS = [
        lambda n, m, k: [(n, m, 2 * k), (n, m + 2, 2 * k), (n, m + 2, 2 * k)], 3, (), (2, 2, 2)),
     Op("attention to itself", lambda x: F.attention(x, x, x, 2), lambda x: attention_formula(x, x, x),
        lambda n, m, k: [(n, m, 2 * k)], 3, (), (2, 4, 2)),
-    Op("cross_entropy", lambda x: F.cross_entropy(x, some_targets(x.shape[:-1], x.shape[-1])), cross_entropy_formula,
-       lambda n, m, k: [(n, m, k + 1)], 1, (), (2, 3, 2)),
+    Op("attention, in blocks", in_blocks_of_two(lambda q, k, v: F.attention(q, k, v, 2)), attention_formula,
+       lambda n, m, k: [(n, m, 2 * k)] * 3, 3, (), (2, 4, 2)),
+    Op("attention after a cache, in blocks", in_blocks_of_two(lambda q, k, v: F.attention(q, k, v, 2)),
+       attention_formula, lambda n, m, k: [(n, m, 2 * k), (n, m + 1, 2 * k), (n, m + 1, 2 * k)], 3, (), (2, 3, 2)),
+    Op("linear_cross_entropy", linear_cross_entropy, linear_cross_entropy_formula,
+       lambda n, m, k: [(n, m, k), (m, k)], 2, (), (2, 3, 3)),
+    Op("linear_cross_entropy, in blocks", in_blocks_of_two(linear_cross_entropy), linear_cross_entropy_formula,
+       lambda n, m, k: [(n, m, k), (m, k)], 2, (), (2, 4, 4)),
     Op("dropout", lambda x: F.dropout(x, 0.4, np.random.default_rng(7)), dropout_formula, lambda n, m, k: [(n, m)], 1),
     Op("dropout, a rate each", lambda x: F.dropout(x, rates(x.shape[0]), np.random.default_rng(7)),
        lambda x: dropout_formula(x, rates(len(x))), lambda n, m, k: [(n, m)], 1),

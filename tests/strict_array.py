@@ -179,6 +179,11 @@ for _name, _names in {
     globals()[_name] = _function(_name, *_names.split())
 
 
+def einsum(subscripts, *operands):
+    """Sums of products, written with indices."""
+    return _wrap(np.einsum(subscripts, *map(_operand, operands)))
+
+
 def asarray(a, dtype=None):
     """`a` on the device: itself if it is there, a copy if it comes from the host."""
     if isinstance(a, ndarray):

@@ -175,7 +175,7 @@ def test_changing_a_later_token_leaves_earlier_logits_as_they_are_bit_for_bit(ca
 def reads_the_same_by_cache(case):
     """1e-10 of the largest logit is a margin, thousands of times what float64 leaves of so small a model."""
     model, ids = case
-    at_once, cache = outputs(model, ids), [KeyValueCache() for _ in model.h]
+    at_once, cache = outputs(model, ids), [KeyValueCache(ids.shape[1]) for _ in model.h]
     pieces = [ids[:, :1], ids[:, 1:-1], ids[:, -1:]]
     piecewise = np.concatenate([outputs(model, piece, cache) for piece in pieces if piece.size], axis=1)
     assert cache[0].length == ids.shape[1]
@@ -223,14 +223,15 @@ def test_batch_rows_know_nothing_of_each_other(case, data):
 def test_a_cache_is_refused_where_a_graph_is_recorded():
     model = small_gpt()
     with pytest.raises(ValueError, match=r"cache carries no gradients.*no_grad\(\)"):
-        model(np.array([[1, 2]]), [KeyValueCache() for _ in model.h])
+        model(np.array([[1, 2]]), [KeyValueCache(9) for _ in model.h])
 
 
 def test_a_cache_does_not_go_on_with_another_batch():
-    model, cache = small_gpt(), [KeyValueCache() for _ in range(2)]
+    model, cache = small_gpt(), [KeyValueCache(4) for _ in range(2)]
     outputs(model, [[1, 2], [3, 4]], cache)
-    for ids in ([[5]], [[5], [6], [0]]):
-        with pytest.raises(ValueError, match=f"cache of 2 rows .* batch of {len(ids)}"):
+    for ids in ([[5]], [[5], [6], [0]], [[5, 6, 0], [1, 2, 3]]):
+        shape = rf"\({len(ids)}, {len(ids[0])}, "
+        with pytest.raises(ValueError, match=f"cache of 2 rows and 4 positions, 2 of them taken, .* {shape}"):
             outputs(model, ids, cache)
     assert cache[0].length == 2
 
@@ -256,15 +257,20 @@ def keys_turned_backwards(rotary):
     return lambda x, cos, sin, n_head: rotary(x, cos, sin * next(turns), n_head)
 
 
-def one_position_behind(length):
-    return property(lambda self: max(0, length.fget(self) - 1))
+def one_position_behind(extend):
+    def wrong(self, k, v):
+        held = extend(self, k, v)
+        self.length -= 1
+        return held
+
+    return wrong
 
 
 PLANTED = {
     "a mask off by one": (F, "attention", sees_one_token_ahead, prompts(), later_tokens_change_nothing_earlier),
     "angles not proportional": (GPT, "_rope", angles_grow_with_the_square, rotary_prompts, only_distances_matter),
     "keys turned the wrong way": (F, "rotary", keys_turned_backwards, rotary_prompts, only_distances_matter),
-    "a cache one position behind": (KeyValueCache, "length", one_position_behind, prompts(), reads_the_same_by_cache),
+    "a cache one position behind": (KeyValueCache, "extend", one_position_behind, prompts(), reads_the_same_by_cache),
 }
 
 
@@ -478,7 +484,7 @@ def test_ids_that_do_not_fit_are_refused_with_both_sides(ids, error, says):
 
 
 @pytest.mark.parametrize("targets, error, says", [
-    (np.zeros((1, 3), int), ValueError, ["(1, 3)", "(1, 2, 7)"]),
+    (np.zeros((1, 3), int), ValueError, ["(1, 3)", "(1, 2, 8)"]),
     (np.array([[1, 7]]), ValueError, ["1 .. 7", "0 .. 6"]),
     (np.array([[1, -1]]), ValueError, ["-1 .. 1", "0 .. 6"]),
     (np.array([[-100, -100]]), ValueError, ["none of 2 targets", "-100"]),

@@ -70,6 +70,15 @@ def test_fan_out_adds_up_every_use(n):
     assert np.array_equal(x.grad, [factor, 10 * factor])
 
 
+def test_a_sum_is_never_made_in_an_array_that_a_vjp_returned():
+    """Both sides of an addition are given one array: what is added to one of them must not reach the other."""
+    x, z = leaf(1.0, 2.0), leaf(5.0, 6.0)
+    h, g = x * 1.0, z * 1.0
+    y = (h + g) * 2.0 + (h + g) * 4.0 + (h + g) * 8.0
+    y.backward(np.array([1.0, 10.0]))
+    assert np.array_equal(x.grad, [14, 140]) and np.array_equal(z.grad, [14, 140])
+
+
 def test_one_tensor_in_all_places_of_a_shared_edge_gets_the_sum():
     x = np.random.default_rng(0).normal(size=(2, 3, 4))
     dy = np.random.default_rng(1).normal(size=(2, 3, 4))
