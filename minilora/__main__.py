@@ -1,7 +1,6 @@
 """The command line: reads arguments, calls the demo or a command, and turns errors into one line and an exit code."""
 
 import argparse
-import importlib
 import math
 import os
 import re
@@ -12,6 +11,7 @@ import warnings
 from . import commands, demo
 from .files import DTYPES
 from .finetune import Settings, finetune
+from .process import array_module, training_threads
 from .train import Interrupted
 
 BASE, ADAPTER = "minilora-demo-quick/base", "minilora-demo-quick/security"  # what the examples of --help work on
@@ -83,6 +83,7 @@ def _parser():
     add("--out", metavar="DIR", help="folder to keep the models in (default minilora-demo, or minilora-demo-quick)")
     add("--ask", metavar="QUESTION", help="answer from what the last run kept, without training")
     _backend(sub)
+    _threads(sub)
 
     sub = command("finetune", _finetune, "train an adapter for a model folder on a file of your own",
                   f"--base {BASE} --data notes.txt --out my-adapter --alpha 16 --eval-split 0.1")
@@ -106,6 +107,7 @@ def _parser():
     add("--save-every", type=int, default=Settings.save_every, metavar="STEPS", help="default %(default)s")
     add("--resume", action="store_true", help="go on with a run that was interrupted or killed")
     _backend(sub)
+    _threads(sub)
 
     sub = command("generate", _generate, "continue a prompt, with no, one or several adapters",
                   f"--base {BASE} --adapter {ADAPTER} --prompt 'The list '")
@@ -154,6 +156,11 @@ def _backend(parser):
     parser.add_argument("--backend", choices=["numpy", "cupy"], default="numpy", help="cupy runs on an NVIDIA GPU")
 
 
+def _threads(parser):
+    parser.add_argument("--threads", type=_whole(1), metavar="N", help="parts of a batch to compute at once (default 2,"
+                        " if threadpoolctl is there); 1 leaves BLAS's threads and malloc as they are")  # fmt: skip
+
+
 def _demo(args):
     out = args.out if args.out is not None else "minilora-demo-quick" if args.quick else "minilora-demo"
     again = "python -m minilora" + " --quick" * args.quick
@@ -162,7 +169,8 @@ def _demo(args):
     if args.ask is not None:
         demo.ask(args.ask, out, xp)
     else:
-        demo.run(demo.QUICK if args.quick else demo.FULL, out, xp, args.seed, again=again)
+        demo.run(demo.QUICK if args.quick else demo.FULL, out, xp, args.seed, again=again,
+                 threads=training_threads(args.threads, args.backend))
 
 
 def _finetune(args):
@@ -177,7 +185,8 @@ def _finetune(args):
         flag = lambda match: "argument --" + match[1].replace("target_modules", "target").replace("_", "-")
         args.refuse(re.sub(r"^\w+: (\w+)", flag, str(error)))
     commands.check_source(args.base, "model")
-    finetune(settings, array_module(args.backend), resume=args.resume, say=_say)
+    finetune(settings, array_module(args.backend), threads=training_threads(args.threads, args.backend),
+             resume=args.resume, say=_say)
 
 
 def _generate(args):
@@ -234,15 +243,6 @@ def _whole(least):
             return int(text)
         raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
     return whole
-
-
-def array_module(name):
-    """The module called `name`, "numpy" or "cupy"; an ImportError that names the extra if CuPy is missing."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        remedy = "pip install 'minilora[cuda12]' (or [cuda13]) on a machine with an NVIDIA GPU"
-        raise ImportError(f"backend 'cupy' needs CuPy, which does not import here ({error}); {remedy}") from error
 
 
 if __name__ == "__main__":

@@ -83,14 +83,17 @@ class Settings:
         return LoRAConfig(self.r, self.alpha, self.target, self.dropout)
 
 
-def finetune(settings, xp=np, *, resume=False, say=print, quiet=False):
+def finetune(settings, xp=np, *, threads=1, resume=False, say=print, quiet=False):
     """Train an adapter for the model in `settings.base` on `settings.data`, and save it in `settings.out`; a Result.
 
     While it runs, `out` holds a folder `checkpoint`, from which `resume=True` goes on. `say` is given the report line
-    by line; `quiet` shows no progress bars. `xp` is the array module to compute with.
+    by line; `quiet` shows no progress bars. `xp` is the array module to compute with, `threads` how many parts of a
+    batch are computed at once (see `train`).
     Raises: ValueError or FileNotFoundError, before anything is computed or written, for files and settings that do not
     fit; Interrupted on Ctrl-C, with the checkpoint saved at the last whole step.
     """
+    if threads < 1:
+        raise ValueError(f"finetune: threads must be at least 1, got {threads}")
     out = Path(settings.out)
     _check_out(out, resume)
     base, tokenizer = load_model(settings.base, xp), load_tokenizer(settings.base)
@@ -108,7 +111,7 @@ def finetune(settings, xp=np, *, resume=False, say=print, quiet=False):
     say(f"adapter r={settings.r}, alpha={settings.alpha:g}: {parameter_report(model)}")
 
     adam = Adam(adapter.parameters(), lr=settings.lr)
-    identity = _identity(settings, rows, base, adapter, xp)
+    identity = _identity(settings, rows, base, adapter, xp, threads)
     checkpoint = Checkpoint(out / CHECKPOINT, identity, adapter, adam, dropping)
     progress = {"before": None, "losses": [], "tokens": 0, "seconds": 0.0}
     if resume:
@@ -119,7 +122,7 @@ def finetune(settings, xp=np, *, resume=False, say=print, quiet=False):
         checkpoint.save()  # from here on there is something to resume
         if heldout and progress["before"] is None:
             progress["before"] = _measure(model, heldout, settings, quiet, "held-out loss before")
-        _train(model, adam, batches, settings, checkpoint, progress, quiet)
+        _train(model, adam, batches, settings, checkpoint, progress, threads, quiet)
         after = _measure(model, heldout, settings, quiet, "held-out loss after") if heldout else None
         save_adapter(adapter, out, base_model=str(settings.base))
         checkpoint.remove()
@@ -149,7 +152,7 @@ def _check_out(out, resume):
         check_unused(out, ignore=[CHECKPOINT])  # which holds nothing to go on from
 
 
-def _identity(settings, rows, base, adapter, xp):
+def _identity(settings, rows, base, adapter, xp, threads):
     """What must be the same when the run goes on, in the values that JSON gives back."""
     fields = {name: value for name, value in asdict(settings).items() if name not in FREE}
     file = hashlib.sha256(Path(settings.data).read_bytes()).hexdigest()
@@ -157,12 +160,12 @@ def _identity(settings, rows, base, adapter, xp):
         "settings": fields,
         "data": {"sha256": file, "tokens": rows.fingerprint()},
         "config": asdict(base.config),
-        "arrays": {"module": xp.__name__},
+        "arrays": {"module": xp.__name__, "threads": threads},
         "base": adapter.base_fingerprint,
     }))  # fmt: skip
 
 
-def _train(model, adam, batches, settings, checkpoint, progress, quiet):
+def _train(model, adam, batches, settings, checkpoint, progress, threads, quiet):
     """The steps that are left, each of them noted, some of them saved."""
     started = time.perf_counter() - progress["seconds"]
     warmup = min(100, settings.steps // 10)
@@ -180,7 +183,8 @@ def _train(model, adam, batches, settings, checkpoint, progress, quiet):
             checkpoint.save()
 
     train(model, adam, counted(islice(batches, adam.steps, None)), settings.steps, label="training", quiet=quiet,
-          schedule=lambda step: warmup_cosine(step, settings.steps, settings.lr, warmup), start=adam.steps, after=after)
+          schedule=lambda step: warmup_cosine(step, settings.steps, settings.lr, warmup), start=adam.steps, after=after,
+          threads=threads)
 
 
 def _copy(progress):

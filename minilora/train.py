@@ -1,5 +1,6 @@
 """The training loop, and what to measure after it. Knows models that have a `loss`, and optimizers; nothing of LoRA."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -10,40 +11,43 @@ from .data import pack
 from .functional import IGNORE
 from .graph import no_grad
 from .optim import clip_grad_norm
+from .parallel import Replicas
+from .process import blas_threads, cores
 
 
 class Interrupted(Exception):
     """Ctrl-C: the message says where it fell and what was kept."""
 
 
-def train(model, optimizer, batches, steps, *, schedule=None, max_norm=1.0, label="", quiet=False, start=0, after=None):
+def train(model, optimizer, batches, steps, *, schedule=None, max_norm=1.0, label="", quiet=False, start=0, after=None,
+          threads=1):
     """`steps` optimizer steps on `model`, with a progress bar; returns the list of losses (nats per token).
 
     Shapes: `batches` yields (inputs, targets), both (B, T) integers. `schedule(step)` gives the learning rate of
     each step (default: the optimizer's own). Gradients are clipped to a joint norm of `max_norm`.
     A run that goes on after `start` steps is given the batches from there. `after(done, loss)` is called after each
-    step, with the number of steps done since the very first.
+    step, with the number of steps done since the very first. With `threads` above 1 each batch is computed in as many
+    parts at once, and BLAS is given as many threads in each as there are cores for (needs threadpoolctl).
     Raises: ValueError if a loss or a gradient is not finite, before that step touches a parameter, or if the batches
     run out early.
     """
-    if steps < 1:
-        raise ValueError(f"train: steps must be at least 1, got {steps}")
+    if steps < 1 or threads < 1:
+        raise ValueError(f"train: steps and threads must be at least 1, got {steps} and {threads}")
     if not 0 <= start <= steps:
         raise ValueError(f"train: start must lie in 0 .. {steps}, the number of steps; got {start}")
     losses, tokens, batches = [], 0, iter(batches)
-    with tqdm(total=steps, initial=start, desc=label, unit="step", disable=quiet, leave=False) as bar:
+    share = contextlib.nullcontext() if threads == 1 else blas_threads(max(1, cores() // threads))
+    progress = lambda: tqdm(total=steps, initial=start, desc=label, unit="step", disable=quiet, leave=False)
+    with share, Replicas(model, threads) as replicas, progress() as bar:
         for step in range(start, steps):
             try:
                 ids, targets = next(batches)
             except StopIteration:
                 raise ValueError(f"train: the batches ended after {step} of {steps} steps") from None
             optimizer.zero_grad()
-            loss = model.loss(ids, targets)
-            losses.append(loss.item())  # waits for the device, as the norm below does: nan must be seen now
+            losses.append(replicas.backward(ids, targets))  # waits for the device, as the norm below does
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"train: the loss is {losses[-1]} at step {step}; lower the learning rate")
-            loss.backward()
-            del loss  # and with it this step's graph, before the next one is made
             clip_grad_norm(optimizer.params, max_norm)
             optimizer.step(None if schedule is None else schedule(step))
             tokens += np.size(ids)

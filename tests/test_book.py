@@ -14,12 +14,13 @@ import minilora
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ["backend", "graph", "tensor", "functional", "gradcheck", "nn", "optim", "gpt", "targets", "lora"]
-ORDER = [*BOOK, "compose", "count", "files", "gpt2", "names", "fused", "peft", "rules", "export", "data", "tokenizer",
-         "text", "questions", "train", "checkpoint", "finetune", "commands", "demo", "__main__"]  # fmt: skip
+ORDER = [*BOOK, "compose", "count", "parallel", "process", "files", "gpt2", "names", "fused", "peft", "rules",
+         "export", "data", "tokenizer", "text", "questions", "train", "checkpoint", "finetune", "commands", "demo",
+         "__main__"]  # fmt: skip
 STRANGERS = {("gpt", "lora"), ("lora", "gpt")}  # though one stands after the other, neither may know it
 # Everyone may import NumPy, nobody the rest.
 GUESTS = {"files": {"safetensors", "ml_dtypes"}, "tokenizer": {"tokenizers"}, "text": {"tqdm"}, "train": {"tqdm"},
-          "export": {"tqdm"}, "commands": {"tqdm"}, "demo": {"tqdm"}}  # fmt: skip
+          "export": {"tqdm"}, "process": {"threadpoolctl"}, "commands": {"tqdm"}, "demo": {"tqdm"}}  # fmt: skip
 SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "minilora").glob("*.py"))}
 MODULES = [name for name in SOURCES if name != "__init__"]
 NOT_OURS = re.compile(r"\.(?!ci$|gitignore$).*|__pycache__|build|dist|shared|out|(minilora|gpt2)-demo.*|.*\.egg-info")

@@ -64,10 +64,10 @@ def settings(inputs, out, kind="jsonl", **changes):
                        **changes})  # fmt: skip
 
 
-def run(given, resume=False):
+def run(given, resume=False, threads=1):
     """(the Result, the report as one text)."""
     lines = []
-    result = finetune.finetune(given, resume=resume, say=lines.append, quiet=True)
+    result = finetune.finetune(given, resume=resume, say=lines.append, quiet=True, threads=threads)
     return result, "\n".join(lines)
 
 
@@ -286,7 +286,7 @@ def test_ctrl_c_before_there_is_anything_to_keep_is_left_to_the_caller(inputs, t
     assert not (tmp_path / "out").exists()
 
 
-def stopped(given, monkeypatch, step=3):
+def stopped(given, monkeypatch, step=3, threads=1):
     """A run that stops in step number `step`, with the parameters moved and nothing noted of it."""
     with monkeypatch.context() as patch:
         real, taken = Adam.step, []
@@ -299,7 +299,7 @@ def stopped(given, monkeypatch, step=3):
 
         patch.setattr(Adam, "step", stop)
         with pytest.raises(Interrupted):
-            run(given)
+            run(given, threads=threads)
 
 
 def forget_the_dice(patch):
@@ -378,6 +378,12 @@ def test_a_setting_out_of_range_is_named_with_its_value(inputs, field, value, ne
         settings(inputs, "out", **{field: value})
 
 
+def test_no_thread_is_refused_before_anything_is_written(inputs, tmp_path):
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        run(settings(inputs, tmp_path / "out"), threads=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_there_is_no_default_alpha():
     with pytest.raises(TypeError, match="alpha"):
         Settings(base="b", data="d", out="o")
@@ -450,6 +456,15 @@ def test_another_run_is_not_gone_on_with(inputs, tmp_path, monkeypatch, change, 
     for line in told:
         assert re.search(line, str(caught.value)), str(caught.value)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out" / "checkpoint").iterdir()} == kept
+
+
+def test_a_run_on_threads_goes_on_to_the_bit_and_only_with_as_many(inputs, tmp_path, monkeypatch):
+    given = settings(inputs, tmp_path / "out")
+    whole = run(settings(inputs, tmp_path / "whole"), threads=2)[0]
+    stopped(given, monkeypatch, threads=2)
+    with pytest.raises(ValueError, match="arrays threads: 2 in the checkpoint, 1 now"):
+        run(given, resume=True)
+    assert same(run(given, resume=True, threads=2)[0], whole)
 
 
 def test_the_same_file_in_other_tokens_is_another_run(inputs, tmp_path, monkeypatch):

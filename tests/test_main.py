@@ -14,9 +14,10 @@ import pytest
 
 from minilora import __main__ as command_line
 from minilora import commands, demo, load_adapter, load_model
-from minilora.__main__ import array_module, main
+from minilora.__main__ import main
 from minilora.files import UNFINISHED
 from minilora.finetune import Settings
+from minilora.process import array_module, training_threads
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,10 +125,12 @@ def given_to_the_demo(monkeypatch, *arguments):
 
 def test_the_options_reach_the_demo_and_it_can_print_them_again(monkeypatch):
     given = given_to_the_demo(monkeypatch, "--quick", "--seed", "7", "--out", "a b")
-    assert given == ((demo.QUICK, "a b", np, 7), {"again": "python -m minilora --quick --out 'a b'"})
-    assert given_to_the_demo(monkeypatch) == ((demo.FULL, "minilora-demo", np, 0), {"again": "python -m minilora"})
+    usual = {"threads": training_threads(None, "numpy")}
+    assert given == ((demo.QUICK, "a b", np, 7), usual | {"again": "python -m minilora --quick --out 'a b'"})
+    given = given_to_the_demo(monkeypatch, "--threads", "3")
+    assert given == ((demo.FULL, "minilora-demo", np, 0), {"again": "python -m minilora", "threads": 3})
     given = given_to_the_demo(monkeypatch, "--quick")
-    assert given == ((demo.QUICK, "minilora-demo-quick", np, 0), {"again": "python -m minilora --quick"})
+    assert given == ((demo.QUICK, "minilora-demo-quick", np, 0), usual | {"again": "python -m minilora --quick"})
 
 
 @pytest.mark.parametrize("seed", ["-1", "x", "1.5", ""])
@@ -224,19 +227,20 @@ def given_to_finetune(monkeypatch, *arguments):
     monkeypatch.setattr(commands, "check_source", lambda *given: calls.append(given))
     assert main(["finetune", "--base", "b", "--data", "d.txt", "--out", "o", "--alpha", "3", *arguments]) == 0
     source, ((settings, xp), options) = calls
-    assert source == ("b", "model") and xp is np and options.keys() == {"resume", "say"}
-    return settings, options["resume"]
+    assert source == ("b", "model") and xp is np and options.keys() == {"resume", "say", "threads"}
+    return settings, options["resume"], options["threads"]
 
 
 def test_the_options_reach_the_training(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert given_to_finetune(monkeypatch) == (Settings(base="b", data="d.txt", out="o", alpha=3.0), False)
+    assert given_to_finetune(monkeypatch) == (
+        Settings(base="b", data="d.txt", out="o", alpha=3.0), False, training_threads(None, "numpy"))  # fmt: skip
     every = "--r 5 --target c_attn --target mlp.c_fc q_proj --lr 0.25 --steps 6 --batch 7 --length 8 --dropout 0.5"
-    more = "--seed 9 --eval-split 0.125 --save-every 11 --resume --target c_proj"
+    more = "--seed 9 --eval-split 0.125 --save-every 11 --resume --target c_proj --threads 1"
     expected = Settings(base="b", data="d.txt", out="o", alpha=3.0, r=5, lr=0.25, steps=6, batch=7, length=8, seed=9,
                         target=["c_attn", "mlp.c_fc", "q_proj", "c_proj"], dropout=0.5, eval_split=0.125,
                         save_every=11)  # fmt: skip
-    assert given_to_finetune(monkeypatch, *every.split(), *more.split()) == (expected, True)
+    assert given_to_finetune(monkeypatch, *every.split(), *more.split()) == (expected, True, 1)
 
 
 @pytest.mark.parametrize("command", ["finetune", "generate", "compare"])

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 import weakref
 from functools import partial
 from itertools import islice
@@ -44,6 +45,27 @@ def test_the_same_seed_gives_the_same_losses_to_the_bit():
     assert runs[0] == runs[1]
 
 
+def test_parts_on_threads_learn_as_one_does_and_give_the_same_bits_each_time():
+    """1e-4 of the loss is a margin: five steps, of float32 numbers that differ in their last places."""
+    runs = []
+    for threads in (1, 2, 2, 2):
+        model = GPT(TINY, np.random.default_rng(3))
+        batches = batches_of("hello, hello, hello")
+        losses = train(model, Adam(model.parameters()), batches, 5, quiet=True, threads=threads)
+        runs.append((losses, contents(model)))
+    assert runs[1] == runs[2] == runs[3]
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-4)
+
+
+def test_without_threads_there_is_no_need_of_threadpoolctl(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    train(model, Adam(model.parameters()), batches_of("abcabcabcabcabc"), 1, quiet=True)
+    before = contents(model)
+    with pytest.raises(ImportError, match=r"minilora\[fast\]"):
+        train(model, Adam(model.parameters()), batches_of("abcabcabcabcabc"), 1, quiet=True, threads=2)
+    assert contents(model) == before
+
+
 def test_the_schedule_gives_the_rate_of_each_step(model):
     steps, adam = [], Adam(model.parameters())
     adam.step = steps.append
@@ -66,10 +88,10 @@ def test_batches_that_run_out_early_are_named(model):
         train(model, Adam(model.parameters()), few, 3, quiet=True)
 
 
-@pytest.mark.parametrize("steps", [0, -1])
-def test_training_for_no_steps_is_refused(model, steps):
-    with pytest.raises(ValueError, match=f"steps must be at least 1, got {steps}"):
-        train(model, Adam(model.parameters()), batches_of("abcabcabcabcabc"), steps, quiet=True)
+@pytest.mark.parametrize("steps, threads", [(0, 1), (-1, 1), (1, 0), (1, -2)])
+def test_training_for_no_steps_or_on_no_thread_is_refused(model, steps, threads):
+    with pytest.raises(ValueError, match=f"steps and threads must be at least 1, got {steps} and {threads}"):
+        train(model, Adam(model.parameters()), batches_of("abcabcabcabcabc"), steps, quiet=True, threads=threads)
 
 
 def norms_at_each_step(model, max_norm):
