@@ -1,9 +1,10 @@
 """minilora beside PyTorch, transformers + PEFT and JAX: time, tokens/s, memory, and how near the products' own time.
 
-You learn what training LoRA costs in each library on this machine, and what it cannot cost less than: the matrix
-products at the best rate measured here. Each library runs in a process of its own, loads the same folder, and must
-compute the same loss; then they are called in turn, and the median of the per-round ratios is reported. How each is
-written is in rivals/; the variants torch-compile (torch.compile) and torch-bf16 (autocast) are named as such.
+You learn what training LoRA costs in each library on this machine, and how near each comes to the time of the matrix
+products alone, at the best rate that NumPy's BLAS shows here. Each library runs in a process of its own, loads the same
+folder, and must compute the same loss; they are called in turn, and the median of the per-round ratios is reported. How
+each is written is in rivals/; the variants torch-compile (torch.compile), torch-bf16 (autocast) and torch-malloc (freed
+memory kept, as minilora does) are named as such.
 
     python examples/benchmark.py [--quick] [--workload tiny mid small] [--task lora full ...] [--json FILE]
 
@@ -26,6 +27,7 @@ LIBRARIES = {  # name in the table: (file in rivals/, variant, what must be inst
     "torch": ("torch_by_hand", "", ["torch"], 1e-4),
     "torch-compile": ("torch_by_hand", "compile", ["torch"], 1e-4),
     "torch-bf16": ("torch_by_hand", "bf16", ["torch"], 2e-2),
+    "torch-malloc": ("torch_by_hand", "malloc", ["torch"], 1e-4),
     "transformers": ("transformers_peft", "", ["transformers", "peft", "torch"], 1e-4),
     "jax": ("jax_jit", "", ["jax"], 1e-4),
 }

@@ -18,6 +18,7 @@ import numpy as np
 
 from minilora import GPT, Adam, GPTConfig, data, generate, no_grad, parameter_report, save_gpt2
 from minilora.optim import warmup_cosine
+from minilora.process import training_threads
 from minilora.tokenizer import END, load_tokenizer
 from minilora.train import heldout_loss, train
 
@@ -63,7 +64,8 @@ else:
     measure = lambda: heldout_loss(model, data.stretches(heldout, length, 32))
     adam, before, began = Adam(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1), measure(), time.perf_counter()
     train(model, adam, data.windows(ids, 8, length, rng), steps, label="pre-training",
-          schedule=lambda step: warmup_cosine(step, steps, peak=3e-3, warmup=20))  # fmt: skip
+          schedule=lambda step: warmup_cosine(step, steps, peak=3e-3, warmup=20),
+          threads=training_threads(None, "numpy"))  # fmt: skip
     print(f"{'pre-training, seconds':<28} {time.perf_counter() - began:>13.0f}")
     print(f"{'held-out loss per token':<28} {before:>6.2f}{measure():>7.2f}")
     with no_grad():

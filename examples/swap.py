@@ -15,6 +15,7 @@ import numpy as np
 
 from minilora import Adam, LoRAConfig, attach, data, demo, generate, init_adapter, load_model, parameter_report, stack
 from minilora.optim import warmup_cosine
+from minilora.process import training_threads
 from minilora.train import exact_match, train
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -22,11 +23,11 @@ parser.add_argument("--quick", action="store_true", help="few steps, a tiny base
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--base", help="folder of a pre-trained model, such as minilora-demo/base")
 args = parser.parse_args()
-rng = np.random.default_rng(args.seed)
+rng, threads = np.random.default_rng(args.seed), training_threads(None, "numpy")
 
 # 1. The base: English from nothing, as in the demo. It has never seen a permission string turned into anything.
 size = demo.QUICK if args.quick else demo.FULL
-base = load_model(args.base) if args.base else demo.pretrain(size, data.load_corpus(), np, rng, print)
+base = load_model(args.base) if args.base else demo.pretrain(size, data.load_corpus(), np, rng, print, threads)
 
 # 2. Four tasks over the same inputs. The prompt says nothing about which one is meant.
 bits = list(itertools.product([0, 1], repeat=9))
@@ -69,7 +70,7 @@ for name, task in tasks.items():
     adam = Adam(adapters[name].parameters(), betas=(0.9, 0.95))
     pairs = data.encode_pairs([(prompt(b), task(b) + "\n") for b in seen])
     batches = data.question_batches(pairs, 32, rng)
-    train(attach(base, adapters[name]), adam, batches, steps, schedule=schedule, label=name)
+    train(attach(base, adapters[name]), adam, batches, steps, schedule=schedule, label=name, threads=threads)
 
 # 4. The matrix: each adapter (row) asked for each task (column), on strings never seen. Swapping is a look-up.
 models = {"none": base} | {name: attach(base, adapter) for name, adapter in adapters.items()}

@@ -25,6 +25,7 @@ from .gpt2 import load_model
 from .lora import attach
 from .optim import Adam, warmup_cosine
 from .peft import init_peft_adapter, save_adapter
+from .process import check_threads
 from .targets import LoRAConfig
 from .text import load_data
 from .tokenizer import load_tokenizer
@@ -92,8 +93,8 @@ def finetune(settings, xp=np, *, threads=1, resume=False, say=print, quiet=False
     Raises: ValueError or FileNotFoundError, before anything is computed or written, for files and settings that do not
     fit; Interrupted on Ctrl-C, with the checkpoint saved at the last whole step.
     """
-    if threads < 1:
-        raise ValueError(f"finetune: threads must be at least 1, got {threads}")
+    check_threads(threads)
+    threads = min(threads, settings.batch)  # the rows of a batch are what is shared out
     out = Path(settings.out)
     _check_out(out, resume)
     base, tokenizer = load_model(settings.base, xp), load_tokenizer(settings.base)

@@ -22,7 +22,7 @@ def linear(x, weight, bias=None):
     A weight with a leading batch axis, (B, out, in), applies its own matrix to each x[b] of (B, T, in).
     Raises: ValueError with both shapes if `in` differs.
     """
-    check_same("linear", x, weight, weight if bias is None else bias)
+    check_same("linear", x, weight, bias)
     X, W = x.data, weight.data
     x_shape = X.shape
     if W.ndim < 2 or X.ndim < 1 or x_shape[-1] != W.shape[-1] or (W.ndim > 2 and x_shape[:-2] != W.shape[:-2]):
@@ -61,15 +61,15 @@ def layer_norm(x, weight, bias, eps=1e-5):
     if not x.shape[-1:] == weight.shape == bias.shape:
         raise ValueError(f"layer_norm: x {x.shape}, weight {weight.shape}, bias {bias.shape}: the last axes must match")
     w, xp = weight.data, get_array_module(weight.data)
-    average = xp.full((w.size, 1), 1 / w.size, w.dtype)  # row @ average is its mean, several times faster than .mean()
-    normed = x.data - x.data @ average
+    ones = xp.ones((w.size, 1), w.dtype)  # row @ ones is its sum, several times faster than .sum()
+    normed = x.data - (x.data @ ones) / w.size
     rstd = 1 / xp.sqrt(_dot(normed, normed) / w.size + eps)
     normed *= rstd
 
     def dx(dy):
         d = dy * w
         along = _dot(d, normed) / w.size
-        d -= d @ average
+        d -= (d @ ones) / w.size
         d -= normed * along
         d *= rstd
         return d
@@ -144,9 +144,9 @@ def attention(q, k, v, n_head):
     split = lambda a: a.reshape(B, -1, n_head, C // n_head).swapaxes(1, 2)  # (B, T, C) -> (B, H, T, D), a view
     join = lambda a: a.swapaxes(1, 2).reshape(B, -1, C)  # and back
     Q, K, V = split(q.data * scale), split(k.data), split(v.data)
-    O, log_sums = xp.empty_like(Q), xp.empty((B, n_head, 1, T), q.dtype)  # in memory O is as Q: (B, T, H, D)
+    O, (tops, totals) = xp.empty_like(Q), xp.empty((2, B, n_head, 1, T), Q.dtype)  # in memory O is as Q: (B, T, H, D)
     # A block of queries and the keys that its last one sees: what lies beyond is never computed.
-    blocks = [(slice(t, t + QUERIES), slice(S - T + min(t + QUERIES, T))) for t in range(0, T, QUERIES)]
+    blocks = [(slice(t, t + QUERIES), slice(S - T + t + QUERIES)) for t in range(0, T, QUERIES)]
 
     def scores(rows, seen):  # keys first: NumPy takes a maximum over the first axis several times faster
         block = K[:, :, seen] @ Q[:, :, rows].swapaxes(-1, -2)
@@ -157,19 +157,19 @@ def attention(q, k, v, n_head):
 
     for rows, seen in blocks:
         P = scores(rows, seen)
-        top = P.max(axis=-2, keepdims=True)
-        P -= top
+        tops[..., rows] = P.max(axis=-2, keepdims=True)
+        P -= tops[..., rows]
         xp.exp(P, out=P)
-        total = xp.ones((1, P.shape[-2]), P.dtype) @ P
-        O[:, :, rows] = (P.swapaxes(-1, -2) @ V[:, :, seen]) / total.swapaxes(-1, -2)  # D numbers a row, not S
-        log_sums[..., rows] = top + xp.log(total)
+        totals[..., rows] = xp.ones((1, P.shape[-2]), P.dtype) @ P
+        O[:, :, rows] = P.swapaxes(-1, -2) @ V[:, :, seen]
+    O /= totals.swapaxes(-1, -2)  # D numbers a row are divided, not S
 
     def dqkv(dy):
-        dO, dQ, dK, dV = split(dy), *map(xp.zeros_like, (Q, K, V))
+        dO, dQ, dK, dV = split(dy) / totals.swapaxes(-1, -2), *map(xp.zeros_like, (Q, K, V))
         along = _dot(dO, O).swapaxes(-1, -2)  # Σ dP P = Σ dO O
         for rows, seen in blocks:
             P = scores(rows, seen)
-            P -= log_sums[..., rows]
+            P -= tops[..., rows]
             xp.exp(P, out=P)
             dV[:, :, seen] += P @ dO[:, :, rows]
             dS = V[:, :, seen] @ dO[:, :, rows].swapaxes(-1, -2)  # dP, and from here softmax's VJP in place

@@ -182,14 +182,14 @@ class KeyValueCache:
     def extend(self, k, v):
         """Append k, v (B, T, C) to what is held; returns all of it as Tensors (B, S + T, C)."""
         (B, T, C), start = k.shape, self.length
-        if self.held is None:
-            self.held = get_array_module(k.data).empty((2, B, self.size, C), k.dtype)
-        if self.held.shape[1] != B or start + T > self.size:
-            raise ValueError(f"a cache of {self.held.shape[1]} rows and {self.size} positions, {start} of them taken, "
-                             f"cannot go on with {k.shape}")
-        self.length += T
-        self.held[0, :, start : start + T], self.held[1, :, start : start + T] = k.data, v.data
-        return tuple(Tensor(a) for a in self.held[:, :, : self.length])
+        whole = (2, B, self.size, C)
+        held = get_array_module(k.data).empty(whole, k.dtype) if self.held is None else self.held
+        if held.shape != whole or held.dtype != k.dtype or start + T > self.size:
+            raise ValueError(f"a cache of {held.shape[1:]} {held.dtype}, {start} positions taken, cannot go on with "
+                             f"{k.shape} {k.dtype}: make one for each batch, and long enough")
+        held[0, :, start : start + T], held[1, :, start : start + T] = k.data, v.data
+        self.held, self.length = held, start + T
+        return tuple(Tensor(a) for a in held[:, :, : self.length])
 
 
 def generate(model, ids, max_new_tokens, *, temperature=0.0, top_k=None, stop=None, rng=None, after=None):

@@ -15,22 +15,23 @@ class Replicas:
 
     NumPy computes outside Python's lock: threads then share out what BLAS leaves to one core, all that is not a matrix
     multiplication. Each should have its share of BLAS's threads (`process.blas_threads`). With n = 1 there is no
-    thread, and nothing but `model.loss` and its `backward`. Dropout draws other numbers for another n.
+    thread, and nothing but `model.loss` and its `backward`. Dropout draws other numbers for another n. A model from
+    `stack` has as many rows as its batch, so it takes n = 1.
     Raises: ValueError unless n is at least 1.
     """
 
     def __init__(self, model, n):
         if n < 1:
             raise ValueError(f"Replicas: n must be at least 1, got {n}")
-        twins = [model.map_tensors(lambda t: Tensor(t.data, t.requires_grad)) for _ in range(n - 1)]
-        self.models = [model, *twins]
+        self.models = [model, *(model.map_tensors(lambda t: Tensor(t.data, t.requires_grad)) for _ in range(n - 1))]
         self.leaves = [[p for p in m.parameters() if p.requires_grad] for m in self.models]
-        self.random = [[
-            (theirs, key, generator) for (_, ours), (_, theirs) in
-            zip(model.named_modules(), twin.named_modules(), strict=True)
-            for key, generator in vars(ours).items() if isinstance(generator, np.random.Generator)
-        ] for twin in twins]  # fmt: skip
-        self.pool = ThreadPoolExecutor(n)  # no thread is started before there is work for it
+        self.modules = [[module for _, module in m.named_modules()] for m in self.models]
+        self.generators = {}  # id: (generator of the model, [(number of the module that draws from it, attribute)])
+        for i, module in enumerate(self.modules[0]):
+            for key, value in vars(module).items():
+                if isinstance(value, np.random.Generator):
+                    self.generators.setdefault(id(value), (value, []))[1].append((i, key))
+        self.pool = ThreadPoolExecutor(max(1, n - 1))  # no thread is started before there is work for it
 
     def __enter__(self):
         return self
@@ -41,32 +42,46 @@ class Replicas:
     def backward(self, ids, targets):
         """The mean loss of a batch, as a float; its gradient is added to the `.grad` of the tensors of `model`.
 
-        Shapes: ids and targets (B, T), cut along B; a target of -100 carries no loss. The sum over the parts is made
-        in their order: the same batch and the same n give the same bits.
-        Raises: as `model.loss`.
+        Shapes: ids and targets (B, T), cut along B; a target of -100 carries no loss, and a part without any other is
+        not computed. The sum over the parts is made in their order: the same batch and n give the same bits.
+        Raises: as `model.loss`, with the gradients left as they were.
         """
         ids, targets, n = on_host(ids), on_host(targets), len(self.models)
         if ids.shape != targets.shape:
             raise ValueError(f"Replicas: ids {ids.shape}, targets {targets.shape}: one target for each id")
-        parts = list(zip(range(n), np.array_split(ids, n), np.array_split(targets, n), strict=True))
-        carrying = [np.count_nonzero(part[2] != IGNORE) for part in parts]
-        if n == 1 or not all(carrying):  # too few rows, or labels in too few of them: the model alone
-            return _backward(self.models[0], ids, targets, 1)
-        for leaves, random in zip(self.leaves[1:], self.random, strict=True):
-            for p in leaves:
-                p.grad = None
-            own = {id(generator): np.random.default_rng(generator.integers(2**63)) for _, _, generator in random}
-            for module, key, generator in random:
-                setattr(module, key, own[id(generator)])
-        shares = [c / sum(carrying) for c in carrying]
-        work = [(self.models[i], *part, share) for (i, *part), share in zip(parts, shares, strict=True)]
-        others = [self.pool.submit(copy_context().run, _backward, *each) for each in work[1:]]
+        parts = zip(np.array_split(ids, n), np.array_split(targets, n), strict=True)
+        parts = [part for part in parts if _carrying(part)] or [(ids, targets)]  # if none does, the model says so
+        shares = [_carrying(part) / max(1, _carrying((ids, targets))) for part in parts]
+        work = [(model, *part, share) for model, part, share in zip(self.models, parts, shares, strict=False)]
+        self._refresh_twins()
+        before, others = [p.grad for p in self.leaves[0]], []
         try:
+            for each in work[1:]:
+                others.append(self.pool.submit(copy_context().run, _backward, *each))
             losses = [_backward(*work[0]), *(other.result() for other in others)]
+        except BaseException:  # Ctrl-C as well
+            for p, d in zip(self.leaves[0], before, strict=True):
+                p.grad = d
+            raise
         finally:
             wait(others)
         add_gradients(*self.leaves)
         return sum(losses)
+
+    def _refresh_twins(self):
+        """The model's arrays, no gradients, and for each generator of the model one of their own, drawn from it."""
+        for modules, leaves in zip(self.modules[1:], self.leaves[1:], strict=True):
+            for p, q in zip(self.leaves[0], leaves, strict=True):
+                q.data, q.grad = p.data, None
+            for generator, places in self.generators.values():
+                own = np.random.default_rng(generator.integers(2**63))
+                for i, key in places:
+                    setattr(modules[i], key, own)
+
+
+def _carrying(part):
+    """How many targets of (ids, targets) carry a loss."""
+    return np.count_nonzero(part[1] != IGNORE)
 
 
 def _backward(model, ids, targets, share):
@@ -77,7 +92,7 @@ def _backward(model, ids, targets, share):
 
 
 def add_gradients(leaves, *others):
-    """Add the gradients of `others`, lists of Tensors like `leaves`, to those of `leaves`, in their order.
+    """Move the gradients of `others`, lists of Tensors like `leaves`, into those of `leaves`, in their order.
 
     Where replicas meet: gradients from other processes, or from other machines, would be added here as well.
     """
@@ -85,3 +100,4 @@ def add_gradients(leaves, *others):
         for q in replicas:
             if q.grad is not None:
                 p.grad = q.grad if p.grad is None else p.grad + q.grad
+                q.grad = None

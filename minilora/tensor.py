@@ -39,9 +39,11 @@ def record(y, *edges):
 
 
 def check_same(op, *tensors):
-    """Raise TypeError unless all `tensors` share one backend and one dtype; nothing is promoted silently."""
+    """Raise TypeError unless all `tensors` that are there share a backend and a dtype: nothing is promoted silently."""
     first = tensors[0].data
     for t in tensors:
+        if t is None:
+            continue
         if type(t.data) is not type(first):
             get_array_module(first, t.data)  # which objects
         if t.data.dtype != first.dtype:
@@ -80,7 +82,7 @@ class Tensor:
         if not hasattr(data, "dtype") or isinstance(data, np.generic):
             data = np.asarray(data)
         get_array_module(data)
-        if data.dtype.char not in "fd":  # float32, float64; compared as types, ten times slower
+        if data.dtype.char not in "fd" or not data.dtype.isnative:  # as types, to compare them takes ten times as long
             raise TypeError(f"a Tensor holds float32 or float64, got {data.dtype}; convert with .astype(np.float32)")
         self.data = data
         self.node = Node(data.shape) if requires_grad else None

@@ -12,7 +12,7 @@ from .functional import IGNORE
 from .graph import no_grad
 from .optim import clip_grad_norm
 from .parallel import Replicas
-from .process import blas_threads, cores
+from .process import blas_threads, check_threads, cores
 
 
 class Interrupted(Exception):
@@ -27,12 +27,13 @@ def train(model, optimizer, batches, steps, *, schedule=None, max_norm=1.0, labe
     each step (default: the optimizer's own). Gradients are clipped to a joint norm of `max_norm`.
     A run that goes on after `start` steps is given the batches from there. `after(done, loss)` is called after each
     step, with the number of steps done since the very first. With `threads` above 1 each batch is computed in as many
-    parts at once, and BLAS is given as many threads in each as there are cores for (needs threadpoolctl).
+    parts at once (give no more than it has rows), and BLAS has its share of the cores in each (needs threadpoolctl).
     Raises: ValueError if a loss or a gradient is not finite, before that step touches a parameter, or if the batches
     run out early.
     """
-    if steps < 1 or threads < 1:
-        raise ValueError(f"train: steps and threads must be at least 1, got {steps} and {threads}")
+    check_threads(threads)
+    if steps < 1:
+        raise ValueError(f"train: steps must be at least 1, got {steps}")
     if not 0 <= start <= steps:
         raise ValueError(f"train: start must lie in 0 .. {steps}, the number of steps; got {start}")
     losses, tokens, batches = [], 0, iter(batches)

@@ -87,6 +87,12 @@ def test_the_share_is_of_the_best_shape_by_its_median():
     assert found["rows"][0]["share"] == pytest.approx(workloads.flops(NANO, "lora") / 3e3 / 3.0)
 
 
+def test_a_round_whose_floor_was_not_measured_is_left_out_of_it():
+    found = report.medians(an_outcome(rates=[[1e3, 4e3], None, [1e3, 2e3]]), NANO, "lora", "minilora")
+    assert found["gemm_flops_per_s"] == 3e3
+    assert report.medians(an_outcome(rates=[None] * 3), NANO, "lora", "minilora")["gemm_flops_per_s"] is None
+
+
 def test_bf16_has_no_share_of_a_float32_floor():
     rounds, memory = [{"torch-bf16": 1.0}], {"torch-bf16": {"start": 1, "peak": 1}}
     outcome = an_outcome(rounds=rounds, memory=memory, foreign=[0.0], rates=[[1e3]])

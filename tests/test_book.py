@@ -211,7 +211,7 @@ def test_the_book_can_be_read_in_an_afternoon():
     lengths = {name: len(SOURCES[name].splitlines()) for name in BOOK}
     assert max(lengths.values()) <= 250, lengths
     assert sum(lengths.values()) <= 1685, lengths
-    assert sum(code_lines(SOURCES[name]) for name in BOOK) <= 1035
+    assert sum(code_lines(SOURCES[name]) for name in BOOK) <= 1040
 
 
 def test_no_file_of_the_library_is_long():

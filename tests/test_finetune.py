@@ -378,10 +378,22 @@ def test_a_setting_out_of_range_is_named_with_its_value(inputs, field, value, ne
         settings(inputs, "out", **{field: value})
 
 
-def test_no_thread_is_refused_before_anything_is_written(inputs, tmp_path):
+def test_threads_that_cannot_be_are_refused_before_anything_is_written(inputs, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         run(settings(inputs, tmp_path / "out"), threads=0)
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    with pytest.raises(ImportError, match=r"minilora\[fast\]"):
+        run(settings(inputs, tmp_path / "out"), threads=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_there_are_no_more_threads_than_rows(inputs, tmp_path, monkeypatch):
+    seen, real = [], finetune.train
+    look = lambda *given, threads, **options: seen.append(threads) or real(*given, threads=threads, **options)
+    monkeypatch.setattr(finetune, "train", look)
+    for batch in (1, 2, 4):
+        run(settings(inputs, tmp_path / str(batch), batch=batch, eval_split=0.0), threads=3)
+    assert seen == [1, 2, 3]
 
 
 def test_there_is_no_default_alpha():

@@ -1,7 +1,9 @@
 """Every op of the engine against its formula, its derivative, its dtype and another backend; then bad input."""
 
+import contextlib
 import math
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -103,6 +105,11 @@ def test_a_loss_and_attention_survive_huge_logits():
     assert loss.item() == pytest.approx(math.log(3) / 2)
     loss.backward()
     assert np.allclose(huge.grad, [[0, 0, 0], [1 / 6, -1 / 3, 1 / 6]], atol=1e-7)
+    ties = Tensor(np.full((1, 4, 1), 1e4, np.float32))  # each query sees several keys that are equally near
+    v = Tensor(np.zeros((1, 4, 1), np.float32), requires_grad=True)
+    F.attention(ties, ties, v, 1).backward(np.ones((1, 4, 1), np.float32))
+    harmonic = 1 / np.arange(1, 5)
+    assert np.allclose(v.grad.ravel(), harmonic[::-1].cumsum()[::-1], rtol=1e-6)
     q = Tensor(np.array([[[1e4], [-1e4]]], np.float32), requires_grad=True)
     y = F.attention(q, q, Tensor(np.array([[[1.0], [2.0]]], np.float32)), 1)
     assert np.array_equal(y.data, [[[1], [2]]])
@@ -127,6 +134,54 @@ def test_targets_of_minus_100_carry_neither_loss_nor_gradient():
     assert loss.item() == F.linear_cross_entropy(x[np.array([0, 3])], weight, [2, 1]).item()
     loss.backward()
     assert not x.grad[1:3].any() and x.grad[[0, 3]].all()
+
+
+@pytest.mark.parametrize("C", [3, 768])
+def test_the_layer_norm_of_a_large_constant_is_its_bias(C):
+    w, b = (Tensor(np.full(C, value, np.float32)) for value in (2, 5))
+    assert np.array_equal(F.layer_norm(Tensor(np.full((1, C), 1e4, np.float32)), w, b).data, np.full((1, C), 5))
+
+
+def test_a_row_without_a_label_is_not_computed():
+    x = np.random.default_rng(0).normal(size=(4, 5))
+    x[1:3] = np.nan
+    x = Tensor(x, requires_grad=True)
+    loss = F.linear_cross_entropy(x, Tensor(np.eye(6, 5)), [2, -100, -100, 1])
+    loss.backward()
+    assert math.isfinite(loss.item()) and np.isfinite(x.grad).all()
+
+
+def peak(work):
+    """The most bytes of NumPy's arrays that existed at once while `work` ran."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_neither_all_scores_nor_all_logits_exist_at_once():
+    rng = np.random.default_rng(0)
+    q, k, v = (Tensor(rng.normal(size=(1, 768, 8)), requires_grad=True) for _ in range(3))
+    x, weight = (Tensor(rng.normal(size=(n, 4)), requires_grad=True) for n in (2048, 512))
+    targets = rng.integers(0, 512, 2048)
+    scores, logits = 8 * 2 * 768 * 768, 8 * 2048 * 512
+    assert peak(lambda: F.attention(q, k, v, 2).sum().backward()) < scores / 2
+    assert peak(lambda: F.linear_cross_entropy(x, weight, targets).backward()) < logits / 2
+
+
+@pytest.mark.parametrize("wanted", ["neither", "x", "weight", "no graph"])
+def test_the_loss_makes_only_the_gradients_that_are_wanted(wanted):
+    """Both would be large here, beside which the rest is small."""
+    rng = np.random.default_rng(0)
+    for rows, V, large in ((4096, 2, "x"), (2, 4096, "weight")):
+        x = Tensor(rng.normal(size=(rows, 64)), requires_grad=wanted in ("x", "no graph"))
+        weight = Tensor(rng.normal(size=(V, 64)), requires_grad=wanted in ("weight", "no graph"))
+        recording = no_grad() if wanted == "no graph" else contextlib.nullcontext()
+        with recording:
+            bytes_ = peak(lambda: F.linear_cross_entropy(x, weight, rng.integers(0, V, rows)))
+        assert (bytes_ > 8 * 4096 * 64) == (wanted == large)
 
 
 def test_dropout_keeps_the_mean_and_the_rate_and_is_off_without_a_graph():

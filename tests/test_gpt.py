@@ -220,20 +220,37 @@ def test_batch_rows_know_nothing_of_each_other(case, data):
     assert np.array_equal(outputs(model, changed)[1:], y[1:])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_is_that_of_the_logits(tied):
+    model, ids = small_gpt(tie_word_embeddings=tied), np.array([[1, 2, 3], [4, 5, 6]])
+    targets = np.array([[2, 3, -100], [5, 6, 0]])
+    z = model(ids).data
+    log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    expected = -np.mean([log_p[i][targets[i]] for i in np.ndindex(2, 3) if targets[i] >= 0])
+    assert model.loss(ids, targets).item() == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_cache_is_refused_where_a_graph_is_recorded():
     model = small_gpt()
     with pytest.raises(ValueError, match=r"cache carries no gradients.*no_grad\(\)"):
         model(np.array([[1, 2]]), [KeyValueCache(9) for _ in model.h])
 
 
-def test_a_cache_does_not_go_on_with_another_batch():
+def test_a_cache_does_not_go_on_with_what_does_not_fit():
     model, cache = small_gpt(), [KeyValueCache(4) for _ in range(2)]
     outputs(model, [[1, 2], [3, 4]], cache)
     for ids in ([[5]], [[5], [6], [0]], [[5, 6, 0], [1, 2, 3]]):
         shape = rf"\({len(ids)}, {len(ids[0])}, "
-        with pytest.raises(ValueError, match=f"cache of 2 rows and 4 positions, 2 of them taken, .* {shape}"):
+        with pytest.raises(ValueError, match=rf"cache of \(2, 4, 8\) \w+, 2 positions .* with {shape}.* long enough"):
             outputs(model, ids, cache)
+    narrow, low = np.zeros((2, 1, 4)), np.zeros((2, 1, 8), "float32")
+    for array in (narrow, low):
+        with pytest.raises(ValueError, match=rf"\(2, 4, 8\) float64.* {array.dtype}"):
+            cache[0].extend(Tensor(array), Tensor(array))
     assert cache[0].length == 2
+    with pytest.raises(ValueError, match="0 positions taken"):
+        outputs(model, [[1, 2, 3]], short := [KeyValueCache(2) for _ in range(2)])
+    assert short[0].held is None and short[0].length == 0
 
 
 def sees_one_token_ahead(attention):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import agree, hunt, rngs, sides
 
 from minilora.backend import to_numpy
-from minilora.optim import Adam, clip_grad_norm, warmup_cosine
+from minilora.optim import Adam, _blocks, clip_grad_norm, warmup_cosine
 from minilora.tensor import Tensor
 
 
@@ -51,6 +51,27 @@ def is_the_textbook(case):
 @given(optimisations())
 def test_adam_takes_the_steps_of_the_textbook(case):
     is_the_textbook(case)
+
+
+@pytest.mark.parametrize("shape", [(70_001,), (301, 256), (3, 50_000), (2, 70_000), (2**16,)], ids=str)
+@pytest.mark.parametrize("of", ["whole", "columns"])
+def test_in_blocks_the_steps_are_the_same_to_the_bit(shape, of, monkeypatch):
+    """Several blocks with a last one that is cut short; rows that are larger than a block; and views with gaps."""
+    found = []
+    for block in (2**62, 2**16, 1000):
+        monkeypatch.setattr("minilora.optim.BLOCK", block)
+        rng = np.random.default_rng(0)
+        start = rng.normal(size=(*shape, 2))[..., 0] if of == "columns" else rng.normal(size=shape)
+        p = Tensor(start, requires_grad=True)
+        adam = Adam([p], lr=0.1, weight_decay=0.1)
+        for _ in range(2):
+            p.grad = rng.normal(size=shape)
+            adam.step()
+        found.append((p.data.tobytes(), adam.m[0].tobytes(), adam.v[0].tobytes()))
+        blocks = list(_blocks(p.data, p.grad))
+        assert sum(len(w) for w, _ in blocks) == shape[0]
+        assert all(w.size <= max(block, w[0].size) and np.shares_memory(w, p.data) for w, _ in blocks)
+    assert found[0] == found[1] == found[2]
 
 
 def adam_with(correction=True, coupled=False, eps_inside=False):

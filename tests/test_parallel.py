@@ -1,5 +1,7 @@
 """A batch in parts: loss and gradient of the whole, the same bits each time, and nothing shared but arrays."""
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from minilora import GPT, GPTConfig, LoRAConfig, attach, stack
 from minilora import parallel as P
 from minilora.functional import IGNORE
-from minilora.graph import no_grad
+from minilora.graph import is_recording, no_grad
 from minilora.nn import Module
 from minilora.parallel import Replicas, add_gradients
 from minilora.peft import init_peft_adapter
@@ -96,14 +98,14 @@ def test_the_same_batch_gives_the_same_bits_each_time(n, dropout):
     assert all(losses == found[0][0] and same(gradients, found[0][1]) for losses, gradients in found)
 
 
-@pytest.mark.parametrize("rows, silent", [(1, []), (3, [0, 1]), (4, [2, 3])], ids=["one row", "first", "last"])
-def test_where_a_part_would_carry_no_loss_the_model_works_alone(rows, silent):
+@pytest.mark.parametrize("rows, silent, parts", [(1, [], 1), (2, [], 2), (4, [0, 1, 2], 1), (5, [0, 1, 3], 2)], ids=str)
+def test_a_part_that_carries_no_loss_is_not_computed(rows, silent, parts, monkeypatch):
     (model, _), (ids, targets) = adapted(), batch(rows)
     targets[silent] = IGNORE
-    whole, expected = in_one_piece(model, ids, targets), taken(model)
-    with Replicas(model, 2) as replicas:
-        assert replicas.backward(ids, targets) == whole
-    assert same(taken(model), expected)
+    computed, real = [], P._backward
+    monkeypatch.setattr(P, "_backward", lambda *work: computed.append(work) or real(*work))
+    agrees_with_one_piece(model, 3, ids, targets)
+    assert len(computed) == parts
 
 
 def test_replicas_share_every_array_and_own_every_gradient():
@@ -139,30 +141,36 @@ def test_an_update_in_place_is_seen_by_every_replica():
     assert loss == pytest.approx(model.loss(ids, targets).item(), rel=1e-12)
 
 
-def test_parts_drop_out_different_numbers_and_the_models_generator_says_which():
+def test_parts_drop_out_different_numbers_and_the_models_generator_says_which(monkeypatch):
+    gradients = []
+    look = lambda *leaves: gradients.append([each[-1].grad for each in leaves]) or add_gradients(*leaves)
+    monkeypatch.setattr(P, "add_gradients", look)
     (model, _), (ids, targets) = adapted(0.5), batch(1)
     ids, targets = np.repeat(ids, 2, axis=0), np.repeat(targets, 2, axis=0)  # two parts of one and the same row
     with Replicas(model, 2) as replicas:
         seen = [replicas.backward(ids, targets) for _ in range(3)]
         state = model.h[0].mlp.up_proj.rng.bit_generator.state
         later = replicas.backward(ids, targets)
-        first, second = (taken(m)["h.1.mlp.up_proj.lora_B"] for m in replicas.models)
-    assert len({*seen, later}) == 4 and not np.allclose(first, 2 * second)
+    first, second = gradients[0]
+    assert len({*seen, later}) == 4 and not np.allclose(first, second)
     model, _ = adapted(0.5)
     model.h[0].mlp.up_proj.rng.bit_generator.state = state  # all that a run needs to go on
     with Replicas(model, 2) as replicas:
         assert replicas.backward(ids, targets) == later
 
 
-def test_an_error_in_a_part_is_raised_and_leaves_nothing_to_the_next_batch():
-    (model, _), (ids, targets) = adapted(), batch(4)
+@pytest.mark.parametrize("row", [0, 3], ids=["in the caller's part", "in the other"])
+def test_an_error_in_a_part_is_raised_and_leaves_everything_as_it_was(row):
+    (model, adapter), (ids, targets) = adapted(), batch(4)
     with Replicas(model, 2) as replicas:
-        for row in (0, 3):
-            wrong = ids.copy()
-            wrong[row, 0] = 99
-            with pytest.raises(ValueError, match=r"token ids lie in .* 99"):
-                replicas.backward(wrong, targets)
-            taken(model)
+        replicas.backward(ids, targets)
+        before = [p.grad for p in adapter.parameters()]
+        wrong = ids.copy()
+        wrong[row, 0] = 99
+        with pytest.raises(ValueError, match=r"token ids lie in .* 99"):
+            replicas.backward(wrong, targets)
+        assert all(p.grad is d for p, d in zip(adapter.parameters(), before, strict=True))
+        taken(model)
         replicas.backward(ids, targets)
         found = taken(model)
     with Replicas(model, 2) as replicas:
@@ -170,16 +178,44 @@ def test_an_error_in_a_part_is_raised_and_leaves_nothing_to_the_next_batch():
     assert same(found, taken(model))
 
 
-def test_what_holds_in_the_callers_thread_holds_in_the_others():
+def test_ctrl_c_leaves_the_gradients_as_they_were(monkeypatch):
+    (model, adapter), (ids, targets) = adapted(), batch(4)
+    real = P._backward
+
+    def struck(m, *part):
+        real(m, *part)
+        if m is model:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(P, "_backward", struck)
+    with Replicas(model, 2) as replicas, pytest.raises(KeyboardInterrupt):
+        replicas.backward(ids, targets)
+    assert all(p.grad is None for p in adapter.parameters())
+
+
+def test_the_parts_are_computed_at_the_same_time_and_no_thread_is_left(monkeypatch):
+    (model, _), (ids, targets) = adapted(), batch(6)
+    meeting, real, before = threading.Barrier(3), P._backward, threading.active_count()
+    monkeypatch.setattr(P, "_backward", lambda *work: (meeting.wait(timeout=60), real(*work))[1])
+    with Replicas(model, 3) as replicas:
+        replicas.backward(ids, targets)  # or the barrier is broken
+        assert threading.active_count() == before + 2
+    assert threading.active_count() == before
+
+
+def test_what_holds_in_the_callers_thread_holds_in_the_others(monkeypatch):
     """Recording, and what NumPy does about an overflow, are of a context, and a thread would begin with a new one."""
     (model, _), (ids, targets) = adapted(dtype="float32"), batch(4)
-    with Replicas(model, 2) as replicas:
-        with no_grad(), pytest.raises(ValueError, match="nothing to differentiate"):
-            replicas.backward(ids, targets)
-        model.h[1].mlp.up_proj.weight.data[...] = 3e38
-        with np.errstate(all="raise"), pytest.raises(FloatingPointError):
-            replicas.models.reverse()  # so that it is the thread which meets it first
-            replicas.backward(ids, targets)
+    seen = []
+
+    def look(m, *part):
+        seen.append((m is model, is_recording(), np.geterr()["over"]))
+        return 0.0
+
+    monkeypatch.setattr(P, "_backward", look)
+    with Replicas(model, 2) as replicas, no_grad(), np.errstate(over="raise"):
+        replicas.backward(ids, targets)
+    assert sorted(seen) == [(False, False, "raise"), (True, False, "raise")]
 
 
 def test_what_does_not_fit_is_refused():
@@ -204,28 +240,14 @@ def test_add_gradients_adds_in_order_and_skips_what_is_not_there():
     add_gradients(a, b, c)
     assert a[0].grad.tolist() == [0, 0]  # (1 + 1e8) - 1e8 in float32: the order of the sum is the order of the parts
     assert a[1].grad.tolist() == [4, 4] and kept.tolist() == [4, 4]
-
-
-class Forgetful(Replicas):
-    """Keeps what an earlier batch left in its twins."""
-
-    def backward(self, ids, targets):
-        stale = [[p.grad for p in leaves] for leaves in self.leaves[1:]]
-        loss = super().backward(ids, targets)
-        add_gradients(self.leaves[0], *[[_with(d) for d in each] for each in stale])
-        return loss
-
-
-def _with(gradient):
-    t = Tensor(np.zeros(1), requires_grad=True)
-    t.grad = gradient
-    return t
+    assert all(t.grad is None for t in (*b, *c))  # moved, and not held twice
 
 
 PLANTED = {
     "a mean of means": ("_backward", lambda real: lambda model, ids, targets, share: real(model, ids, targets, 0.5)),
     "the sum left out": ("add_gradients", lambda real: lambda *leaves: None),
-    "twice the sum": ("add_gradients", lambda real: lambda *leaves: [real(*leaves), real(*leaves)]),
+    "twice the sum": ("add_gradients", lambda real: lambda ours, *others: [
+        real(ours, *others), *(setattr(p, "grad", 2 * p.grad) for p in ours if p.grad is not None)]),
 }
 
 
@@ -240,7 +262,13 @@ def test_each_planted_bug_is_killed(bug, monkeypatch):
 
 
 def test_a_twin_that_keeps_an_older_gradient_is_noticed(monkeypatch):
-    monkeypatch.setattr(f"{__name__}.Replicas", Forgetful)
+    def copied(leaves, *others):
+        for p, *replicas in zip(leaves, *others, strict=True):
+            p.grad = sum((q.grad for q in replicas), p.grad)
+
+    monkeypatch.setattr(P, "add_gradients", copied)
+    test_a_gradient_that_is_there_is_added_to()  # twins are cleared twice: where they are read, and before each batch
+    monkeypatch.setattr(Replicas, "_refresh_twins", lambda self: None)
     with pytest.raises(AssertionError):
         test_a_gradient_that_is_there_is_added_to()
 
@@ -251,7 +279,7 @@ def test_a_generator_shared_by_the_parts_is_noticed(monkeypatch):
 
     def shared(self, model, n):
         real(self, model, n)
-        self.random = [[] for _ in self.random]
+        self.generators = {}
 
     monkeypatch.setattr(Replicas, "__init__", shared)
     model, _ = adapted(0.5)

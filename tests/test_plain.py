@@ -357,7 +357,7 @@ BUGS = {  # what is wrong: (case or comparison, function, its line, the line wit
     "softmax without one-hot": ("loss", F.linear_cross_entropy, "z[at_target] -= total[:, 0]", "pass"),
     "mean over silent rows": ("loss", F.linear_cross_entropy, "loss / n)", "loss / targets.size)"),
     "last block not updated": ("Adam", BLOCKS, "len(arrays[0]), rows)", "len(arrays[0]) - rows, rows)"),
-    "values over keys": ("cache", CACHE, "self.held[1, :, start", "self.held[0, :, start"),
+    "values over keys": ("cache", CACHE, "held[1, :, start", "held[0, :, start"),
 }  # fmt: skip
 
 

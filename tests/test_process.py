@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,12 +44,18 @@ def test_a_command_computes_two_parts_where_it_can_and_as_many_as_it_is_told(mon
     monkeypatch.setattr("minilora.process.cores", lambda: 8)
     assert training_threads(None, "numpy") == 2 and len(kept) == 1
     assert training_threads(3, "numpy") == 3 and len(kept) == 2
-    assert training_threads(1, "numpy") == 1 and training_threads(None, "cupy") == 1
+    assert training_threads(1, "numpy") == 1 and training_threads(None, "cupy") == training_threads(1, "cupy") == 1
+    with pytest.raises(ValueError, match="2 threads with backend 'cupy'.* one part"):
+        training_threads(2, "cupy")
     monkeypatch.setattr("minilora.process.cores", lambda: 1)
     assert training_threads(None, "numpy") == 1
     monkeypatch.setattr("minilora.process.cores", lambda: 8)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert training_threads(None, "numpy") == 1 and len(kept) == 2
+    assert training_threads(None, "numpy") == 1
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    with pytest.raises(ImportError, match=r"minilora\[fast\]"):
+        training_threads(2, "numpy")
+    assert len(kept) == 2
 
 
 COUNT_PAGES = """
@@ -90,6 +97,21 @@ def test_where_there_is_no_glibc_nothing_is_done(libc, monkeypatch):
 
     monkeypatch.setattr("ctypes.CDLL", load)
     assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("largest, tried, done", [(2**40, 4, True), (2**25, 5, True), (0, 2, False)], ids=str)
+def test_where_the_threshold_is_refused_a_smaller_one_is_tried_or_nothing_is_done(monkeypatch, largest, tried, done):
+    """glibc's own adapting ends with the first option that is set: the others alone would make everything slower."""
+    calls = []
+
+    def mallopt(option, value):
+        calls.append((option, value))
+        return option != -3 or value <= largest
+
+    libc = SimpleNamespace(gnu_get_libc_version=None, mallopt=mallopt)
+    monkeypatch.setattr("ctypes.CDLL", lambda name: libc)
+    assert keep_freed_memory() is done
+    assert len(calls) == tried and all(option == -3 for option, _ in calls[: tried - 3 if done else tried])
 
 
 def test_an_array_module_by_its_name(monkeypatch):

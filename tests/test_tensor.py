@@ -244,6 +244,7 @@ REFUSED = {  # what is wrong: (call, exception, what the message must show)
     "half precision": (lambda: T(2, dtype=np.float16), TypeError, [HELD, "float16", REMEDY]),
     "+, half precision": (lambda: T(2) + np.ones(2, np.float16), TypeError, ["float16", REMEDY]),
     "backward, dy in half precision": (lambda: T(2).backward(np.ones(2, np.float16)), TypeError, ["float16", REMEDY]),
+    "bytes in another order": (lambda: T(2, dtype=np.dtype("f4").newbyteorder()), TypeError, [HELD, "f4", REMEDY]),
     "a tensor of a tensor": (lambda: Tensor(T(2)), TypeError, ["Tensor(t.data)"]),
     "ragged lists": (lambda: Tensor([[1.0], [2.0, 3.0]]), ValueError, []),
     "@, inner axes": (lambda: T(2, 3) @ T(2, 3), ValueError, ["(2, 3) and (2, 3)"]),

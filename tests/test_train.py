@@ -57,6 +57,20 @@ def test_parts_on_threads_learn_as_one_does_and_give_the_same_bits_each_time():
     assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-4)
 
 
+@pytest.mark.parametrize("cores, threads, share", [(4, 2, 2), (4, 3, 1), (2, 4, 1)], ids=str)
+def test_each_part_has_its_share_of_the_cores(model, monkeypatch, cores, threads, share):
+    threadpoolctl, seen, real = pytest.importorskip("threadpoolctl"), set(), GPT.loss
+
+    def look(self, ids, targets):
+        seen.update(pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas")
+        return real(self, ids, targets)
+
+    monkeypatch.setattr(GPT, "loss", look)
+    monkeypatch.setattr("minilora.train.cores", lambda: cores)
+    train(model, Adam(model.parameters()), batches_of("abcabcabcabcabc"), 1, quiet=True, threads=threads)
+    assert seen == {share}
+
+
 def test_without_threads_there_is_no_need_of_threadpoolctl(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "threadpoolctl", None)
     train(model, Adam(model.parameters()), batches_of("abcabcabcabcabc"), 1, quiet=True)
@@ -88,10 +102,12 @@ def test_batches_that_run_out_early_are_named(model):
         train(model, Adam(model.parameters()), few, 3, quiet=True)
 
 
-@pytest.mark.parametrize("steps, threads", [(0, 1), (-1, 1), (1, 0), (1, -2)])
-def test_training_for_no_steps_or_on_no_thread_is_refused(model, steps, threads):
-    with pytest.raises(ValueError, match=f"steps and threads must be at least 1, got {steps} and {threads}"):
-        train(model, Adam(model.parameters()), batches_of("abcabcabcabcabc"), steps, quiet=True, threads=threads)
+@pytest.mark.parametrize("few, told", [({"steps": 0}, "steps must be at least 1, got 0"),
+                                       ({"steps": -1}, "steps must be at least 1, got -1"),
+                                       ({"threads": 0}, "threads must be at least 1, got 0")], ids=str)  # fmt: skip
+def test_training_for_no_steps_or_on_no_thread_is_refused(model, few, told):
+    with pytest.raises(ValueError, match=told):
+        train(model, Adam(model.parameters()), batches_of("abcabcabcabcabc"), **{"steps": 1, "quiet": True, **few})
 
 
 def norms_at_each_step(model, max_norm):

@@ -32,7 +32,7 @@ def medians(outcome, work, task, reference):
     """
     counted = quiet(outcome["foreign"])
     rounds = [outcome["rounds"][i] for i in counted]
-    rates = [outcome["rates"][i] for i in counted] if outcome["rates"] else []
+    rates = [outcome["rates"][i] for i in counted if outcome["rates"][i]]
     best = max(median(column) for column in zip(*rates, strict=True)) if rates else None
     rows = []
     for label in (label for label in outcome["memory"] if label != GEMM and rounds and label in rounds[0]):
@@ -89,7 +89,8 @@ def heading(found):
             f"python {found['python']}, {versions}; NumPy's BLAS: {found['blas']}\n"
             f"ms: median of a step, a pass or {NEW} tokens. first / it: median ratio of the first row's time to this "
             "one's\nMB: resident, at most, and after import. GEMM floor: the task's products at the best rate of "
-            "NumPy's BLAS in the same rounds")  # fmt: skip
+            "NumPy's BLAS in the same rounds\nminilora keeps freed memory, as its commands do; NAME-malloc: so does "
+            "the other")  # fmt: skip
 
 
 def cores():

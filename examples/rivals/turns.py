@@ -126,8 +126,9 @@ def compare(contestants, results):
 def contest(contestants, folder, threads, rounds, seconds):
     """Call each contestant in turn, in an order that rotates, in calls of `seconds` or one unit for the fastest.
 
-    Returns a dict: `rounds`, one {label: seconds per unit} each, `foreign`, one share each, `rates` (FLOP/s of the
-    GEMM shapes, each round), `units` per call, and by label `memory` (start, peak), `same_tokens` and `failed`.
+    Returns a dict: `rounds`, one {label: seconds per unit} each, `foreign`, one share each, `rates` (FLOP/s of
+    the GEMM shapes, each round, or None), `units` per call, and by label `memory` (start, peak), `same_tokens` and
+    `failed`.
     Raises: Disagreement.
     """
     workers, failed, answers, warm, memory = {}, {}, [], {}, {}
@@ -171,6 +172,6 @@ def contest(contestants, folder, threads, rounds, seconds):
         "units": units,
         "rounds": [{n: a["seconds"] / a["units"] for n, a in r.items() if n not in failed} for r in answers],
         "foreign": [foreign_share(r.values(), os.cpu_count()) if r else None for r in answers],
-        "rates": [r[GEMM]["results"][0] for r in answers if GEMM in r],
+        "rates": [r[GEMM]["results"][0] if GEMM in r else None for r in answers],
         "memory": memory, "same_tokens": same, "failed": failed,
     }  # fmt: skip

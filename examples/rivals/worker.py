@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from minilora.process import keep_freed_memory
+
 from .workloads import PROMPT
 
 Unit = namedtuple("Unit", "folder inputs targets prompt threads")  # what `prepare` of every library is given
@@ -42,6 +44,9 @@ def main():
 
     rival = importlib.import_module(f"rivals.{module}")
     start, _ = memory()
+    if variant == "malloc":
+        keep_freed_memory()
+        variant = ""
     folder = Path(folder)
     ids = np.load(folder / "ids.npy")
     inputs, targets = (np.ascontiguousarray(part) for part in (ids[:, :-1], ids[:, 1:]))
