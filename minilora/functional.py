@@ -198,7 +198,8 @@ def linear_cross_entropy(x, weight, targets):
         raise ValueError(f"linear_cross_entropy: none of {targets.size} targets carries a loss (all are {IGNORE})")
     columns = to_device(check_ids("targets", targets.reshape(-1)[rows], len(W)), xp)
     rows, n, X, loss = to_device(rows, xp), rows.size, x.data.reshape(-1, shape[-1]), 0
-    dX, dW = (xp.zeros_like(a) if is_recording() and t.requires_grad else None for a, t in ((X, x), (W, weight)))
+    dX = xp.zeros_like(X) if is_recording() and x.requires_grad else None
+    dW = 0 if is_recording() and weight.requires_grad else None
     for block in (slice(start, start + LOGITS) for start in range(0, n, LOGITS)):
         X_block = X[rows[block]]
         z = X_block @ W.T
@@ -213,9 +214,8 @@ def linear_cross_entropy(x, weight, targets):
             dX[rows[block]] = (z @ W) / total
         if dW is not None:
             dW += z.T @ (X_block / total)
-
-    dx, dweight = (lambda dy: (dX * (dy / n)).reshape(shape)), (lambda dy: dW * (dy / n))
-    return record(xp.asarray(loss / n), (x, dx), (weight, dweight))
+    dx = lambda dy: (dX * (dy / n)).reshape(shape)
+    return record(xp.asarray(loss / n), (x, dx), (weight, lambda dy: dW * (dy / n)))
 
 
 def dropout(x, p, rng):

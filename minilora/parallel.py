@@ -99,5 +99,6 @@ def add_gradients(leaves, *others):
     for p, *replicas in zip(leaves, *others, strict=True):
         for q in replicas:
             if q.grad is not None:
-                p.grad = q.grad if p.grad is None else p.grad + q.grad
-                q.grad = None
+                if p.grad is not None:
+                    q.grad += p.grad  # in the array of the twin, which nobody else holds
+                p.grad, q.grad = q.grad, None

@@ -79,4 +79,4 @@ def keep_freed_memory():
     # Any of these ends glibc's own adapting, so that the first must take hold: older ones allow no more than 32 MiB.
     if not (libc.mallopt(mmap_threshold, 1 << 30) or libc.mallopt(mmap_threshold, 1 << 25)):
         return False
-    return all(map(libc.mallopt, (trim_threshold, top_pad, arena_max), (2**31 - 1, 1 << 26, 1)))
+    return all(map(libc.mallopt, (trim_threshold, top_pad, arena_max), (-1, 1 << 26, 1)))

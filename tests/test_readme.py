@@ -1,6 +1,7 @@
 """What the README says is so: its code runs, its output was printed by this code, its counts and paths are right."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -31,6 +32,69 @@ def test_the_layer_it_shows_is_the_layer():
 def test_the_runs_it_shows_are_the_runs_that_are_kept(name):
     kept = (ROOT / "examples" / "results" / name).read_text(encoding="utf-8")
     assert ("", kept) in BLOCKS
+
+
+# Its tables of time and memory, made again from what was measured.
+
+SIZES = ["tiny", "mid", "small"]
+COMPARED = {  # what the row says: (file of results, task, library, what is told of minilora's row and the library's)
+    "a LoRA step on the attention inputs, over transformers + PEFT": ("benchmark", "lora", "transformers", "time"),
+    "the same, over a GPT and LoRA written by hand in PyTorch": ("benchmark", "lora", "torch", "time"),
+    "... with freed memory kept, as here": ("variants", "lora", "torch-malloc", "time"),
+    "... under `torch.compile`": ("variants", "lora", "torch-compile", "time"),
+    "... in bfloat16 autocast": ("variants", "lora", "torch-bf16", "time"),
+    "the same, over JAX under `jit`": ("variants", "lora", "jax", "time"),
+    "a LoRA step on every linear, over transformers + PEFT": ("benchmark", "all-linear", "transformers", "time"),
+    "a step of full fine-tuning, over transformers": ("benchmark", "full", "transformers", "time"),
+    "the loss without a graph, over transformers + PEFT": ("benchmark", "forward", "transformers", "time"),
+    "32 tokens, greedy, over transformers + PEFT": ("benchmark", "generate", "transformers", "time"),
+    "peak memory of a LoRA step, over transformers + PEFT": ("benchmark", "lora", "transformers", "memory"),
+    "peak memory of a LoRA step, over PyTorch by hand": ("benchmark", "lora", "torch", "memory"),
+    "a LoRA step of minilora": ("benchmark", "lora", "minilora", "step"),
+    "share of it that the products alone would take": ("benchmark", "lora", "minilora", "share"),
+}
+
+
+def measured(name):
+    return json.loads((ROOT / "examples" / "results" / f"{name}.json").read_text(encoding="utf-8"))["results"]
+
+
+def compared(label):
+    """The row of the table of libraries, with a cell for each size."""
+    file, task, library, what = COMPARED[label]
+    cells = []
+    for size in SIZES:
+        (contest,) = [each for each in measured(file) if (each["size"], each["task"]) == (size, task)]
+        ours, its = ({row["library"]: row for row in contest["rows"]}[name] for name in ("minilora", library))
+        cells.append({
+            "time": lambda ours, its: f"{its['ratio']:.2f}",
+            "memory": lambda ours, its: f"{ours['peak_bytes'] / its['peak_bytes']:.2f}",
+            "step": lambda ours, its: f"{1e3 * ours['seconds']:,.0f} ms, {ours['peak_bytes'] / 1e6:,.0f} MB",
+            "share": lambda ours, its: f"{100 * ours['share']:.0f} %",
+        }[what](ours, its))  # fmt: skip
+    return f"| {label} | {' | '.join(cells)} |"
+
+
+def tricks():
+    """The rows of the table of tricks: what is switched off, in which task, and for each size: time, memory."""
+    cells = {}
+    for each in measured("tricks"):
+        for name, (seconds, ratio, peak, more) in each["measured"].items():
+            on = f"{1e3 * seconds:,.0f} ms, {peak / 1e6:,.0f} MB"
+            cell = on if name == "all on" else f"{ratio:.2f}, {round(more / 1e6):+,} MB"
+            cells.setdefault((name, each["task"]), {}).setdefault(each["size"], cell)
+    return [f"| {name} | {task} | {' | '.join(row[size] for size in SIZES)} |" for (name, task), row in cells.items()]
+
+
+@pytest.mark.parametrize("label", COMPARED)
+def test_its_comparison_is_what_was_measured(label):
+    assert compared(label) in README.splitlines()
+
+
+def test_its_tricks_are_what_was_measured():
+    begin = README.index("| switched off | task |")
+    shown = README[begin : README.index("\n\n", begin)].splitlines()[2:]
+    assert shown == tricks()
 
 
 def test_it_has_two_commands_and_the_second_tests():
