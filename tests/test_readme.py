@@ -50,6 +50,8 @@ COMPARED = {  # what the row says: (file of results, task, library, what is told
     "32 tokens, greedy, over transformers + PEFT": ("benchmark", "generate", "transformers", "time"),
     "peak memory of a LoRA step, over transformers + PEFT": ("benchmark", "lora", "transformers", "memory"),
     "peak memory of a LoRA step, over PyTorch by hand": ("benchmark", "lora", "torch", "memory"),
+    "peak memory of full fine-tuning, over transformers": ("benchmark", "full", "transformers", "memory"),
+    "peak memory of writing, over transformers + PEFT": ("benchmark", "generate", "transformers", "memory"),
     "a LoRA step of minilora": ("benchmark", "lora", "minilora", "step"),
     "share of it that the products alone would take": ("benchmark", "lora", "minilora", "share"),
 }
@@ -73,6 +75,37 @@ def compared(label):
             "share": lambda ours, its: f"{100 * ours['share']:.0f} %",
         }[what](ours, its))  # fmt: skip
     return f"| {label} | {' | '.join(cells)} |"
+
+
+GROWS = ["T=64", "T=256", "T=1024", "B=1", "B=4", "B=16", "r=1", "r=8", "r=64"]
+
+
+def grows(size):
+    """The row of one shape: a LoRA step in minilora, and in PyTorch by hand."""
+    (contest,) = [each for each in measured("scaling") if each["size"] == size]
+    rows = [row for name in ("minilora", "torch") for row in contest["rows"] if row["library"] == name]
+    cells = [f"{1e3 * row['seconds']:,.0f} ms, {row['peak_bytes'] / 1e6:,.0f} MB" for row in rows]
+    return f"| {size} | {' | '.join(cells)} |"
+
+
+def adapters_in_one_batch():
+    """The sentence on several adapters: time over that of one that is attached, of a training step and of a forward."""
+    times = {}
+    for each in measured("scaling"):
+        if each["size"] == "16 rows":
+            rows = {row["library"]: row for row in each["rows"]}
+            times[each["task"]] = f"{1 / rows['stack of 16']['ratio']:.2f}"
+    return (f"16 rows with an adapter each take {times['lora']} times as long to train on as with one for all, and "
+            f"{times['forward']} times as long to read.")  # fmt: skip
+
+
+@pytest.mark.parametrize("size", GROWS)
+def test_how_it_grows_is_what_was_measured(size):
+    assert grows(size) in README.splitlines()
+
+
+def test_what_several_adapters_cost_is_what_was_measured():
+    assert adapters_in_one_batch() in README.replace("\n", " ")
 
 
 def tricks():
