@@ -22,6 +22,8 @@ from rivals.material import write
 from rivals.turns import GEMM, Contestant, Disagreement, contest
 from rivals.workloads import DISTINCT, ROWS, SCALING, TASKS, WORKLOADS
 
+from minilora.process import cores
+
 LIBRARIES = {  # name in the table: (file in rivals/, variant, what must be installed, how near its loss must be)
     "minilora": ("numpy_minilora", "", ["numpy"], 1e-4),
     "torch": ("torch_by_hand", "", ["torch"], 1e-4),
@@ -52,7 +54,7 @@ def arguments():
     args.workload = args.workload or (["tiny"] if args.quick else list(WORKLOADS))
     args.task = args.task or (["lora", "full", "generate"] if args.quick else list(TASKS))
     args.rounds = (3 if args.quick else 9) if args.rounds is None else max(1, args.rounds)
-    args.threads = args.threads or report.cores()
+    args.threads = args.threads or cores()
     if args.against is None:
         args.against = [name for name in (EAGER if args.quick else LIBRARIES) if not absent[name]]
         if missing := sorted({package for packages in absent.values() for package in packages}):
@@ -79,10 +81,8 @@ def contests(args):
 
 def main():
     args = arguments()
-    results = {"machine": report.machine(args.threads), "seed": args.seed, "results": []}
-    print(report.heading(results["machine"]))
-    print(report.FORMAT(*report.COLUMNS))
-    remarks = []
+    results, remarks = {"machine": report.machine(args.threads), "seed": args.seed, "results": []}, []
+    print(report.heading(results["machine"]), report.FORMAT(*report.COLUMNS), sep="\n")
     with tempfile.TemporaryDirectory() as folder:
         try:
             for size, work, task, contestants in contests(args):

@@ -22,6 +22,8 @@ from rivals.plain import NOISE, TRICKS
 from rivals.turns import Contestant, Disagreement, contest
 from rivals.workloads import TASKS, WORKLOADS
 
+from minilora.process import cores
+
 ON = "all on"
 QUICK = (NOISE, "no gradient for frozen weights", "gelu: that, and x*x*x for x**3", "a cache of keys and values")
 
@@ -39,8 +41,7 @@ def arguments():
     args = parser.parse_args()
     args.workload = args.workload or (["tiny"] if args.quick else list(WORKLOADS))
     args.trick = args.trick or (QUICK if args.quick else list(TRICKS))
-    args.rounds = args.rounds or (2 if args.quick else 9)
-    args.threads = args.threads or report.cores()
+    args.rounds, args.threads = args.rounds or (2 if args.quick else 9), args.threads or cores()
     return args
 
 
@@ -72,7 +73,7 @@ def line(name, task, cells):
 def main():
     args = arguments()
     results, remarks, told = {"machine": report.machine(args.threads), "seed": args.seed, "results": []}, [], set()
-    print("\n".join(report.heading(results["machine"]).splitlines()[:2]))
+    print(*report.heading(results["machine"]).splitlines()[:2], sep="\n")
     print("time: off / on, median of the ratios; MB: peak after loading, off - on; all on: one unit, and peak\n")
     print(line("switched off", "task", [(f"{size}: time", "MB") for size in args.workload]), flush=True)
     with tempfile.TemporaryDirectory() as folder:

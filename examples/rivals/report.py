@@ -93,11 +93,6 @@ def heading(found):
             "the other")  # fmt: skip
 
 
-def cores():
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def installed(package):
     """Its version, or None."""
     try:
