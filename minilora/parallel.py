@@ -51,8 +51,8 @@ class Replicas:
             raise ValueError(f"Replicas: ids {ids.shape}, targets {targets.shape}: one target for each id")
         parts = zip(np.array_split(ids, n), np.array_split(targets, n), strict=True)
         parts = [part for part in parts if _carrying(part)] or [(ids, targets)]  # if none does, the model says so
-        shares = [_carrying(part) / max(1, _carrying((ids, targets))) for part in parts]
-        work = [(model, *part, share) for model, part, share in zip(self.models, parts, shares, strict=False)]
+        whole = max(1, _carrying((ids, targets)))
+        work = [(model, *part, _carrying(part) / whole) for model, part in zip(self.models, parts, strict=False)]
         self._refresh_twins()
         before, others = [p.grad for p in self.leaves[0]], []
         try:

@@ -29,7 +29,7 @@ def train(model, optimizer, batches, steps, *, schedule=None, max_norm=1.0, labe
     step, with the number of steps done since the very first. With `threads` above 1 each batch is computed in as many
     parts at once (give no more than it has rows), and BLAS has its share of the cores in each (needs threadpoolctl).
     Raises: ValueError if a loss or a gradient is not finite, before that step touches a parameter, or if the batches
-    run out early.
+    run out early; as `check_threads`.
     """
     check_threads(threads)
     if steps < 1:

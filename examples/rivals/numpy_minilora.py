@@ -1,4 +1,4 @@
-"""minilora as its users run it: to train, a batch in parts on threads. Knows the benchmark's tasks and folder."""
+"""minilora, which trains a batch in as many parts as there are threads. Knows the benchmark's tasks and folder."""
 
 import contextlib
 import time
