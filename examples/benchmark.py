@@ -22,7 +22,7 @@ from rivals.material import write
 from rivals.turns import GEMM, Contestant, Disagreement, contest
 from rivals.workloads import DISTINCT, ROWS, SCALING, TASKS, WORKLOADS
 
-from minilora.process import cores
+from minilora.training.threads import cores
 
 LIBRARIES = {  # name in the table: (file in rivals/, variant, what must be installed, how near its loss must be)
     "minilora": ("numpy_minilora", "", ["numpy"], 1e-4),

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora import GPT, Adam, GPTConfig, data, generate, no_grad, parameter_report, save_gpt2
+from minilora import GPT, Adam, GPTConfig, generate, no_grad, parameter_report, save_gpt2
+from minilora.disk.tokenizer import END, load_tokenizer
 from minilora.optim import warmup_cosine
-from minilora.process import training_threads
-from minilora.tokenizer import END, load_tokenizer
-from minilora.train import heldout_loss, train
+from minilora.training import batches, corpus
+from minilora.training.loop import heldout_loss, train
+from minilora.training.threads import training_threads
 
 try:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -38,7 +39,7 @@ rng, out = np.random.default_rng(args.seed), Path(args.out)
 out.mkdir(parents=True, exist_ok=True)
 
 # 1. The tokenizer: byte-level BPE as GPT-2's, learned from the text. GPT-2's own has 50,257 entries.
-corpus = data.load_corpus()
+corpus = corpus.load_corpus()
 bpe = Tokenizer(models.BPE())
 bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
 size = 50257 if args.small else 320 if args.quick else 2048
@@ -61,9 +62,9 @@ else:
     tokenizer = load_tokenizer(out)
     ids, heldout = tokenizer.encode(corpus.train), tokenizer.encode(corpus.heldout)
     length, steps = shape[-1], 30 if args.quick else 800
-    measure = lambda: heldout_loss(model, data.stretches(heldout, length, 32))
+    measure = lambda: heldout_loss(model, batches.consecutive_windows(heldout, length, 32))
     adam, before, began = Adam(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1), measure(), time.perf_counter()
-    train(model, adam, data.windows(ids, 8, length, rng), steps, label="pre-training",
+    train(model, adam, batches.random_windows(ids, 8, length, rng), steps, label="pre-training",
           schedule=lambda step: warmup_cosine(step, steps, peak=3e-3, warmup=20),
           threads=training_threads(None, "numpy"))  # fmt: skip
     print(f"{'pre-training, seconds':<28} {time.perf_counter() - began:>13.0f}")

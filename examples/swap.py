@@ -13,10 +13,14 @@ import itertools
 
 import numpy as np
 
-from minilora import Adam, LoRAConfig, attach, data, demo, generate, init_adapter, load_model, parameter_report, stack
+from minilora import Adam, LoRAConfig, attach, generate, init_adapter, load_model, parameter_report, stack
+from minilora.cli import demo
+from minilora.disk import characters
 from minilora.optim import warmup_cosine
-from minilora.process import training_threads
-from minilora.train import exact_match, train
+from minilora.training import corpus
+from minilora.training.batches import pair_batches
+from minilora.training.loop import exact_match, train
+from minilora.training.threads import training_threads
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--quick", action="store_true", help="few steps, a tiny base: shows that it runs, learns little")
@@ -27,7 +31,7 @@ rng, threads = np.random.default_rng(args.seed), training_threads(None, "numpy")
 
 # 1. The base: English from nothing, as in the demo. It has never seen a permission string turned into anything.
 size = demo.QUICK if args.quick else demo.FULL
-base = load_model(args.base) if args.base else demo.pretrain(size, data.load_corpus(), np, rng, print, threads)
+base = load_model(args.base) if args.base else demo.pretrain(size, corpus.load_corpus(), np, rng, print, threads)
 
 # 2. Four tasks over the same inputs. The prompt says nothing about which one is meant.
 bits = list(itertools.product([0, 1], repeat=9))
@@ -68,8 +72,8 @@ adapters = {}
 for name, task in tasks.items():
     adapters[name] = init_adapter(base, LoRAConfig(r=4, alpha=8, target_modules="all-linear"), rng)
     adam = Adam(adapters[name].parameters(), betas=(0.9, 0.95))
-    pairs = data.encode_pairs([(prompt(b), task(b) + "\n") for b in seen])
-    batches = data.question_batches(pairs, 32, rng)
+    pairs = characters.encode_pairs([(prompt(b), task(b) + "\n") for b in seen])
+    batches = pair_batches(pairs, 32, rng)
     train(attach(base, adapters[name]), adam, batches, steps, schedule=schedule, label=name, threads=threads)
 
 # 4. The matrix: each adapter (row) asked for each task (column), on strings never seen. Swapping is a look-up.
@@ -78,16 +82,16 @@ n = 16 if args.quick else len(unseen)
 print(f"{f'exact answers, % of {n}':<26}" + "".join(f"{name:>10}" for name in tasks))
 for name, model in models.items():
     pairs = [[(prompt(b), task(b) + "\n") for b in unseen[:n]] for task in tasks.values()]
-    row = [100 * np.mean(exact_match(model, data.encode_pairs(column))) for column in pairs]
+    row = [100 * np.mean(exact_match(model, characters.encode_pairs(column))) for column in pairs]
     print(f"{'adapter: ' + name:<26}" + "".join(f"{percent:>10.0f}" for percent in row))
 
 # 5. The same prompt, four times in one batch: every row goes through its own adapter.
 example = unseen[0]
 together = attach(base, stack(list(adapters.values())))
-ids = np.stack([data.encode(prompt(example))] * len(adapters))
+ids = np.stack([characters.encode(prompt(example))] * len(adapters))
 print("\none batch, one prompt     answer              right answer")
 for (name, task), row in zip(tasks.items(), generate(together, ids, 18, stop=0), strict=True):
-    answer = data.decode(row[ids.shape[1] :]).split("\n")[0]
+    answer = characters.decode(row[ids.shape[1] :]).split("\n")[0]
     print(f"{'row with ' + name:<26}{answer:<20}{task(example)}")
 size = parameter_report(adapters["octal"]).total
 print(f"\neach adapter: {size:,} numbers; base changed by all this: {base.fingerprint() != before}")

@@ -22,7 +22,7 @@ from rivals.plain import NOISE, TRICKS
 from rivals.turns import Contestant, Disagreement, contest
 from rivals.workloads import TASKS, WORKLOADS
 
-from minilora.process import cores
+from minilora.training.threads import cores
 
 ON = "all on"
 QUICK = (NOISE, "no gradient for frozen weights", "gelu: that, and x*x*x for x**3", "a cache of keys and values")

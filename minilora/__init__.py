@@ -1,20 +1,21 @@
 """LoRA from scratch in NumPy/CuPy: an autograd engine, a GPT, the adapters, and a gradient checker, all to be read.
 
-Reading order: backend, graph, tensor, functional, gradcheck, nn, optim, gpt, targets, lora. Each file imports only from
-those before it.
+Reading order: backend, graph, tensor, functional, gradcheck, nn, optim, gpt, lora_config, lora. Each file
+imports only from those before it.
 """
 
 from .compose import stack
 from .count import parameter_report
-from .export import rounding_report, save_merged
-from .gpt import GPT, GPTConfig, generate
-from .gpt2 import load_gpt2, load_model, save_gpt2, save_model
+from .disk.gpt2 import load_gpt2, load_model, save_gpt2, save_model
+from .disk.peft import init_peft_adapter, load_adapter, save_adapter
+from .disk.rounding import rounding_report, save_merged
+from .generate import generate
+from .gpt import GPT, GPTConfig
 from .gradcheck import GradientError, check_vjp, gradcheck
 from .graph import no_grad
 from .lora import Adapter, attach, init_adapter, merge
+from .lora_config import LoRAConfig
 from .optim import Adam
-from .peft import init_peft_adapter, load_adapter, save_adapter
-from .targets import LoRAConfig
 from .tensor import Tensor
 
 __version__ = "0.1.0"

@@ -1,5 +1,6 @@
 """Which array module owns an array, and how arrays move: the only file that knows there are two backends."""
 
+import importlib
 import sys
 
 import numpy as np
@@ -52,3 +53,12 @@ def to_device(x, xp):
 def on_host(ids):
     """`ids` as a NumPy array, from a list or from either backend."""
     return to_numpy(ids) if hasattr(ids, "dtype") else np.asarray(ids)
+
+
+def array_module(name):
+    """The module called `name`, "numpy" or "cupy"; an ImportError that names the extra if CuPy is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        remedy = "pip install 'minilora[cuda12]' (or [cuda13]) on a machine with an NVIDIA GPU"
+        raise ImportError(f"backend 'cupy' needs CuPy, which does not import here ({error}); {remedy}") from error

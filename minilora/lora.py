@@ -13,8 +13,8 @@ import math
 
 from . import functional as F
 from .backend import get_array_module
+from .lora_config import check_patterns, find_targets
 from .nn import Linear, Module, check_rng, uniform
-from .targets import check_patterns, find_targets
 from .tensor import Tensor
 
 

@@ -17,8 +17,8 @@ from minilora import functional as F
 from minilora.backend import get_array_module, to_numpy
 from minilora.gpt import GPT, GPTConfig
 from minilora.lora import Adapter, LoRALinear, LoRAPair, init_adapter
+from minilora.lora_config import LoRAConfig
 from minilora.nn import Linear, Module
-from minilora.targets import LoRAConfig
 from minilora.tensor import Tensor
 
 seeds = st.integers(0, 2**32 - 1)

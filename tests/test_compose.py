@@ -12,8 +12,8 @@ from minilora.compose import stack
 from minilora.count import parameter_report
 from minilora.graph import no_grad
 from minilora.lora import attach, init_adapter, merge
+from minilora.lora_config import LoRAConfig
 from minilora.optim import Adam
-from minilora.targets import LoRAConfig
 from minilora.tensor import Tensor
 
 X = np.random.default_rng(7).standard_normal((3, 2, 6)).astype(np.float32)

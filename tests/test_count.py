@@ -7,7 +7,7 @@ import pytest
 
 from minilora import GPT, GPTConfig, LoRAConfig, Tensor, attach, init_adapter
 from minilora.count import activation_bytes, parameter_report
-from minilora.data import ALPHABET
+from minilora.disk.characters import ALPHABET
 from minilora.nn import Linear, Module
 
 

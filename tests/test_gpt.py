@@ -13,7 +13,8 @@ from strategies import agree, contents, gpt_shapes, hunt, rngs, seeds
 
 from minilora import functional as F
 from minilora import gpt
-from minilora.gpt import GPT, GPTConfig, KeyValueCache, generate
+from minilora.generate import generate
+from minilora.gpt import GPT, GPTConfig, KeyValueCache
 from minilora.gradcheck import gradcheck
 from minilora.graph import no_grad
 from minilora.optim import Adam
@@ -552,10 +553,10 @@ package = types.ModuleType("minilora")
 package.__path__ = [sys.argv[1]]
 sys.modules.update({"minilora": package, "minilora.lora": None, "minilora.compose": None})
 import numpy as np
-from minilora import gpt
+from minilora import generate, gpt
 model = gpt.GPT(gpt.GPTConfig(1, 2, 8, 11, 16), np.random.default_rng(0))
 model.loss(np.array([[1, 2]]), np.array([[2, 3]])).backward()
-gpt.generate(model, np.array([[1, 2]]), 3)
+generate.generate(model, np.array([[1, 2]]), 3)
 """
     folder = Path(gpt.__file__).parent
     done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True)

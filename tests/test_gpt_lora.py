@@ -10,12 +10,13 @@ from strategies import Watch, agree, contents, float_dtypes, gpt_shapes, hunt, l
 from minilora import lora
 from minilora.compose import stack
 from minilora.count import parameter_report
-from minilora.gpt import GPT, GPTConfig, generate
+from minilora.generate import generate
+from minilora.gpt import GPT, GPTConfig
 from minilora.gradcheck import gradcheck
 from minilora.graph import no_grad
 from minilora.lora import attach, init_adapter, merge
+from minilora.lora_config import LoRAConfig
 from minilora.optim import Adam
-from minilora.targets import LoRAConfig
 
 IDS = np.array([[1, 2, 3, 4], [4, 0, 6, 6], [5, 5, 2, 1]])
 TARGETS = np.array([[2, 3, 4, -100], [0, 6, 6, 1], [5, 2, 1, 0]])

@@ -29,9 +29,9 @@ from minilora.backend import to_device
 from minilora.count import parameter_report
 from minilora.graph import no_grad
 from minilora.lora import Adapter, LoRALinear, LoRAPair, attach, init_adapter, merge
+from minilora.lora_config import LoRAConfig
 from minilora.nn import Linear
 from minilora.optim import Adam
-from minilora.targets import LoRAConfig
 from minilora.tensor import Tensor
 
 X = np.random.default_rng(7).standard_normal((2, 3, 6)).astype(np.float32)  # a batch for tiny_mlp(6, ...)
@@ -573,7 +573,8 @@ package = types.ModuleType("minilora")
 package.__path__ = [sys.argv[1]]
 sys.modules.update({"minilora": package, "minilora.gpt": None})
 import numpy as np
-from minilora import compose, lora, nn, targets, tensor
+from minilora import compose, lora, nn, tensor
+from minilora import lora_config as targets
 class Model(nn.Module):
     def __init__(self, rng):
         self.proj = nn.Linear.init(4, 3, rng)

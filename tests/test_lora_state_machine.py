@@ -10,9 +10,9 @@ from strategies import contents, tiny_mlp
 from minilora.compose import stack
 from minilora.graph import no_grad
 from minilora.lora import Adapter, LoRALinear, LoRAPair, attach, init_adapter, merge
+from minilora.lora_config import LoRAConfig
 from minilora.nn import Linear, Module
 from minilora.optim import Adam
-from minilora.targets import LoRAConfig
 from minilora.tensor import Tensor
 
 X = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)  # two rows: a stack has one adapter for each

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 import numpy as np
 
 from minilora import Adam, attach, generate, load_adapter, load_gpt2, merge, no_grad, stack
-from minilora.parallel import Replicas
-from minilora.process import blas_threads, keep_freed_memory
+from minilora.training.parts import Replicas
+from minilora.training.threads import blas_threads, keep_freed_memory
 
 from .workloads import LR, NEW, adapter_of, trains
 

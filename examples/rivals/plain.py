@@ -7,15 +7,16 @@ to be compared with, and to be timed. NumPy only.
 
 import contextlib
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from minilora import Tensor, attach, functional, gpt, no_grad, optim
+from minilora import Tensor, attach, functional, no_grad, optim
 from minilora.functional import IGNORE, linear
-from minilora.parallel import Replicas
 from minilora.tensor import record
+from minilora.training.parts import Replicas
 
 from . import numpy_minilora
 
@@ -142,6 +143,7 @@ class Trick(NamedTuple):
     off: tuple
 
 
+writing = sys.modules["minilora.generate"]
 WHOLE = 2**62  # as a block's size: everything is one block
 NOISE, ALL = "nothing, the same twice", "all of these"
 TRICKS = {  # name: what switches it off
@@ -161,7 +163,7 @@ TRICKS = {  # name: what switches it off
     "loss: that, and gradient at once": Trick(("lora",), ((functional, "linear_cross_entropy", linear_cross_entropy),)),
     "Adam in blocks": Trick(("full",), ((optim, "BLOCK", WHOLE),)),
     "a cache of keys and values": Trick(("generate",), ((numpy_minilora, "generate", generate),)),
-    "a cache that is made once": Trick(("generate",), ((gpt, "KeyValueCache", GrowingCache),)),
+    "a cache that is made once": Trick(("generate",), ((writing, "KeyValueCache", GrowingCache),)),
     "merging first": Trick(("generate",), ((numpy_minilora, "merge", lambda model: model),)),
 }
 TRICKS[ALL] = Trick(("lora",), tuple(off for trick in TRICKS.values() if "lora" in trick.tasks for off in trick.off))

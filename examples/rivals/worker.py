@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.process import keep_freed_memory
+from minilora.training.threads import keep_freed_memory
 
 from .workloads import PROMPT
 

@@ -1,0 +1,1 @@
+"""Tensors, models and adapters as files. Knows nothing of training."""

@@ -1,0 +1,1 @@
+"""From a text to an adapter. Knows nothing of the command line."""

@@ -1,0 +1,308 @@
+"""The demo in pieces: what it trains on, what it compares with what, what it keeps, and that no line can flatter."""
+
+import os
+import re
+from collections import namedtuple
+
+import numpy as np
+import pytest
+from strategies import learned
+
+from minilora import lora
+from minilora.cli import demo, questions
+from minilora.count import ParameterReport
+from minilora.disk import characters
+from minilora.disk.folder import UNFINISHED
+from minilora.disk.gpt2 import load_model
+from minilora.disk.peft import load_adapter
+from minilora.lora_config import LoRAConfig
+from minilora.tensor import Tensor
+from minilora.training.corpus import load_corpus
+from minilora.training.loop import train
+
+SIZE = demo.Size(demo._gpt(1, 32), base_steps=3, lora_steps=2)
+ALL = {"trained": questions.TRAINED, "unseen": questions.UNSEEN, "never": questions.NEVER_TOLD}
+Ran = namedtuple("Ran", "lines text out seen")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Fewer questions and a shorter text: everything is there, and a run takes a fraction of a second."""
+    corpus = load_corpus()
+    short = corpus._replace(train=corpus.train[:5000], heldout=corpus.heldout[:600])
+    monkeypatch.setattr(demo, "load_corpus", lambda: short)
+    for name, few in (("TRAINED", 48), ("UNSEEN", 8), ("NEVER_TOLD", 4)):
+        monkeypatch.setattr(questions, name, getattr(questions, name)[:few])
+
+
+def run(out, seed=0, size=SIZE, **options):
+    """(the lines a demo printed, all of them as one text)."""
+    lines = []
+    demo.run(size, out, np, seed, say=lines.append, **options)
+    return lines, "\n".join(lines)
+
+
+def in_words(pairs):
+    return [(characters.decode(prompt), characters.decode(answer)) for prompt, answer in pairs]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """One whole run, on all questions and the whole text, and what its parts were given."""
+    seen = {}
+
+    def spy(patch, owner, name, of):
+        real = getattr(owner, name)
+
+        def spied(*arguments, **options):
+            seen.setdefault(name, []).append(of(*arguments, **options))
+            return real(*arguments, **options)
+
+        patch.setattr(owner, name, spied)
+
+    out = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        spy(patch, demo, "random_windows", lambda ids, *more: ids)
+        spy(patch, demo, "pair_batches", lambda pairs, *more: in_words(pairs))
+        spy(patch, demo, "consecutive_windows", lambda ids, *more: ids)
+        spy(patch, demo, "train", lambda model, adam, batches, steps, **more: (model, adam.params, steps))
+        spy(patch, demo, "exact_match", lambda model, pairs: in_words(pairs))
+        lines, text = run(out)
+    return Ran(lines, text, out, seen)
+
+
+# --- a whole run -------------------------------------------------------------------------------------------------
+
+
+def test_the_base_learns_from_the_training_text_and_is_measured_on_the_heldout_text(ran):
+    corpus = load_corpus()
+    assert [characters.decode(ids) for ids in ran.seen["random_windows"]] == [corpus.train]
+    assert [characters.decode(ids) for ids in ran.seen["consecutive_windows"]] == [corpus.heldout] * 2
+
+
+def test_the_adapter_learns_from_the_trained_phrasings_alone(ran):
+    assert ran.seen["pair_batches"] == [questions.TRAINED]
+
+
+def test_before_and_after_are_scored_on_the_same_three_sets_and_the_merged_on_the_unseen(ran):
+    assert ran.seen["exact_match"] == [*ALL.values(), *ALL.values(), questions.UNSEEN, questions.UNSEEN]
+
+
+def test_both_trainings_take_the_steps_they_were_told_and_the_second_moves_A_and_B_alone(ran):
+    (base, trained, first), (_, factors, second) = ran.seen["train"]
+    assert (first, second) == (SIZE.base_steps, SIZE.lora_steps)
+    assert trained == base.parameters()
+    adapter = load_adapter(ran.out / demo.ADAPTER, load_model(ran.out / demo.BASE))
+    assert len(factors) == len(adapter.parameters())
+    assert all(pair.lora_B.data.any() for pair in adapter.pairs.values()), "they did learn"
+    assert all(np.array_equal(p.data, q.data) for p, q in zip(factors, adapter.parameters(), strict=True))
+
+
+def cost(text):
+    """{row: (weights, gradients, Adam, activations, together)}, in kB, of the table in `text`."""
+    rows = re.findall(r"^ +(full fine-tuning|LoRA on [\w, ]+?) {2,}([\d, ]+)$", text, re.MULTILINE)
+    return {name: tuple(int(n.replace(",", "")) for n in numbers.split()) for name, numbers in rows}
+
+
+def test_the_cost_of_three_ways_to_train_is_what_they_differ_in(ran):
+    full, few, every = cost(ran.text).values()
+    assert full[0] == full[1] and few[1] < every[1] < full[1]
+    assert full[0] < few[0] < every[0]  # an adapter comes on top of the weights
+    assert few[3] < every[3]
+    for weights, gradients, adam, activations, together in (full, few, every):
+        assert abs(adam - 2 * gradients) <= 2 and abs(together - weights - gradients - adam - activations) <= 2
+
+
+def test_what_is_kept_is_named_with_its_size(ran):
+    kilobytes = [f"{(ran.out / file).stat().st_size / 1e3:,.0f} kB" for file in
+                 ("security/adapter_model.safetensors", "base/model.safetensors")]  # fmt: skip
+    assert f"kept in {ran.out}: the adapter, {kilobytes[0]}, and its base, {kilobytes[1]};" in ran.text
+    assert not list(ran.out.rglob(UNFINISHED))
+
+
+def test_the_answer_is_the_adapted_models_and_the_bases_stands_below_it(ran, monkeypatch):
+    adapted = lambda model: any("lora_A" in name for name, _ in model.named_parameters())
+    monkeypatch.setattr(demo, "answer", lambda model, prompt: f"{'with' if adapted(model) else 'without'} LoRA")
+    lines = []
+    demo.ask("  Which port\n does SSH use? ", ran.out, np, say=lines.append)
+    assert lines == ["Q: which port does ssh use?", "A: with LoRA", "   (the base alone: without LoRA)"]
+
+
+def test_the_hint_at_the_end_repeats_the_command(small, tmp_path):
+    lines, _ = run(tmp_path, again="python -m minilora --quick --out 'a b'")
+    assert lines[-1].strip() == "now ask: python -m minilora --quick --out 'a b' --ask 'which port does ssh use?'"
+
+
+def test_one_seed_gives_one_base_and_one_adapter_and_another_seed_others(small, tmp_path):
+    kept = []
+    for i, seed in enumerate((3, 3, 4)):
+        run(tmp_path / str(i), seed)
+        base = load_model(tmp_path / str(i) / "base")
+        kept.append((base.fingerprint(), load_adapter(tmp_path / str(i) / "security", base).fingerprint()))
+    assert kept[0] == kept[1]
+    assert kept[0][0] != kept[2][0] and kept[0][1] != kept[2][1]
+
+
+# --- planted bugs: each must show in the line that is there to show it ---------------------------------------------
+
+
+def change_at_attaching(text):
+    return float(re.search(r"Largest logit change: (\S+)", text)[1])
+
+
+def test_an_adapter_that_is_not_invisible_at_first_shows_in_the_third_step(small, tmp_path, monkeypatch):
+    assert change_at_attaching(run(tmp_path)[1]) == 0
+    monkeypatch.setattr(demo, "init_adapter", lambda *arguments: learned(lora.init_adapter(*arguments)))
+    assert change_at_attaching(run(tmp_path)[1]) > 0.01
+
+
+def attach_that_writes(base, adapter):
+    """Once: later calls find it written."""
+    model = lora.attach(base, adapter)
+    base.ln_f.bias.data[...] = np.maximum(base.ln_f.bias.data, 1)
+    return model
+
+
+def merge_that_writes(model):
+    model.h[0].attn.q_proj.weight.data[...] += 1
+    return lora.merge(model)
+
+
+def training_that_writes(model, *arguments, **options):
+    model.ln_f.bias.data[...] += 1
+    return train(model, *arguments, **options)
+
+
+@pytest.mark.parametrize("name, planted", [
+    ("attach", attach_that_writes), ("merge", merge_that_writes), ("train", training_that_writes),
+])  # fmt: skip
+def test_a_base_that_was_written_to_is_not_called_identical(small, tmp_path, monkeypatch, name, planted):
+    assert re.search(r"sha256 (\w{12}) before and \1 after: bit-identical$", run(tmp_path)[1], re.MULTILINE)
+    monkeypatch.setattr(demo, name, planted)
+    shas = re.search(r"sha256 (\w{12}) before and (\w{12}) after: NOT IDENTICAL$", run(tmp_path)[1], re.MULTILINE)
+    assert shas[1] != shas[2]
+
+
+def merging(monkeypatch, merge, answers_differ):
+    """What `merge_lines` prints of a merge: the change of logits, and what it says of the answers."""
+    rng = np.random.default_rng(0)
+    base = demo.GPT(SIZE.model, rng)
+    adapted = lora.attach(base, learned(lora.init_adapter(base, LoRAConfig(4, 8, "all-linear"), rng)))
+    merged = merge(adapted)
+    monkeypatch.setattr(demo, "merge", lambda model: merged)
+    monkeypatch.setattr(demo, "exact_match", lambda model, pairs: [answers_differ and model is merged])
+    probe, lines = rng.integers(0, 96, (2, 8)), []
+    demo.merge_lines(base, adapted, probe, demo.logits(base, probe), lines.append)
+    change, largest, answers = re.search(r"logit change (\S+) \(of (\d+)\), (.*) answers right", lines[0]).groups()
+    assert float(largest) == round(np.abs(demo.logits(adapted, probe)).max())
+    return float(change), answers
+
+
+def test_a_merge_changes_logits_by_rounding_alone_and_one_that_is_wrong_is_seen_to_be(monkeypatch):
+    change, answers = merging(monkeypatch, lora.merge, answers_differ=False)
+    assert 0 < change < 1e-3 and answers == "the same"
+    wrong = lambda model: lora.merge(model).map_tensors(lambda t: Tensor(1.5 * t.data))
+    change, answers = merging(monkeypatch, wrong, answers_differ=True)
+    assert change > 0.1 and answers == "NOT the same"
+
+
+# --- the lines, from numbers that are known ------------------------------------------------------------------------
+
+
+def test_each_row_of_the_scores_is_scored_on_its_own_questions(monkeypatch):
+    monkeypatch.setattr(demo, "exact_match", lambda model, pairs: (model, in_words(pairs)))
+    assert demo.scores("model") == {name: ("model", pairs) for name, pairs in ALL.items()}
+
+
+def after(monkeypatch, right, said):
+    """The lines of `after_table` for a model that is `right` about the questions in these shares, and says `said`."""
+    marks = {name: [i < right[name] * len(pairs) for i in range(len(pairs))] for name, pairs in ALL.items()}
+    monkeypatch.setattr(demo, "scores", lambda model: marks)
+    monkeypatch.setattr(demo, "answer", lambda model, prompt: said(prompt))
+    lines = []
+    demo.after_table("adapted", {name: [False] * 3 + [True] for name in ALL}, lines.append)
+    return lines
+
+
+def test_the_table_has_the_shares_before_and_after_in_the_right_rows(monkeypatch):
+    lines = after(monkeypatch, {"trained": 1.0, "unseen": 0.5, "never": 0.0}, lambda prompt: "?")
+    assert lines[0].split() == ["[5/5]", "before", "after"]
+    rows = [re.match(r" +(\D+?) +(\d+) % +(\d+) % +(#*)(.*)", line).groups() for line in lines[1:4]]
+    assert rows == [
+        ("phrasings it trained on", "25", "100", "#" * 20, ""),
+        ("phrasings never seen", "25", "50", "#" * 10, ""),
+        ("facts never told", "25", "0", "", "<- it was taught answers, not security"),
+    ]
+
+
+def test_an_answer_is_called_wrong_if_and_only_if_it_is(monkeypatch):
+    truths = dict(questions.UNSEEN + questions.NEVER_TOLD)
+    known = {prompt for prompt, _ in questions.UNSEEN[:120]}
+    said = lambda prompt: truths[prompt].strip() if prompt in known else "42"
+    shown = after(monkeypatch, {"trained": 1.0, "unseen": 0.5, "never": 0.0}, said)[4:]
+    assert len(shown) == 5
+    wrong = [re.fullmatch(r" +(Q: .*?) +A: 42   \(wrong: (.+)\)", line) for line in shown]
+    assert [bool(match) for match in wrong] == [False, False, False, True, True]
+    for match in wrong[3:]:
+        assert truths[f"{match[1]}\nA: "] == f"{match[2]}\n"
+    for line in shown[:3]:
+        question, answer = re.fullmatch(r" +(Q: .*?) +A: (.*)", line).groups()
+        assert truths[f"{question}\nA: "] == f"{answer}\n"
+
+
+def test_the_costs_add_up(monkeypatch):
+    monkeypatch.setattr(demo, "parameter_report", lambda model: ParameterReport(1, 2, 10_000, 1_500_000))
+    monkeypatch.setattr(demo, "activation_bytes", lambda loss, model: 200_000)
+    base, rng, lines = demo.GPT(SIZE.model, np.random.default_rng(0)), np.random.default_rng(0), []
+    demo.cost_table(base, base, rng, lines.append)
+    assert list(cost("\n".join(lines)).values()) == [(1500, 10, 20, 200, 1730)] * 3
+
+
+# --- what is kept, and what is refused -----------------------------------------------------------------------------
+
+
+def interrupt(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at, step, kept", [
+    ("pretrain", "step 1 of 5", "nothing of this run"), ("save_model", "step 1 of 5", "nothing of this run"),
+    ("scores", "step 2 of 5", "{out}/base (the pre-trained model)"),
+    ("teach", "step 4 of 5", "{out}/base (the pre-trained model)"),
+    ("save_adapter", "step 4 of 5", "{out}/base (the pre-trained model)"),
+    ("after_table", "step 5 of 5", "{out}/base (the pre-trained model); {out}/security (the adapter)"),
+])
+def test_an_interrupted_run_names_what_it_kept_and_an_adapter_of_before_is_not_beside_another_base(
+    small, tmp_path, monkeypatch, at, step, kept
+):  # fmt: skip
+    run(tmp_path, seed=1)
+    old = load_model(tmp_path / "base").fingerprint()
+    monkeypatch.setattr(demo, at, interrupt)
+    with pytest.raises(demo.Interrupted) as stopped:
+        run(tmp_path, seed=2)
+    assert f"interrupted in {step}" in str(stopped.value)
+    assert f"Kept: {kept.format(out=tmp_path)}. No file is half-written." in str(stopped.value)
+    base = load_model(tmp_path / "base")
+    assert (base.fingerprint() == old) == (kept == "nothing of this run")
+    if (tmp_path / "security").exists() and list((tmp_path / "security").iterdir()):
+        load_adapter(tmp_path / "security", base)  # it belongs to the base beside it
+    if at in ("scores", "teach", "save_adapter"):
+        with pytest.raises(FileNotFoundError, match="run the demo first, to its end"):
+            demo.ask("which port does ssh use?", tmp_path, np)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "pretrain", lambda *arguments: pytest.fail("it trained"))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match="file"):
+            run(out)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # who runs the tests may be allowed everything
+    with pytest.raises(PermissionError, match="cannot write to .*another folder with --out"):
+        run(tmp_path / "sealed")
+
+
+@pytest.mark.parametrize("question, told", [("", "empty"), (" \n ", "empty"), ("naïve?", "ï"), ("x" * 200, "at most")])
+def test_a_question_that_cannot_be_asked_is_refused(ran, question, told):
+    with pytest.raises(ValueError, match=told):
+        demo.ask(question, ran.out, np, say=lambda line: None)

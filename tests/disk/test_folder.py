@@ -1,0 +1,780 @@
+"""Tensors on disk: what is saved comes back to the bit or is refused; a stop at any moment leaves one whole save."""
+
+import ast
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+from strategies import (
+    ODD_NUMBERS,
+    bits,
+    same_adapter,
+    seeds,
+    shapes,
+    small_gpt,
+    trained_adapter,
+    write_tensors,
+)
+
+from minilora import (
+    GPT,
+    GPTConfig,
+    LoRAConfig,
+    init_adapter,
+    load_adapter,
+    load_model,
+    save_adapter,
+    save_model,
+)
+from minilora.disk import folder as files
+from minilora.disk.folder import (
+    UNFINISHED,
+    check_unused,
+    json_object,
+    load_folder,
+    naming,
+    rounded,
+    same_names,
+    save_folder,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+TENSORS, CONFIG = "things.safetensors", "things.json"
+
+
+def drawn(seed=0, n=3):
+    """A few arrays of several shapes."""
+    rng = np.random.default_rng(seed)
+    return {f"t.{i}": rng.standard_normal((2, i + 1)).astype("f4") for i in range(n)}
+
+
+def write(folder, seed=0, n=3, **config):
+    save_folder(folder, TENSORS, drawn(seed, n), CONFIG, {"seed": seed, **config})
+
+
+def read(folder):
+    return load_folder(folder, TENSORS, CONFIG)
+
+
+def seed_of(folder):
+    """Which save lies in `folder`: its tensors and its configuration must be of one and the same."""
+    config, tensors, _ = read(folder)
+    assert same_arrays(tensors, drawn(config["seed"], len(tensors)))
+    return config["seed"]
+
+
+def same_arrays(a, b):
+    exact = lambda arrays: {name: (x.dtype.name, x.shape, x.tobytes()) for name, x in arrays.items()}
+    return exact(a) == exact(b)
+
+
+def same_folder(found, expected):
+    return found[0] == expected[0] and same_arrays(found[1], expected[1])
+
+
+# Round trips.
+
+
+json_values = st.none() | st.booleans() | st.integers() | st.text("aé\n\"", max_size=3)
+
+
+@given(st.lists(st.tuples(shapes(), st.sampled_from(["float32", "float64"])), min_size=1, max_size=4), seeds,
+       st.dictionaries(st.text("bß", max_size=3), json_values, max_size=3))  # fmt: skip
+def test_a_folder_comes_back_to_the_bit(kinds, seed, config):
+    rng, arrays = np.random.default_rng(seed), {}
+    for i, (shape, dtype) in enumerate(kinds):
+        array = np.asarray(rng.standard_normal(shape)).astype(dtype)
+        odd = ODD_NUMBERS[np.abs(ODD_NUMBERS) < np.finfo(dtype).max]
+        array.reshape(-1)[: len(odd)] = odd[: array.size]
+        arrays[f"{i}.x"] = array.reshape(1) if array.ndim == 0 else array
+    with tempfile.TemporaryDirectory() as folder:
+        save_folder(folder, TENSORS, arrays, CONFIG, config, {"more": "text"})
+        found, tensors, metadata = read(folder)
+    assert found == config and same_arrays(tensors, arrays)
+    assert metadata["format"] == "pt" and metadata["more"] == "text"
+
+
+def test_arrays_that_are_views_are_saved_as_what_they_show(tmp_path):
+    x = np.arange(12, dtype="f4").reshape(3, 4)
+    views = {"turned": x.T, "every other": x[:, ::2], "backwards": x[::-1]}
+    save_folder(tmp_path, TENSORS, views, CONFIG, {})
+    assert same_arrays(read(tmp_path)[1], views)
+
+
+def test_a_folder_is_made_with_its_parents_and_holds_two_files(tmp_path):
+    write(tmp_path / "a" / "b")
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [CONFIG, TENSORS]
+
+
+def test_saving_over_an_older_save_leaves_nothing_of_it(tmp_path):
+    write(tmp_path, 1, n=5, only_then=True)
+    write(tmp_path, 2, n=2)
+    config, tensors, _ = read(tmp_path)
+    assert config == {"seed": 2} and tensors.keys() == {"t.0", "t.1"}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_metadata_have_the_format_that_other_readers_ask_for_and_the_configuration(tmp_path):
+    write(tmp_path, 3)
+    with safe_open(tmp_path / TENSORS, framework="np") as file:
+        assert file.metadata() == {"format": "pt", "minilora.config": (tmp_path / CONFIG).read_text()}
+
+
+# Types.
+
+EVERY_HALF = np.arange(2**16, dtype=np.uint16)  # every number that 16 bits can be, with signed zeros, subnormals, nan
+
+
+def test_every_float16_is_widened_without_loss(tmp_path):
+    halves = EVERY_HALF.view(np.float16)
+    save_file({"x": halves}, tmp_path / TENSORS)
+    (tmp_path / CONFIG).write_text("{}")
+    found = read(tmp_path)[1]["x"]
+    numbers = ~np.isnan(halves)
+    assert found.dtype == np.float32
+    assert np.array_equal(found[numbers].astype(np.float16).view(np.uint16), EVERY_HALF[numbers])
+    assert np.isnan(found[~numbers]).all()
+
+
+def test_every_bfloat16_is_widened_without_loss(tmp_path):
+    wide = (EVERY_HALF.astype(np.uint32) << 16).view(np.float32).reshape(256, 256)
+    write_tensors(tmp_path / TENSORS, {"x": wide, "beside": np.ones(3, "f4"), "y": wide[:2].copy()}, None, {"x", "y"})
+    (tmp_path / CONFIG).write_text("{}")
+    found = read(tmp_path)[1]
+    assert same_arrays(found, {"beside": np.ones(3, "f4"), "x": wide, "y": wide[:2]})
+
+
+@pytest.mark.parametrize("code, size", [("F8_E4M3", 1), ("F8_E5M2", 1), ("F4", 1), ("U128", 16)])
+def test_a_type_that_numpy_does_not_have_is_refused_with_the_file(code, size, tmp_path):
+    header = json.dumps({"x": {"dtype": code, "shape": [4], "data_offsets": [0, 4 * size]}}).encode()
+    (tmp_path / TENSORS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4 * size))
+    (tmp_path / CONFIG).write_text("{}")
+    with pytest.raises(ValueError, match=re.escape(TENSORS)):
+        read(tmp_path)
+
+
+@given(seeds, st.sampled_from(["float16", "float32", "float64"]))
+def test_rounding_is_to_nearest_and_keeps_what_fits(seed, dtype):
+    x = np.random.default_rng(seed).standard_normal(50) * 100
+    new = rounded("x", x, dtype)
+    assert new.dtype == dtype and np.array_equal(new, x.astype(dtype))
+    below, above = np.nextafter(new, new.dtype.type(-np.inf)), np.nextafter(new, new.dtype.type(np.inf))
+    error = np.abs(new - x)
+    assert (error <= np.abs(below - x)).all() and (error <= np.abs(above - x)).all()
+
+
+def test_what_overflows_is_refused_by_name_and_what_does_not_is_kept():
+    assert rounded("x", np.array([65504.0, -65504.0]), "float16").tolist() == [65504.0, -65504.0]
+    for value in (65520.0, -1e6):
+        with pytest.raises(ValueError, match="h.0.weight: .* is too large for float16; save it as float32"):
+            rounded("h.0.weight", np.array([1.0, value]), "float16")
+    with pytest.raises(ValueError, match="x: 1e.300 is too large for float32"):
+        rounded("x", np.array([1e300]), "float32")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "f4", "", None, np.float32])
+def test_only_four_types_are_written(dtype):
+    with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32, float64, got"):
+        rounded("x", np.ones(2), dtype)
+
+
+def test_bfloat16_is_rounded_to_nearest_or_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(ImportError, match=r"ml_dtypes: pip install 'minilora\[hf\]'"):
+        rounded("x", np.ones(2, "f4"), "bfloat16")
+    monkeypatch.undo()
+    pytest.importorskip("ml_dtypes", reason="bfloat16 cannot be written without ml_dtypes")
+    x = np.array([1, 1 + 2**-9, 1 + 2**-8, 1 + 3 * 2**-8, -0.0, 1 / 3], "f4")  # ties go to the even one
+    assert rounded("x", x, "bfloat16").astype("f4").tolist() == [1, 1, 1, 1 + 2**-6, -0.0, 0.333984375]
+    with pytest.raises(ValueError, match="too large for bfloat16"):
+        rounded("x", np.array([3.4e38], "f4"), "bfloat16")
+
+
+# Missing and damaged files.
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"nowhere.*{TENSORS} does not exist.*needs {TENSORS} and {CONFIG}"):
+        read(tmp_path / "nowhere")
+    for name in (TENSORS, CONFIG):
+        write(tmp_path)
+        (tmp_path / name).unlink()
+        with pytest.raises(FileNotFoundError, match=f"{re.escape(name)} does not exist"):
+            read(tmp_path)
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    write(tmp_path, 7, more=["x"] * 5)
+    for name, shown in ((TENSORS, "damaged"), (CONFIG, "not JSON")):
+        whole = (tmp_path / name).read_bytes()
+        for length in range(len(whole)):
+            (tmp_path / name).write_bytes(whole[:length])
+            with pytest.raises(ValueError, match=f"{re.escape(name)}.*{shown}"):
+                read(tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    assert seed_of(tmp_path) == 7
+
+
+def test_garbage_is_noticed(tmp_path):
+    write(tmp_path)
+    path, rng = tmp_path / TENSORS, np.random.default_rng(0)
+    whole = path.read_bytes()
+    for garbage in (b"", b"\0" * 64, rng.bytes(500), b"\xff" * 8 + whole[8:], whole + b"\0", b"PK\x03\x04" + whole):
+        path.write_bytes(garbage)
+        with pytest.raises(ValueError, match=rf"{TENSORS} is damaged"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("content, shown", [
+    (b"[1, 2]", "expected an object.*list"), (b'"text"', "expected an object.*str"), (b"null", "expected an object"),
+    (b"7", "expected an object.*int"), (b"", "not JSON"), (b"{", "not JSON"), (b"{'r': 2}", "not JSON"),
+    (b"\xff\xfe{}", "not JSON"), (b"[" * 100_000, "not JSON"), (b'{"r": ' + b"9" * 5000 + b"}", "not JSON"),
+], ids=["a list", "text", "null", "a number", "empty", "cut", "not quoted", "not utf-8", "too deep",
+        "too long"])  # fmt: skip
+def test_a_configuration_that_is_no_object_is_refused(content, shown, tmp_path):
+    write(tmp_path)
+    (tmp_path / CONFIG).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{CONFIG}.*{shown}"):
+        read(tmp_path)
+
+
+def test_no_text_is_no_object_and_no_error():
+    assert json_object("here", None) is None
+    assert json_object("here", '{"a": 1}') == json_object("here", b'{"a": 1}') == {"a": 1}
+
+
+@given(st.data())
+def test_any_change_of_any_byte_is_refused_or_seen_by_who_knows_the_names(data):
+    """Byte flips, cuts and inserts: a ValueError, or the very same configuration, names and shapes. Where the letter of
+    a name or a 1 in a shape is hit, the file is a sound one of another thing: `same_names` is what tells the reader."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write(folder, 5)
+        expected = read(folder)
+        name = data.draw(st.sampled_from([TENSORS, CONFIG]))
+        whole = (folder / name).read_bytes()
+        at = data.draw(st.integers(0, len(whole) - 1))
+        spoilt = data.draw(st.sampled_from([
+            whole[:at] + bytes([whole[at] ^ 1 << data.draw(st.integers(0, 7))]) + whole[at + 1 :],
+            whole[:at] + whole[at + 1 :],
+            whole[:at] + b" " + whole[at:],
+            whole[:at] + data.draw(st.binary(max_size=8)) + whole[at:],
+        ]))  # fmt: skip
+        (folder / name).write_bytes(spoilt)
+        try:
+            config, tensors, _ = read(folder)
+        except ValueError as error:
+            assert str(folder) in str(error)
+            return
+    assert config == expected[0]
+    assert {t.dtype for t in tensors.values()} == {np.dtype(np.float32)}
+    shapes, right = ({n: t.shape for n, t in found.items()} for found in (tensors, expected[1]))
+    if shapes != right:
+        assert len(shapes.items() ^ right.items()) == 2, "one tensor is called or shaped otherwise, no more"
+        with pytest.raises(ValueError, match="do not match"):
+            same_names(folder, shapes, right)
+    else:
+        same_names(folder, shapes, right)
+
+
+# Two files of one save.
+
+
+def test_files_of_two_saves_are_not_mixed(tmp_path):
+    write(tmp_path / "a", 1, r=2)
+    write(tmp_path / "b", 1, r=3, s=None)
+    os.replace(tmp_path / "b" / TENSORS, tmp_path / "a" / TENSORS)
+    with pytest.raises(ValueError, match=r"two different saves, or one was edited \(r: 3 and 2\); put the first"):
+        read(tmp_path / "a")
+
+
+@pytest.mark.parametrize("edit, shown", [
+    (lambda c: c.update(seed=2), "seed: 1 and 2"), (lambda c: c.pop("seed"), "seed: 1 and None"),
+], ids=["changed", "taken out"])  # fmt: skip
+def test_an_edited_configuration_is_noticed(edit, shown, tmp_path):
+    write(tmp_path, 1)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    edit(config)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"two different saves.*{shown}"):
+        read(tmp_path)
+
+
+def test_what_people_write_beside_what_was_saved_is_theirs(tmp_path):
+    """A note in a field of its own, or where the base has been moved to: no program computes with them."""
+    write(tmp_path, 1, base_model_name_or_path="here")
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "there", "note": "x"}))
+    assert read(tmp_path)[0]["note"] == "x" and read(tmp_path)[0]["base_model_name_or_path"] == "there"
+
+
+@pytest.mark.parametrize("held", ["adapter_config.json", "adapter_model.bin", "tokenizer.json", "notes.txt"])
+def test_a_folder_that_holds_anything_is_not_written_into(held, tmp_path):
+    check_unused(tmp_path / "new")
+    check_unused(tmp_path)
+    (tmp_path / held).write_text("mine")
+    with pytest.raises(ValueError, match=f"is not empty: it holds {held}; choose another folder"):
+        check_unused(tmp_path)
+    check_unused(tmp_path, ignore=[held])
+    with pytest.raises(NotADirectoryError, match="is a file; choose a folder"):
+        check_unused(tmp_path / held)
+
+
+def test_another_spelling_of_the_same_configuration_is_the_same_save(tmp_path):
+    write(tmp_path, 4, b=1, a=2)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(dict(sorted(config.items()))))
+    assert seed_of(tmp_path) == 4
+
+
+@pytest.mark.parametrize("metadata, shown", [("{", "not JSON"), ("[1]", "expected an object"), ("", "not JSON")])
+def test_a_damaged_copy_of_the_configuration_is_refused(metadata, shown, tmp_path):
+    write(tmp_path)
+    save_file(load_file(tmp_path / TENSORS), tmp_path / TENSORS, {"minilora.config": metadata})
+    with pytest.raises(ValueError, match=rf"{TENSORS}: its minilora.config.*{shown}"):
+        read(tmp_path)
+
+
+# Shards.
+
+
+def shard(folder, change=lambda index, files: None):
+    """The tensors of `drawn()` in two files with an index, after `change(index, files)`."""
+    arrays = drawn(0, 4)
+    parts = {"one.safetensors": dict(list(arrays.items())[:1]), "two.safetensors": dict(list(arrays.items())[1:])}
+    index = {"metadata": {"total_size": 1}, "weight_map": {k: file for file, part in parts.items() for k in part}}
+    change(index, parts)
+    folder.mkdir(exist_ok=True)
+    for file, part in parts.items():
+        save_file(part, folder / file)
+    (folder / f"{TENSORS}.index.json").write_text(json.dumps(index))
+    (folder / CONFIG).write_text('{"seed": 0}')
+
+
+def test_shards_are_read_as_one_file(tmp_path):
+    shard(tmp_path)
+    assert seed_of(tmp_path) == 0 and len(read(tmp_path)[1]) == 4
+
+
+@pytest.mark.parametrize("change, error, shown", [
+    (lambda i, f: f.pop("two.safetensors"), FileNotFoundError, r"two.safetensors does not exist, but .* places"),
+    (lambda i, f: i["weight_map"].update({"t.0": "../one.safetensors"}), ValueError, "'../one.safetensors' is not the"),
+    (lambda i, f: i["weight_map"].update({"t.0": "/one.safetensors"}), ValueError, "'/one.safetensors' is not the"),
+    (lambda i, f: i["weight_map"].update({"t.0": "sub/one.safetensors"}), ValueError, "'sub/one.safetensors' is not"),
+    (lambda i, f: i["weight_map"].update({"t.0": "one.bin"}), ValueError, "'one.bin' is not the name of a safetensors"),
+    (lambda i, f: i["weight_map"].update({"t.0": ""}), ValueError, "'' is not the name"),
+    (lambda i, f: i["weight_map"].update({"t.0": 7}), ValueError, "weight_map must name the file of each tensor"),
+    (lambda i, f: i["weight_map"].update({"t.9": "two.safetensors"}), ValueError, r"two.safetensors.*absent: t.9"),
+    (lambda i, f: i["weight_map"].pop("t.1"), ValueError, r"two.safetensors.*superfluous: t.1"),
+    (lambda i, f: i["weight_map"].update({"t.1": "one.safetensors"}), ValueError, r"one.safetensors.*absent: t.1"),
+    (lambda i, f: f["one.safetensors"].update({"t.1": np.ones(1, "f4")}), ValueError, "one.saf.*superfluous: t.1"),
+    (lambda i, f: i.pop("weight_map"), ValueError, "weight_map must name.*got None"),
+    (lambda i, f: i.update(weight_map=[]), ValueError, r"weight_map must name.*got \[\]"),
+    (lambda i, f: i.update(weight_map={}), ValueError, r"weight_map must name.*got \{\}"),
+], ids=["a shard missing", "outside the folder", "an absolute path", "in a folder inside", "a pickle", "an empty name",
+        "a number", "a tensor that is nowhere", "a tensor the index leaves out", "placed in the wrong file",
+        "a tensor twice", "no weight_map", "a list", "empty"])  # fmt: skip
+def test_shards_that_are_not_what_their_index_says_are_refused(change, error, shown, tmp_path):
+    (tmp_path / "one.safetensors").write_bytes(b"outside")
+    shard(tmp_path / "folder", change)
+    with pytest.raises(error, match=shown):
+        read(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null"])
+def test_a_damaged_index_is_refused(content, tmp_path):
+    shard(tmp_path)
+    (tmp_path / f"{TENSORS}.index.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{TENSORS}\.index\.json"):
+        read(tmp_path)
+
+
+# Names, messages.
+
+
+def test_two_sets_of_names_agree_or_both_sides_are_shown():
+    same_names("here", {"a": (1,), "b": (2,)}, {"b": (2,), "a": (1,)})
+    same_names("here", ["a", "b"], {"b": 0, "a": 1}.keys())
+    with pytest.raises(ValueError,
+    match=r"^here: do not match. absent: c; superfluous: b; misshapen: a is \(1,\), not"):
+        same_names("here", {"a": (1,), "b": (2,)}, {"a": (3,), "c": (1,)})
+    with pytest.raises(ValueError, match=r"superfluous: a, b, c, d, e, f \.\.\.$"):
+        same_names("here", "abcdefg", "")
+    with pytest.raises(ValueError, match="superfluous: a, b, c, d, e, f$"):
+        same_names("here", "abcdef", "")
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), TypeError("odd")])
+def test_a_complaint_gets_the_name_of_the_file(error):
+    with pytest.raises(ValueError, match="^file.json: odd$"):
+        with naming("file.json"):
+            raise error
+
+
+def test_other_errors_are_not_touched():
+    with pytest.raises(KeyError):
+        with naming("file.json"):
+            raise KeyError("odd")
+
+
+# Pickles.
+
+
+class Trap:
+    """Unpickling this makes the file `sprung`."""
+
+    def __init__(self, sprung):
+        self.sprung = str(sprung)
+
+    def __reduce__(self):
+        return (open, (self.sprung, "w"))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "model.pt", "pytorch_model-00001-of-2.bin"])
+def test_a_pickle_is_refused_unopened(name, tmp_path):
+    base, sprung, folder = small_gpt(), tmp_path / "sprung", tmp_path / "folder"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "config.json").write_text("{}")
+    (folder / name).write_bytes(pickle.dumps(Trap(sprung)))
+    for load in (lambda: load_adapter(folder, base), lambda: load_model(folder)):
+        with pytest.raises(ValueError, match=f"{re.escape(name)} is a pickle.*weights_only=True.*save_pretrained"):
+            load()
+    (folder / name).rename(folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="damaged"):
+        load_adapter(folder, base)
+    assert not sprung.exists()
+
+
+def test_a_pickle_beside_safetensors_is_in_nobodys_way(tmp_path):
+    write(tmp_path, 6)
+    (tmp_path / "optimizer.pt").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    assert seed_of(tmp_path) == 6 and not (tmp_path / "sprung").exists()
+
+
+def unpickling(source):
+    """Every way of this file to run what a data file says."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [node.module or ""]
+        elif isinstance(node, ast.keyword):
+            found += [node.arg or ""]
+        elif isinstance(node, ast.Call):
+            found += [ast.unparse(node.func)]
+    dangerous = {"pickle", "cPickle", "_pickle", "dill", "joblib", "marshal", "shelve", "allow_pickle", "torch",
+                 "np.load", "numpy.load", "eval", "exec"}  # fmt: skip
+    return dangerous & {*found, *(name.partition(".")[0] for name in found)}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "minilora").glob("*.py")), ids=lambda path: path.stem)
+def test_no_file_of_the_library_can_unpickle(path):
+    assert unpickling(path.read_text(encoding="utf-8")) == set()
+
+
+@pytest.mark.parametrize("planted", ["import pickle", "from pickle import load", "np.load(f, allow_pickle=True)",
+                                     "def f(x):\n    return eval(x)"])  # fmt: skip
+def test_a_planted_unpickling_is_found(planted):
+    assert unpickling(planted)
+
+
+# Interrupted.
+
+
+def test_a_rename_that_fails_leaves_the_old_save(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+
+    def refuse(source, target):
+        raise OSError("the disk said no")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="the disk said no"):
+        write(tmp_path, 2)
+    assert seed_of(tmp_path) == 1
+    assert len(list(tmp_path.iterdir())) == 2, "nothing temporary is left"
+
+
+def stop_at_the_json(source, target, real=os.replace):
+    if str(target).endswith(".json"):
+        raise KeyboardInterrupt
+    real(source, target)
+
+
+def write_alike(folder, seed):
+    """Every save has the same configuration: what is mixed then could be told by nothing but the tensors."""
+    save_folder(folder, TENSORS, drawn(seed), CONFIG, {"same": True})
+
+
+def which_alike(folder):
+    return next(seed for seed in range(9) if same_arrays(read(folder)[1], drawn(seed)))
+
+
+ways = pytest.mark.parametrize("write, which", [(write_alike, which_alike), (write, seed_of)],
+                               ids=["one configuration", "two configurations"])  # fmt: skip
+
+
+@ways
+def test_a_stop_between_the_two_renames_is_the_new_save(write, which, tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop_at_the_json)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, 2)
+    assert which(tmp_path) == 2
+    assert which(tmp_path) == 2, "loading changes nothing"
+    write(tmp_path, 1)
+    assert which(tmp_path) == 1, "saving again repairs it"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@ways
+def test_a_first_save_that_stops_between_its_two_renames_is_read_too(write, which, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop_at_the_json)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, 3)
+    assert not (tmp_path / CONFIG).exists()
+    assert which(tmp_path) == 3
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_models_and_adapters_survive_a_stop_between_the_two_renames(positions, tmp_path, monkeypatch):
+    model = small_gpt(positions=positions)
+    adapter = trained_adapter(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop_at_the_json)
+        for save in (lambda: save_model(model, tmp_path / "m"), lambda: save_adapter(adapter, tmp_path / "a")):
+            with pytest.raises(KeyboardInterrupt):
+                save()
+    assert bits(load_model(tmp_path / "m")) == bits(model)
+    assert same_adapter(load_adapter(tmp_path / "a", model), adapter)
+
+
+class Moments:
+    """A copy of `folder` for every moment at which a kill could fall while a save is under way."""
+
+    def __init__(self, folder, copies, monkeypatch):
+        self.folder, self.copies, self.found = folder, copies, []
+        self.after(monkeypatch, os, "replace")
+        self.after(monkeypatch, os, "fsync")
+        moments = self
+
+        class Slowly:
+            """A file whose content arrives in two parts."""
+
+            def __init__(self, path, mode):
+                self.file = open(path, mode)
+                moments.copy()
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *raised):
+                self.file.close()
+                moments.copy()
+
+            def __getattr__(self, name):
+                return getattr(self.file, name)
+
+            def write(self, content):
+                for part in (content[: len(content) // 2], content[len(content) // 2 :]):
+                    self.file.write(part)
+                    self.file.flush()
+                    moments.copy()
+
+        def save_slowly(arrays, path, metadata, real=files.save_file):
+            real(arrays, copies.with_name("whole"), metadata)
+            with Slowly(path, "wb") as file:
+                file.write(copies.with_name("whole").read_bytes())
+
+        monkeypatch.setattr(files, "open", Slowly, raising=False)
+        monkeypatch.setattr(files, "save_file", save_slowly)
+
+    def after(self, monkeypatch, owner, name):
+        real = getattr(owner, name)
+
+        def followed(*arguments):
+            real(*arguments)
+            self.copy()
+
+        monkeypatch.setattr(owner, name, followed)
+
+    def copy(self):
+        self.found.append(self.copies / f"{len(self.found)}")
+        shutil.copytree(self.folder, self.found[-1])
+
+
+@ways
+def test_a_kill_at_any_moment_leaves_the_old_save_or_the_new_one(write, which, tmp_path, monkeypatch):
+    """And so does a kill of the save after that, at any moment too, over whatever the first one left behind."""
+
+    def moments(folder, seed):
+        copies = tmp_path / f"moments-{len(list(tmp_path.iterdir()))}"
+        with monkeypatch.context() as patch:
+            seen = Moments(folder, copies, patch)
+            write(folder, seed)
+        assert len(seen.found) >= 10
+        return seen.found
+
+    folder = tmp_path / "folder"
+    write(folder, 0)
+    first = moments(folder, 1)
+    outcomes = [which(left) for left in first]
+    assert outcomes == sorted(outcomes) and set(outcomes) == {0, 1} and which(folder) == 1
+    for left, outcome in zip(first, outcomes, strict=True):
+        later = [which(again) for again in moments(left, 2)]
+        assert later == sorted(later) and set(later) == {outcome, 2} and which(left) == 2
+        assert len(list(left.iterdir())) == 2, "nothing of the killed save is left"
+
+
+def test_a_save_that_renames_the_configuration_first_is_seen(tmp_path, monkeypatch):
+    """The planted bug: the moments then hold a folder that can not be read."""
+    real, held = os.replace, []
+
+    def swapped(source, target):
+        if str(target).endswith(TENSORS) and not held:
+            held.append((source, target))
+        else:
+            real(source, target)
+            if held:
+                shutil.copytree(tmp_path / "folder", tmp_path / "between")
+                real(*held.pop())
+
+    write(tmp_path / "folder", 0)
+    monkeypatch.setattr(os, "replace", swapped)
+    write(tmp_path / "folder", 1)
+    with pytest.raises(ValueError, match="two different saves"):
+        read(tmp_path / "between")
+
+
+@pytest.mark.parametrize("left_behind", ["garbage", "another save"])
+def test_what_a_kill_of_long_ago_left_behind_is_in_nobodys_way(left_behind, tmp_path):
+    folder, config, tensors = tmp_path / "folder", b"{", b"\0" * 9
+    write(folder, 1)
+    if left_behind == "another save":
+        write(tmp_path / "other", 2)
+        config, tensors = ((tmp_path / "other" / name).read_bytes() for name in (CONFIG, TENSORS))
+    (folder / UNFINISHED).mkdir()
+    (folder / UNFINISHED / CONFIG).write_bytes(config)
+    (folder / UNFINISHED / TENSORS).write_bytes(tensors)
+    (folder / UNFINISHED / ".tmpcM1MHt").write_bytes(tensors[:4])  # safetensors' own, under a random name
+    assert seed_of(folder) == 1
+    whole = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(whole.replace('"seed": 1', '"seed": 8'))
+    with pytest.raises(ValueError, match="two different saves.*seed: 1 and 8"):
+        read(folder)
+    write(folder, 1)
+    assert seed_of(folder) == 1 and (folder / CONFIG).read_text() == whole
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_damaged_old_file_does_not_stand_in_the_way_of_a_new_save(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / TENSORS).write_bytes(b"nonsense")
+    (tmp_path / UNFINISHED).mkdir()
+    (tmp_path / UNFINISHED / CONFIG).write_bytes(b"{}")
+    write(tmp_path, 2)
+    assert seed_of(tmp_path) == 2 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_each_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    note = lambda file, what: events.append((os.stat(file).st_ino, what, os.stat(file).st_size))
+    monkeypatch.setattr(os, "fsync", lambda number: (fsync(number), note(number, "on disk")))
+    monkeypatch.setattr(os, "replace", lambda a, b: (note(a, Path(b).name), replace(a, b)))
+    write(tmp_path)
+    assert [what for _, what, _ in events] == ["on disk", "on disk", TENSORS, CONFIG]
+    assert [(file, size) for file, _, size in events[:2]] == [(file, size) for file, _, size in events[2:]]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
+@pytest.mark.parametrize("of", ["tensors", "configuration"])
+def test_a_write_that_stops_half_way_leaves_the_old_save(of, error, tmp_path, monkeypatch):
+    write(tmp_path, 1)
+
+    def half_of_the_tensors(arrays, path, metadata, real=files.save_file):
+        real(arrays, path, metadata)
+        os.truncate(path, path.stat().st_size // 2)
+        raise error if isinstance(error, KeyboardInterrupt) else SafetensorError(str(error))
+
+    class Half:
+        def __init__(self, path, mode):
+            self.file = open(path, mode)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *raised):
+            self.file.close()
+
+        def write(self, content):
+            self.file.write(content[: len(content) // 2])
+            raise error
+
+    with monkeypatch.context() as patch:
+        if of == "tensors":
+            patch.setattr(files, "save_file", half_of_the_tensors)
+        else:
+            patch.setattr(files, "open", Half, raising=False)
+        with pytest.raises(type(error), match="No space left" if isinstance(error, OSError) else "^$"):
+            write(tmp_path, 2)
+    assert seed_of(tmp_path) == 1
+    assert len(list(tmp_path.iterdir())) == 2, "nothing temporary is left"
+
+
+SAVE_FOREVER = """
+import sys
+import numpy as np
+from minilora import GPT, GPTConfig, LoRAConfig, init_adapter, save_adapter
+base = GPT(GPTConfig(2, 2, 8, 11, 16), np.random.default_rng(0))
+adapters = [init_adapter(base, LoRAConfig(r, 4, "all-linear"), np.random.default_rng(r)) for r in (2, int(sys.argv[2]))]
+adapters[1].pairs["h.0.attn.q_proj"].lora_B.data[:] = 1
+print("ready", flush=True)
+while True:
+    for adapter in adapters:
+        save_adapter(adapter, sys.argv[1], allow_untrained=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL to a process")
+@pytest.mark.parametrize("r", [2, 5], ids=["one configuration", "two configurations"])
+def test_a_process_killed_while_saving_leaves_one_whole_save(r, tmp_path):
+    base, rng = GPT(GPTConfig(2, 2, 8, 11, 16), np.random.default_rng(0)), np.random.default_rng(r)
+    saves = [init_adapter(base, LoRAConfig(k, 4, "all-linear"), np.random.default_rng(k)) for k in (2, r)]
+    saves[1].pairs["h.0.attn.q_proj"].lora_B.data[:] = 1
+    for _ in range(4):
+        child = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(tmp_path), str(r)], cwd=ROOT,
+                                 stdout=subprocess.PIPE)  # fmt: skip
+        try:
+            assert child.stdout.readline() == b"ready\n"
+            while not (tmp_path / "adapter_config.json").exists():
+                assert child.poll() is None, "the child must save until it is killed"
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0.05, 0.2))
+            child.send_signal(signal.SIGKILL)
+            assert child.wait() == -signal.SIGKILL
+            found = load_adapter(tmp_path, base)
+            assert any(same_adapter(found, save) for save in saves)
+        finally:
+            child.kill()
+            child.wait()
+            child.stdout.close()
+    save_adapter(saves[1], tmp_path)  # whatever the killed left behind is in nobody's way
+    assert same_adapter(load_adapter(tmp_path, base), saves[1])
+    assert len(list(tmp_path.iterdir())) == 2

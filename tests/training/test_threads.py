@@ -1,0 +1,122 @@
+"""What a command does to its process: BLAS's threads for a while, malloc for good, and neither unless asked to."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from minilora.backend import array_module
+from minilora.training.threads import blas_threads, cores, keep_freed_memory, training_threads
+
+threadpoolctl = pytest.importorskip("threadpoolctl")
+
+
+def blas_now():
+    return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+
+
+def test_blas_has_n_threads_within_the_block_and_what_it_had_after_it():
+    before = blas_now()
+    assert before, "NumPy's BLAS is one that threadpoolctl knows"
+    with blas_threads(1):
+        assert set(blas_now()) == {1}
+    assert blas_now() == before
+    with pytest.raises(KeyError), blas_threads(1):
+        raise KeyError
+    assert blas_now() == before
+
+
+def test_without_the_extra_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    with pytest.raises(ImportError, match=r"minilora\[fast\]"), blas_threads(1):
+        pass
+
+
+def test_the_cores_are_those_of_this_process():
+    assert 1 <= cores() <= os.cpu_count()
+
+
+def test_a_command_computes_two_parts_where_it_can_and_as_many_as_it_is_told(monkeypatch):
+    kept = []
+    monkeypatch.setattr("minilora.training.threads.keep_freed_memory", lambda: kept.append(1))
+    monkeypatch.setattr("minilora.training.threads.cores", lambda: 8)
+    assert training_threads(None, "numpy") == 2 and len(kept) == 1
+    assert training_threads(3, "numpy") == 3 and len(kept) == 2
+    assert training_threads(1, "numpy") == 1 and training_threads(None, "cupy") == training_threads(1, "cupy") == 1
+    with pytest.raises(ValueError, match="2 threads with backend 'cupy'.* one part"):
+        training_threads(2, "cupy")
+    monkeypatch.setattr("minilora.training.threads.cores", lambda: 1)
+    assert training_threads(None, "numpy") == 1
+    monkeypatch.setattr("minilora.training.threads.cores", lambda: 8)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert training_threads(None, "numpy") == 1
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    with pytest.raises(ImportError, match=r"minilora\[fast\]"):
+        training_threads(2, "numpy")
+    assert len(kept) == 2
+
+
+COUNT_PAGES = """
+import resource, sys
+import numpy as np
+import minilora
+from minilora.training.threads import keep_freed_memory
+done = keep_freed_memory() if sys.argv[1] == "keep" else None
+pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+np.ones(2**22)
+before = pages()
+for _ in range(10):
+    np.ones(2**22)
+print(done, (pages() - before) * resource.getpagesize() / (10 * 2**25))
+"""
+
+
+def pages_per_array(how):
+    """Whether it was done, and which share of each new array of 32 MiB was fetched from the system."""
+    child = subprocess.run([sys.executable, "-c", COUNT_PAGES, how], capture_output=True, text=True, check=True)
+    done, share = child.stdout.split()
+    return done, float(share)
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr") or "glibc" not in str(os.confstr_names.get("CS_GNU_LIBC_VERSION")
+                    and os.confstr("CS_GNU_LIBC_VERSION")), reason="needs glibc")  # fmt: skip
+def test_kept_memory_is_not_fetched_again_and_importing_keeps_none():
+    assert pages_per_array("keep")[0] == "True" and pages_per_array("keep")[1] < 0.05
+    done, share = pages_per_array("leave")
+    assert done == "None" and share > 0.001  # huge pages make the count small, but not zero
+
+
+@pytest.mark.parametrize("libc", [OSError("no such library"), object()], ids=["none", "another"])
+def test_where_there_is_no_glibc_nothing_is_done(libc, monkeypatch):
+    def load(name):
+        if isinstance(libc, OSError):
+            raise libc
+        return libc
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+    assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("largest, tried, done", [(2**40, 4, True), (2**25, 5, True), (0, 2, False)], ids=str)
+def test_where_the_threshold_is_refused_a_smaller_one_is_tried_or_nothing_is_done(monkeypatch, largest, tried, done):
+    """glibc's own adapting ends with the first option that is set: the others alone would make everything slower."""
+    calls = []
+
+    def mallopt(option, value):
+        calls.append((option, value))
+        return option != -3 or value <= largest
+
+    libc = SimpleNamespace(gnu_get_libc_version=None, mallopt=mallopt)
+    monkeypatch.setattr("ctypes.CDLL", lambda name: libc)
+    assert keep_freed_memory() is done
+    assert len(calls) == tried and all(option == -3 for option, _ in calls[: tried - 3 if done else tried])
+
+
+def test_an_array_module_by_its_name(monkeypatch):
+    assert array_module("numpy") is np
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ImportError, match=r"minilora\[cuda12\]"):
+        array_module("cupy")
