@@ -21,7 +21,7 @@ from minilora.disk.tokenizer import END, load_tokenizer
 from minilora.optim import warmup_cosine
 from minilora.training import batches, corpus
 from minilora.training.loop import heldout_loss, train
-from minilora.training.threads import training_threads
+from minilora.training.threads import keep_freed_memory, parts_and_threads
 
 try:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -64,9 +64,11 @@ else:
     length, steps = shape[-1], 30 if args.quick else 800
     measure = lambda: heldout_loss(model, batches.consecutive_windows(heldout, length, 32))
     adam, before, began = Adam(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1), measure(), time.perf_counter()
+    parts, threads = parts_and_threads(None, None, "numpy")
+    keep_freed_memory()
     train(model, adam, batches.random_windows(ids, 8, length, rng), steps, label="pre-training",
           schedule=lambda step: warmup_cosine(step, steps, peak=3e-3, warmup=20),
-          threads=training_threads(None, "numpy"))  # fmt: skip
+          parts=parts, threads=threads)  # fmt: skip
     print(f"{'pre-training, seconds':<28} {time.perf_counter() - began:>13.0f}")
     print(f"{'held-out loss per token':<28} {before:>6.2f}{measure():>7.2f}")
     with no_grad():

@@ -49,9 +49,9 @@ base = GPT(gpt, rng)
 one = LoRAConfig(r=r, alpha=2 * r, target_modules=["h.0.attn.q_proj"])
 adapter = init_adapter(base, one, np.random.default_rng(args.seed))
 theirs = attach(base, adapter).h[0].attn.q_proj
-mine = LoRALayer(theirs.weight.data, theirs.bias.data, r, 2 * r, np.random.default_rng(args.seed))
-assert np.array_equal(mine.lora_A.data, theirs.lora_A.data)
-mine.lora_B.data[:] = theirs.lora_B.data[:] = rng.standard_normal((C, r))
+mine = LoRALayer(theirs.linear.weight.data, theirs.linear.bias.data, r, 2 * r, np.random.default_rng(args.seed))
+assert np.array_equal(mine.lora_A.data, theirs.pair.lora_A.data)
+mine.lora_B.data[:] = theirs.pair.lora_B.data[:] = rng.standard_normal((C, r))
 x = Tensor(rng.standard_normal((3, 7, C)).astype(np.float32))
 layer_gap = np.abs(mine(x).data - theirs(x).data).max()
 assert layer_gap == 0

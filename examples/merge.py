@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 
 from minilora import GPT, GPTConfig, LoRAConfig, Tensor, attach, init_adapter, merge, no_grad
-from minilora.lora import LoRALinear
+from minilora.lora import LoRALinear, LoRAPair
 from minilora.nn import Linear
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -26,7 +26,7 @@ n, m, r, repeats = (48, 32, 4, 15) if args.quick else (256, 192, 8, 100)
 
 
 def layer_of(W, A, B, s):
-    return LoRALinear(Linear(Tensor(W)), Tensor(A), Tensor(B), s)
+    return LoRALinear(Linear(Tensor(W)), LoRAPair(Tensor(A), Tensor(B), s))
 
 
 # 1. On small whole numbers and a power-of-two scale float32 makes no rounding error at all (everything below 2^24 is

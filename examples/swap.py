@@ -20,18 +20,19 @@ from minilora.optim import warmup_cosine
 from minilora.training import corpus
 from minilora.training.batches import pair_batches
 from minilora.training.loop import exact_match, train
-from minilora.training.threads import training_threads
+from minilora.training.threads import keep_freed_memory, parts_and_threads
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--quick", action="store_true", help="few steps, a tiny base: shows that it runs, learns little")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--base", help="folder of a pre-trained model, such as minilora-demo/base")
 args = parser.parse_args()
-rng, threads = np.random.default_rng(args.seed), training_threads(None, "numpy")
+rng, parts_threads = np.random.default_rng(args.seed), parts_and_threads(None, None, "numpy")
+keep_freed_memory()
 
 # 1. The base: English from nothing, as in the demo. It has never seen a permission string turned into anything.
 size = demo.QUICK if args.quick else demo.FULL
-base = load_model(args.base) if args.base else demo.pretrain(size, corpus.load_corpus(), np, rng, print, threads)
+base = load_model(args.base) if args.base else demo.pretrain(size, corpus.load_corpus(), np, rng, print, *parts_threads)
 
 # 2. Four tasks over the same inputs. The prompt says nothing about which one is meant.
 bits = list(itertools.product([0, 1], repeat=9))
@@ -74,7 +75,9 @@ for name, task in tasks.items():
     adam = Adam(adapters[name].parameters(), betas=(0.9, 0.95))
     pairs = characters.encode_pairs([(prompt(b), task(b) + "\n") for b in seen])
     batches = pair_batches(pairs, 32, rng)
-    train(attach(base, adapters[name]), adam, batches, steps, schedule=schedule, label=name, threads=threads)
+    parts, threads = parts_threads
+    train(attach(base, adapters[name]), adam, batches, steps, schedule=schedule, label=name, parts=parts,
+          threads=threads)
 
 # 4. The matrix: each adapter (row) asked for each task (column), on strings never seen. Swapping is a look-up.
 models = {"none": base} | {name: attach(base, adapter) for name, adapter in adapters.items()}

@@ -2,8 +2,9 @@
 
 You learn which of them matter on this machine, for a small model and for a large one, in time and in memory, and that
 some buy nothing here. Each trick is switched off in a process of its own, by putting the textbook's version in place
-(rivals/plain.py), and must compute the same loss; the processes are called in turn, and the median of the per-round
-ratios is reported. The row "nothing" is the same program twice: what is not further from 1 than it, is noise.
+(minilora/functional.py), and must compute the same loss; the processes are called in turn, and the median of the
+per-round ratios is reported.
+The row "nothing" is the same program twice: what is not further from 1 than it, is noise.
 
     python examples/tricks.py [--quick] [--workload tiny mid small] [--trick NAME ...] [--json FILE]
 
@@ -17,8 +18,8 @@ from pathlib import Path
 from statistics import median
 
 from rivals import report
+from rivals.ablations import NOISE, TRICKS
 from rivals.material import write
-from rivals.plain import NOISE, TRICKS
 from rivals.turns import Contestant, Disagreement, contest
 from rivals.workloads import TASKS, WORKLOADS
 
@@ -79,7 +80,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         try:
             for task, tricks in groups(args):
-                contestants = [Contestant(name, "plain", "" if name == ON else name, task) for name in (ON, *tricks)]
+                variants = {ON: "", **{name: name for name in tricks}}
+                contestants = [Contestant(name, "ablations", variant, task) for name, variant in variants.items()]
                 rows = []
                 for size in args.workload:
                     place = Path(folder) / size

@@ -1,4 +1,4 @@
-"""Which array module owns an array, and how arrays move: the only file that knows there are two backends."""
+"""Which array module owns an array, and how arrays move. The only file that knows two backends."""
 
 import importlib
 import sys
@@ -19,24 +19,27 @@ def get_array_module(*arrays):
     >>> get_array_module(np.zeros(3)).__name__
     'numpy'
     """
+    # The usual case comes first: a step asks hundreds of times.
     for a in arrays:
         if type(a) is not np.ndarray:
             break
     else:
-        return np  # the usual case, hundreds of times in a step
+        return np
     owners = {sys.modules[type(a).__module__.partition(".")[0]] for a in arrays}
     if len(owners) > 1:
         names = " and ".join(sorted(xp.__name__ for xp in owners))
-        raise TypeError(f"arrays of {names} in one operation; move them to one backend with to_device(x, xp)")
+        raise TypeError(
+            f"arrays of {names} in one operation; move them to one backend with to_device(x, xp)"
+        )
     xp = owners.pop()
     if not hasattr(xp, "ndarray"):
-        kinds = ", ".join(sorted({type(a).__name__ for a in arrays}))
-        raise TypeError(f"expected NumPy or CuPy arrays, got {kinds}; write np.asarray(x) first")
+        types = ", ".join(sorted({type(a).__name__ for a in arrays}))
+        raise TypeError(f"expected NumPy or CuPy arrays, got {types}; write np.asarray(x) first")
     return xp
 
 
 def to_numpy(x):
-    """`x` as a NumPy array on the host: itself if it is one, a copy (and a wait for the GPU) if it is not."""
+    """`x` as a NumPy array on the host. From a GPU this is a copy, and a wait for it to finish."""
     xp = get_array_module(x)
     return np.asarray(x) if xp is np else xp.asnumpy(x)
 
@@ -44,7 +47,7 @@ def to_numpy(x):
 def to_device(x, xp):
     """`x` as an array of the module `xp`: itself if it already is one, a copy if it has to move.
 
-    Every random number of this project is drawn by NumPy and then moved, so one seed means
+    NumPy draws every random number of this project, and then it is moved. One seed therefore means
     the same weights and the same batches on a CPU and on a GPU.
     """
     return to_numpy(x) if xp is np else xp.asarray(x)
@@ -56,9 +59,14 @@ def on_host(ids):
 
 
 def array_module(name):
-    """The module called `name`, "numpy" or "cupy"; an ImportError that names the extra if CuPy is missing."""
+    """The module called `name`, "numpy" or "cupy".
+
+    Raises: ImportError with the command that installs CuPy, if it is missing.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        remedy = "pip install 'minilora[cuda12]' (or [cuda13]) on a machine with an NVIDIA GPU"
-        raise ImportError(f"backend 'cupy' needs CuPy, which does not import here ({error}); {remedy}") from error
+        raise ImportError(
+            f"backend 'cupy' needs CuPy, which does not import here ({error}); in a clone, on a "
+            "machine with an NVIDIA GPU: pip install -e '.[cuda12]' (or '.[cuda13]')"
+        ) from error

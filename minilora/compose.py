@@ -1,78 +1,124 @@
-"""Several adapters in one model: each row of a batch with its own. Knows adapters, not what they adapt."""
+"""Several adapters in one model: each row of a batch with its own. Knows adapters, not models.
+
+Shapes: B rows of a batch, T time, r the largest rank among the adapters.
+"""
 
 import numpy as np
 
+from . import functional as F
 from .backend import get_array_module, to_device
-from .lora import Adapter, LoRALinear
+from .lora import AdaptedLayer, Adapter
 from .nn import Module
-from .tensor import record
+from .tensor import Tensor, record
 
 
 def stack(adapters):
-    """One adapter per batch row, for `attach`: row i of each batch goes through adapters[i], or the base alone.
+    """One adapter for each batch row: row i goes through adapters[i], or the base alone.
 
     Shapes: a list of B Adapters or Nones; ranks, scalings and targets may differ. The model from
-    `attach(base, stack(adapters))` takes ids (B, T). Nothing is copied: training it trains those adapters.
+    `attach(base, stack(adapters))` takes ids (B, T). Nothing is copied: training it trains those
+    adapters.
     Raises: ValueError if the list is empty or all None; TypeError for anything else in it.
-    Source: the batching of Punica (Chen et al. 2023) and S-LoRA (Sheng et al. 2023), as one broadcast multiplication.
+    Source: the batching of Punica (Chen et al. 2023) and S-LoRA (Sheng et al. 2023), as one
+    broadcast multiplication.
     """
-    return Stack(adapters)
+    return BatchAdapter(adapters)
 
 
-class Stack(Module):
-    """The result of `stack`: to `attach` it is an adapter whose layers differ from row to row."""
+class BatchAdapter(Module):
+    """The result of `stack`: to `attach` it is an adapter whose layers differ from row to row.
+
+    `pairs` maps a module's name to a list: the LoRAPair of each row, or None.
+    """
 
     def __init__(self, adapters):
-        self.rows = list(adapters)
-        if not any(self.rows):
-            raise ValueError(f"stack: {len(self.rows)} rows and no adapter among them; give at least one Adapter")
-        wrong = [type(a).__name__ for a in self.rows if a is not None and not isinstance(a, Adapter)]
-        if wrong:
-            raise TypeError(f"stack: rows must be Adapters or None, got {', '.join(wrong)}")
-        self.pairs = dict.fromkeys(name for a in self.rows if a is not None for name in a.pairs)
+        self.adapters = list(adapters)
+        for adapter in self.adapters:
+            if adapter is not None and not isinstance(adapter, Adapter):
+                raise TypeError(
+                    f"stack: rows must be Adapters or None, got {type(adapter).__name__}"
+                )
+        if all(adapter is None for adapter in self.adapters):
+            raise ValueError(
+                f"stack: {len(self.adapters)} rows and no adapter among them; "
+                "give at least one Adapter"
+            )
+        self.pairs = {}
+        for i, adapter in enumerate(self.adapters):
+            for name, pair in ({} if adapter is None else adapter.pairs).items():
+                rows = self.pairs.setdefault(name, [None] * len(self.adapters))
+                rows[i] = pair
 
-    def misfits(self, modules, fingerprint):
-        """As `Adapter.misfits`, over all rows."""
-        distinct = {id(a): a for a in self.rows if a is not None}.values()
-        return [line for adapter in distinct for line in adapter.misfits(modules, fingerprint)]
+    def adapted(self, name, linear):
+        """The layer that stands for `linear`, the module `name`, in an adapted model."""
+        rates = [0.0 if a is None else a.config.dropout for a in self.adapters]
+        return BatchLoRALinear(linear, self.pairs[name], rates)
 
-    def layer(self, name, linear, rng):
-        """The layer that stands for the Linear `name`."""
-        return StackedLoRALinear(linear, [a if a is None or name in a.pairs else None for a in self.rows], name, rng)
+    def fit_errors(self, modules, fingerprint):
+        """As `Adapter.fit_errors`, over all rows; an adapter that serves several is asked once."""
+        distinct = {id(a): a for a in self.adapters if a is not None}
+        errors = []
+        for adapter in distinct.values():
+            errors += adapter.fit_errors(modules, fingerprint)
+        return errors
 
 
-class StackedLoRALinear(LoRALinear):
-    """A LoRALinear whose A, B and scaling have a leading batch axis: x (B, T, in) -> (B, T, out)."""
+class BatchLoRALinear(AdaptedLayer):
+    """y[i] = linear(x[i]) + pairs[i](x[i]) for each row i: x (B, T, in) -> (B, T, out).
 
-    def __init__(self, linear, rows, name, rng):
-        column = lambda values: np.array(values, np.float64).reshape(-1, 1, 1)
-        scaling = column([0 if a is None else a.config.scaling(name) for a in rows])
-        dropout = column([0 if a is None else a.config.dropout for a in rows])
-        super().__init__(linear, None, None, scaling, dropout, rng)
-        self.pairs = [None if a is None else a.pairs[name] for a in rows]
+    A pair of None adds nothing. `dropout` has a rate for each row.
+    """
 
-    def __call__(self, x):
+    def __init__(self, linear, pairs, dropout):
+        self.linear = linear
+        self.pairs = pairs
+        self.dropout = dropout
+
+    def __call__(self, x, rng=None):
         if x.ndim != 3 or x.shape[0] != len(self.pairs):
-            raise ValueError(f"this model stacks {len(self.pairs)} adapters, one per batch row; got input {x.shape}")
-        A = stack_rows([p and p.lora_A for p in self.pairs])  # (B, r, in)
-        B = stack_rows([p and p.lora_B for p in self.pairs])  # (B, out, r)
-        scaling = to_device(self.scaling.astype(x.dtype), get_array_module(x.data))  # (B, 1, 1)
-        return LoRALinear(self, A, B, scaling, self.dropout, self.rng)(x)
+            raise ValueError(
+                f"this model stacks {len(self.pairs)} adapters, one for each batch row; "
+                f"got input {x.shape}"
+            )
+        none = lambda pair: pair is None
+        A = pad_and_stack([None if none(p) else p.lora_A for p in self.pairs])  # (B, r, in)
+        B = pad_and_stack([None if none(p) else p.lora_B for p in self.pairs])  # (B, out, r)
+        scaling = _column([0 if none(p) else p.scaling for p in self.pairs])  # (B, 1, 1)
+        scaling = to_device(scaling.astype(x.dtype), get_array_module(x.data))
+        # The update of LoRAPair, with a matrix for each row.
+        read = F.dropout(x, _column(self.dropout), rng)
+        thin = read @ A.transpose(0, 2, 1)  # (B, T, r)
+        update = (thin * Tensor(scaling)) @ B.transpose(0, 2, 1)  # (B, T, out)
+        return self.linear(x, rng) + update
 
     def merged(self):
         """Refused: there is one weight, and a different update for each row."""
-        raise ValueError("merge: the rows of a stacked model carry different adapters; merge one of them on its own")
+        raise ValueError(
+            "merge: the rows of a stacked model carry different adapters; "
+            "merge one of them on its own"
+        )
 
 
-def stack_rows(matrices):
-    """(rows, n, m) from a list of matrices; None is a row of zeros; zeros fill up smaller ones: they add nothing."""
-    first = next(t for t in matrices if t is not None)
-    sizes = [t.shape for t in matrices if t is not None]
-    y = get_array_module(first.data).zeros((len(matrices), *map(max, zip(*sizes, strict=True))), first.dtype)
+def _column(values):
+    """A number for each batch row, (B, 1, 1), on the host."""
+    return np.array(values, np.float64).reshape(-1, 1, 1)
+
+
+def pad_and_stack(matrices):
+    """(B, n, m) from a list of B matrices of at most (n, m).
+
+    A smaller matrix is filled up with zeros, and None is a matrix of zeros: they add nothing.
+    """
+    present = [t for t in matrices if t is not None]
+    n = max(t.shape[0] for t in present)
+    m = max(t.shape[1] for t in present)
+    first = present[0].data
+    y = get_array_module(first).zeros((len(matrices), n, m), first.dtype)
     edges = []
     for i, t in enumerate(matrices):
-        if t is not None:
-            n, m = t.shape
-            y[i, :n, :m] = t.data
-            edges.append((t, lambda dy, i=i, n=n, m=m: dy[i, :n, :m]))
+        if t is None:
+            continue
+        own_part = (i, slice(t.shape[0]), slice(t.shape[1]))
+        y[own_part] = t.data
+        edges.append((t, lambda dy, own_part=own_part: dy[own_part]))
     return record(y, *edges)

@@ -1,4 +1,4 @@
-"""How many numbers, how many bytes: counted from the arrays of a model and of its graph, never from a formula."""
+"""How many numbers and bytes: counted from the arrays of a model and its graph, by no formula."""
 
 from collections import namedtuple
 
@@ -16,39 +16,51 @@ class ParameterReport(namedtuple("ParameterReport", "trainable total trainable_b
 def parameter_report(model):
     """How much of `model` (or of an adapter) is trained, counted from its arrays.
 
-    Shapes: none; the result holds two counts of numbers and two of bytes. Raises: ValueError if there are none.
+    Raises: ValueError if it holds no tensor.
     Source: PEFT's `print_trainable_parameters`.
     """
     tensors = model.parameters()
     if not tensors:
         raise ValueError(f"parameter_report: {type(model).__name__} holds no tensors")
-    trained = [t for t in tensors if t.requires_grad]
+    trainable = [t for t in tensors if t.requires_grad]
     return ParameterReport(
-        sum(t.size for t in trained), sum(t.size for t in tensors),
-        sum(t.data.nbytes for t in trained), sum(t.data.nbytes for t in tensors),
+        trainable=sum(t.size for t in trainable),
+        total=sum(t.size for t in tensors),
+        trainable_bytes=sum(t.data.nbytes for t in trainable),
+        total_bytes=sum(t.data.nbytes for t in tensors),
     )
 
 
 def activation_bytes(loss, model):
-    """Bytes of the arrays that the graph of `loss` keeps alive for backward, the model's own tensors left out.
+    """Bytes of the arrays that the graph of `loss` keeps alive for backward, the model's own aside.
 
-    Counted by walking the graph: an array is held if some VJP closes over it, directly, in a tuple, or through a
-    function.
+    Counted by a walk over the graph: an array is held if some VJP closes over it, directly, in a
+    tuple, list or dict, or through a function.
     """
-    own = {id(_owner(p.data)) for p in model.parameters()}
-    vjps = (vjp for node in count_consumers(loss.node) for _, vjp in node.edges)
-    held = {id(a): a for vjp in vjps for a in map(_owner, _closed_over(vjp)) if id(a) not in own}
-    return sum(a.nbytes for a in held.values())
+    model_arrays = {id(_owner(p.data)) for p in model.parameters()}
+    held = {}
+    for node in count_consumers(loss.node):
+        for _, vjp in node.edges:
+            for array in _closed_over(vjp):
+                owner = _owner(array)
+                if id(owner) not in model_arrays:
+                    held[id(owner)] = owner
+    return sum(array.nbytes for array in held.values())
 
 
-def _closed_over(function):
-    """Every array a function can reach through its closure, also through functions and tuples in it."""
-    for cell in function.__closure__ or ():
-        for value in cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,):
-            if hasattr(value, "nbytes"):
-                yield value
-            elif hasattr(value, "__closure__"):
-                yield from _closed_over(value)
+def _closed_over(value):
+    """Every array that `value` is, or can reach: through closures, tuples, lists and dicts."""
+    if hasattr(value, "nbytes"):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _closed_over(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _closed_over(item)
+    else:
+        for cell in getattr(value, "__closure__", None) or ():
+            yield from _closed_over(cell.cell_contents)
 
 
 def _owner(array):

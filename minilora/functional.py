@@ -1,7 +1,11 @@
-"""The closed list of neural-network ops: each is its forward with its VJPs under it. Knows no modules, no parameters.
+"""The ops of a GPT as a textbook has them, each with its derivatives under it. Knows no modules.
 
-Shapes: B batch, T time (positions), S positions attended to (S >= T), C channels, H heads, D = C / H, V vocabulary.
-A gradient of `x` is called `dx`. Constants come from `math`: a NumPy scalar would turn float32 into float64.
+These are to be read. The models run attention, gelu and the loss from `lean.py`: the same
+functions in less memory and time.
+
+Shapes: B batch, T time (positions), S positions attended to (S >= T), C channels, H heads,
+D = C / H, V vocabulary, N rows. A gradient of `x` is called `dx`.
+Constants come from `math`: a NumPy scalar would turn float32 into float64.
 """
 
 import math
@@ -9,36 +13,42 @@ import math
 import numpy as np
 
 from .backend import get_array_module, on_host, to_device
-from .graph import is_recording
 from .tensor import check_same, record
 
-IGNORE = -100  # a target with this value carries no loss
-QUERIES, LOGITS = 64, 256  # rows of attention's scores, and rows of logits, that exist at a time
+# A target with this value carries no loss.
+IGNORE = -100
 
 
 def linear(x, weight, bias=None):
-    """y = x Wᵀ + b: x (..., in), weight (out, in), bias (out,) -> (..., out).
+    """y = x Wᵀ + b: x (..., in), weight (out, in), bias (out,) or None -> (..., out).
 
-    A weight with a leading batch axis, (B, out, in), applies its own matrix to each x[b] of (B, T, in).
-    Raises: ValueError with both shapes if `in` differs.
+    Raises: ValueError with both shapes if they do not fit.
     """
     check_same("linear", x, weight, bias)
-    X, W = x.data, weight.data
-    x_shape = X.shape
-    if W.ndim < 2 or X.ndim < 1 or x_shape[-1] != W.shape[-1] or (W.ndim > 2 and x_shape[:-2] != W.shape[:-2]):
-        raise ValueError(f"linear: x {x_shape} does not fit weight {W.shape}: last axes (and batch axes) must be equal")
-    if bias is not None and bias.shape != W.shape[-2:-1]:
-        raise ValueError(f"linear: bias {bias.shape} does not fit weight {W.shape}: one number per row of it")
-    # One matrix multiplication each way: leading axes are folded into rows, unless each has its own matrix.
-    fold = (lambda a: a.reshape(-1, a.shape[-1])) if W.ndim == 2 else (lambda a: a)
-    X = fold(X)
-    y = X @ W.swapaxes(-1, -2)
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear: x {x.shape} does not fit weight {weight.shape}: "
+            "the last axes must be equal, weight is (out, in)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"linear: bias {bias.shape} does not fit weight {weight.shape}: one number for each row"
+        )
+    W = weight.data
+    x_shape = x.shape
+
+    # Leading axes become rows: one matrix multiplication each way.
+    X = x.data.reshape(-1, W.shape[1])  # (N, in)
+    Y = X @ W.T  # (N, out)
     if bias is not None:
-        y += bias.data
+        Y += bias.data
+
+    # The VJP of x needs W, which is there anyway, and not X: where only x has an edge, X is freed.
+    rows = lambda dy: dy.reshape(-1, W.shape[0])  # (N, out)
     return record(
-        y.reshape(*x_shape[:-1], W.shape[-2]),
-        (x, lambda dy: (fold(dy) @ W).reshape(x_shape)),
-        (weight, lambda dy: fold(dy).swapaxes(-1, -2) @ X),
+        Y.reshape(*x_shape[:-1], W.shape[0]),
+        (x, lambda dy: (rows(dy) @ W).reshape(x_shape)),
+        (weight, lambda dy: rows(dy).T @ X),
         (bias, lambda dy: dy),
     )
 
@@ -46,205 +56,220 @@ def linear(x, weight, bias=None):
 def embedding(weight, ids):
     """Row `ids[...]` of the table: weight (V, C), ids (...) integers on the host -> (..., C).
 
+    A token that occurs twice collects both gradients.
     Raises: TypeError if ids are not integers, ValueError if one lies outside 0 .. V-1.
     """
-    rows = check_ids("token ids", ids, weight.shape[0])
-    return weight[to_device(rows, get_array_module(weight.data))]  # a token that occurs twice collects both gradients
+    ids = check_ids("token ids", ids, weight.shape[0])
+    return weight[to_device(ids, get_array_module(weight.data))]
 
 
 def layer_norm(x, weight, bias, eps=1e-5):
     """y = (x - mean) / sqrt(var + eps) * weight + bias over the last axis: (..., C) -> (..., C).
 
-    Source: Ba, Kiros & Hinton 2016, "Layer Normalization". Derived in full in examples/layer_norm.md.
+    Source: Ba, Kiros & Hinton 2016, "Layer Normalization". Derived in examples/layer_norm.md.
     """
     check_same("layer_norm", x, weight, bias)
     if not x.shape[-1:] == weight.shape == bias.shape:
-        raise ValueError(f"layer_norm: x {x.shape}, weight {weight.shape}, bias {bias.shape}: the last axes must match")
-    w, xp = weight.data, get_array_module(weight.data)
-    ones = xp.ones((w.size, 1), w.dtype)  # row @ ones is its sum, several times faster than .sum()
-    normed = x.data - (x.data @ ones) / w.size
-    rstd = 1 / xp.sqrt(_dot(normed, normed) / w.size + eps)
-    normed *= rstd
+        raise ValueError(
+            f"layer_norm: x {x.shape}, weight {weight.shape}, bias {bias.shape}: "
+            "the last axes must be equal"
+        )
+    w = weight.data
+    xp = get_array_module(w)
+    centred = x.data - x.data.mean(-1, keepdims=True)
+    var = (centred * centred).mean(-1, keepdims=True)  # (..., 1)
+    rstd = 1 / xp.sqrt(var + eps)
+    normed = centred * rstd  # (..., C)
 
     def dx(dy):
         d = dy * w
-        along = _dot(d, normed) / w.size
-        d -= (d @ ones) / w.size
-        d -= normed * along
-        d *= rstd
-        return d
+        along = (d * normed).mean(-1, keepdims=True)
+        return (d - d.mean(-1, keepdims=True) - normed * along) * rstd
 
-    y = normed * w
-    y += bias.data
-    return record(y, (x, dx), (weight, lambda dy: dy * normed), (bias, lambda dy: dy))
+    return record(
+        normed * w + bias.data,
+        (x, dx),
+        (weight, lambda dy: dy * normed),
+        (bias, lambda dy: dy),
+    )
 
 
 def gelu(x):
     """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), element by element: GPT-2's `gelu_new`.
 
-    Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units". Never x**3: NumPy's power is far slower than x*x*x.
+    Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units".
     """
-    c, a = math.sqrt(2 / math.pi), 0.044715
-    x_, xp = x.data, get_array_module(x.data)
-    square = xp.square(x_, out=xp.empty_like(x_))
-    s = xp.multiply(square, c * a, out=xp.empty_like(x_))
-    s += c  # in place where the array is ours: half the time of this op is fetching fresh memory
-    s *= x_
-    xp.tanh(s, out=s)
-    s += 1
-    s *= 0.5  # s = (1 + t) / 2 with t = tanh(c (x + a x³))
-    y, d = x_ * s, None
-    if is_recording() and x.requires_grad:  # the derivative is made now: it is all that is kept, neither x nor s
-        d = square
-        d *= 6 * c * a
-        d += 2 * c
-        d *= y
-        xp.subtract(1, s, out=s)
-        d *= s
-        d -= s
-        d += 1  # s + x s (1 - s) 2 c (1 + 3 a x²), as 1 - t² = 4 s (1 - s)
-    return record(y, (x, lambda dy: dy * d))
+    c = math.sqrt(2 / math.pi)
+    a = 0.044715
+    X = x.data
+    # X * X * X, never X**3: NumPy's power takes many times as long.
+    t = get_array_module(X).tanh(c * (X + a * (X * X * X)))
+
+    def dx(dy):
+        dt = (1 - t * t) * c * (1 + 3 * a * (X * X))
+        return dy * (0.5 * (1 + t) + 0.5 * X * dt)
+
+    return record(0.5 * X * (1 + t), (x, dx))
 
 
 def rotary(x, cos, sin, n_head):
-    """Turn each pair of channels (i, i + D/2) of every head by its position's angle: x (B, T, C) -> (B, T, C).
+    """Turn each pair of channels (i, i + D/2) of every head by the angle of its position.
 
-    cos, sin are arrays (T, D/2). After it, a query and a key meet at an angle that tells only their distance.
+    The score of a rotated query and key then depends only on the distance of their positions.
+    Shapes: x (B, T, C) -> (B, T, C); cos and sin are arrays (T, D/2), in the dtype of x.
     Source: Su et al. 2021, "RoFormer", eq. 34, with the halves paired as in GPT-NeoX.
     """
-    shape, xp = x.shape, get_array_module(x.data, cos, sin)
-    fits = x.ndim == 3 and n_head >= 1 and shape[2] % (2 * n_head) == 0
-    if not fits or not cos.shape == sin.shape == (shape[1], shape[2] // (2 * n_head)):
-        raise ValueError(f"rotary: x {shape}, cos {cos.shape}, sin {sin.shape} do not fit with {n_head} heads of pairs")
+    xp = get_array_module(x.data, cos, sin)
+    if x.ndim != 3 or n_head < 1 or x.shape[2] % (2 * n_head):
+        raise ValueError(f"rotary: x {x.shape} does not fit with {n_head} heads of pairs")
+    B, T, C = x.shape
+    D = C // n_head
+    if not cos.shape == sin.shape == (T, D // 2):
+        raise ValueError(
+            f"rotary: x {x.shape}, cos {cos.shape}, sin {sin.shape} do not fit with {n_head} heads"
+        )
     if not cos.dtype == sin.dtype == x.dtype:
-        raise TypeError(f"rotary: x is {x.dtype}, cos {cos.dtype}, sin {sin.dtype}; make the angles as x is")
-    cos = xp.tile(xp.concatenate([cos, cos], axis=1), n_head)  # (T, C), the same for every head
+        raise TypeError(
+            f"rotary: x is {x.dtype}, cos {cos.dtype}, sin {sin.dtype}; make the angles as x is"
+        )
+    # Each half of a head has the same angles, and each head has them all: (T, D/2) -> (T, C).
+    # The first of a pair takes away the sine of its partner, the second adds it.
+    cos = xp.tile(xp.concatenate([cos, cos], axis=1), n_head)
     sin = xp.tile(xp.concatenate([-sin, sin], axis=1), n_head)
 
     def turn(a, sin):
-        partner = a.reshape(*shape[:2], n_head, 2, -1)[..., ::-1, :].reshape(shape)  # the other one of each pair
+        halves = a.reshape(B, T, n_head, 2, D // 2)
+        partner = halves[:, :, :, ::-1].reshape(B, T, C)
         return a * cos + partner * sin
 
-    return record(turn(x.data, sin), (x, lambda dy: turn(dy, -sin)))  # back: by the opposite angle
+    # The gradient is turned back by the opposite angle.
+    return record(turn(x.data, sin), (x, lambda dy: turn(dy, -sin)))
 
 
 def attention(q, k, v, n_head):
-    """Causal attention in `n_head` heads: q (B, T, C), k and v (B, S, C) -> (B, T, C).
+    """softmax(q kᵀ / √D + mask) v in each of `n_head` heads, causal.
 
     Query t is position S - T + t (with a key/value cache S > T) and sees keys 0 .. S - T + t.
+    Shapes: q (B, T, C), k and v (B, S, C) -> (B, T, C).
     Raises: ValueError with the three shapes if they do not fit.
-    Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1; in blocks, with the probabilities made again for
-    the gradient and not kept, as Dao et al. 2022, "FlashAttention", algorithms 1 and 4.
+    Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1.
     """
-    check_same("attention", q, k, v)
-    (B, T, C), S = q.shape if q.ndim == 3 else (0, 0, 0), k.shape[1] if k.ndim == 3 else 0
-    if not k.shape == v.shape == (B, S, C) or S < T or n_head < 1 or C % n_head:
-        raise ValueError(f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit with {n_head} heads")
-    xp, scale = get_array_module(q.data), 1 / math.sqrt(C // n_head)
-    split = lambda a: a.reshape(B, -1, n_head, C // n_head).swapaxes(1, 2)  # (B, T, C) -> (B, H, T, D), a view
-    join = lambda a: a.swapaxes(1, 2).reshape(B, -1, C)  # and back
-    Q, K, V = split(q.data * scale), split(k.data), split(v.data)
-    O, (tops, totals) = xp.empty_like(Q), xp.empty((2, B, n_head, 1, T), Q.dtype)  # in memory O is as Q: (B, T, H, D)
-    # A block of queries and the keys that its last one sees: what lies beyond is never computed.
-    blocks = [(slice(t, t + QUERIES), slice(S - T + t + QUERIES)) for t in range(0, T, QUERIES)]
+    check_attention(q, k, v, n_head)
+    B, T, C = q.shape
+    S = k.shape[1]
+    D = C // n_head
+    scale = 1 / math.sqrt(D)
+    xp = get_array_module(q.data)
+    split = lambda a: a.reshape(B, -1, n_head, D).swapaxes(1, 2)  # (B, T, C) -> (B, H, T, D)
+    join = lambda a: a.swapaxes(1, 2).reshape(B, -1, C)  # (B, H, T, D) -> (B, T, C)
+    Q = split(q.data)
+    K = split(k.data)  # (B, H, S, D)
+    V = split(v.data)
 
-    def scores(rows, seen):  # keys first: NumPy takes a maximum over the first axis several times faster
-        block = K[:, :, seen] @ Q[:, :, rows].swapaxes(-1, -2)
-        n = block.shape[-1]
-        if n > 1:
-            block[:, :, -n:] += xp.tril(xp.full((n, n), -math.inf, Q.dtype), -1)  # the future is out of sight
-        return block
-
-    for rows, seen in blocks:
-        P = scores(rows, seen)
-        tops[..., rows] = P.max(axis=-2, keepdims=True)
-        P -= tops[..., rows]
-        xp.exp(P, out=P)
-        totals[..., rows] = xp.ones((1, P.shape[-2]), P.dtype) @ P
-        O[:, :, rows] = P.swapaxes(-1, -2) @ V[:, :, seen]
-    O /= totals.swapaxes(-1, -2)  # D numbers a row are divided, not S
+    # The future of a query is out of its sight: a score of -∞ has probability zero.
+    mask = xp.triu(xp.full((T, S), -math.inf, Q.dtype), S - T + 1)
+    scores = (Q @ K.swapaxes(-1, -2)) * scale + mask  # (B, H, T, S)
+    # The largest score of a row is taken away, so that exp cannot overflow.
+    E = xp.exp(scores - scores.max(-1, keepdims=True))
+    P = E / E.sum(-1, keepdims=True)
+    O = P @ V  # (B, H, T, D)
 
     def dqkv(dy):
-        dO, dQ, dK, dV = split(dy) / totals.swapaxes(-1, -2), *map(xp.zeros_like, (Q, K, V))
-        along = _dot(dO, O).swapaxes(-1, -2)  # Σ dP P = Σ dO O
-        for rows, seen in blocks:
-            P = scores(rows, seen)
-            P -= tops[..., rows]
-            xp.exp(P, out=P)
-            dV[:, :, seen] += P @ dO[:, :, rows]
-            dS = V[:, :, seen] @ dO[:, :, rows].swapaxes(-1, -2)  # dP, and from here softmax's VJP in place
-            dS -= along[..., rows]
-            dS *= P
-            dQ[:, :, rows] = (dS.swapaxes(-1, -2) @ K[:, :, seen]) * scale
-            dK[:, :, seen] += dS @ Q[:, :, rows]
+        dO = split(dy)
+        dV = P.swapaxes(-1, -2) @ dO
+        dP = dO @ V.swapaxes(-1, -2)
+        dS = P * (dP - (dP * P).sum(-1, keepdims=True))
+        dQ = (dS @ K) * scale
+        dK = (dS.swapaxes(-1, -2) @ Q) * scale
         return join(dQ), join(dK), join(dV)
 
     return record(join(O), ((q, k, v), dqkv))
 
 
-def linear_cross_entropy(x, weight, targets):
-    """Mean of -log softmax(x Wᵀ)[target], in nats: x (..., C), weight (V, C), targets (...) integers -> a scalar.
+def check_attention(q, k, v, n_head):
+    """Raise TypeError or ValueError, with the three shapes, unless attention can be computed."""
+    check_same("attention", q, k, v)
+    fits = q.ndim == k.ndim == 3 and n_head >= 1 and q.shape[-1] % n_head == 0
+    if not fits or k.shape != v.shape or k.shape[::2] != q.shape[::2] or k.shape[1] < q.shape[1]:
+        raise ValueError(
+            f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit with {n_head} heads"
+        )
 
-    A target of -100 carries no loss, and its row is not computed. Logits exist for LOGITS rows at a time, never all at
-    once: the gradients are made on the way, where they still do.
-    Raises: ValueError if shapes differ, a target lies outside 0 .. V-1, or all are -100; TypeError if not integers.
+
+def cross_entropy(logits, targets):
+    """Mean of -log softmax(logits)[target], in nats: logits (..., V), targets (...) -> a scalar.
+
+    A target of -100 carries no loss.
+    Raises: ValueError if shapes differ, a target lies outside 0 .. V-1, or all are -100;
+    TypeError if they are not integers.
     """
-    check_same("linear_cross_entropy", x, weight)
-    xp, targets, shape, W = get_array_module(x.data), on_host(targets), x.shape, weight.data
-    if W.ndim != 2 or shape[-1:] != W.shape[1:] or targets.shape != shape[:-1]:
-        raise ValueError(f"linear_cross_entropy: x {shape}, weight {W.shape}, targets {targets.shape} do not fit")
-    (rows,) = np.nonzero(targets.reshape(-1) != IGNORE)
+    shape = logits.shape
+    xp = get_array_module(logits.data)
+    rows, columns = rows_with_loss(targets, shape[:-1], shape[-1])
+    n = rows.size
+    at_target = (xp.arange(n), to_device(columns, xp))
+    rows = to_device(rows, xp)
+    Z = logits.data.reshape(-1, shape[-1])[rows]  # (n, V)
+    Z = Z - Z.max(-1, keepdims=True)
+    log_p = Z - xp.log(xp.exp(Z).sum(-1, keepdims=True))
+
+    def dlogits(dy):
+        # The probabilities, minus one where the target is; the rows without a loss stay zero.
+        dZ = xp.exp(log_p)
+        dZ[at_target] -= 1
+        d = xp.zeros((math.prod(shape[:-1]), shape[-1]), dZ.dtype)
+        d[rows] = dZ * (dy / n)
+        return d.reshape(shape)
+
+    return record(xp.asarray(-log_p[at_target].mean()), (logits, dlogits))
+
+
+def linear_cross_entropy(x, weight, targets):
+    """The loss of the head: x (..., C), weight (V, C), targets (...) integers -> a scalar.
+
+    All logits exist at once, and as many gradients.
+    Raises: as `linear` and `cross_entropy`.
+    """
+    return cross_entropy(linear(x, weight), targets)
+
+
+def rows_with_loss(targets, shape, V):
+    """(rows, columns) on the host: which of the flattened targets carry a loss, and their ids.
+
+    Raises: ValueError if `targets` are not of that shape, one lies outside 0 .. V-1, or all are
+    -100; TypeError if they are not integers.
+    """
+    targets = on_host(targets)
+    if targets.shape != shape:
+        raise ValueError(f"targets {targets.shape} do not fit inputs {shape}: one for each")
+    targets = targets.reshape(-1)
+    rows = np.flatnonzero(targets != IGNORE)
     if rows.size == 0:
-        raise ValueError(f"linear_cross_entropy: none of {targets.size} targets carries a loss (all are {IGNORE})")
-    columns = to_device(check_ids("targets", targets.reshape(-1)[rows], len(W)), xp)
-    rows, n, X, loss = to_device(rows, xp), rows.size, x.data.reshape(-1, shape[-1]), 0
-    dX = xp.zeros_like(X) if is_recording() and x.requires_grad else None
-    dW = 0 if is_recording() and weight.requires_grad else None
-    for block in (slice(start, start + LOGITS) for start in range(0, n, LOGITS)):
-        X_block = X[rows[block]]
-        z = X_block @ W.T
-        at_target = (xp.arange(len(z)), columns[block])
-        z -= z.max(axis=-1, keepdims=True)
-        right = z[at_target]
-        xp.exp(z, out=z)
-        total = z @ xp.ones((len(W), 1), z.dtype)
-        loss += (xp.log(total[:, 0]) - right).sum()
-        z[at_target] -= total[:, 0]  # z / total is softmax minus one-hot; it is divided below, where rows are thin
-        if dX is not None:
-            dX[rows[block]] = (z @ W) / total
-        if dW is not None:
-            dW += z.T @ (X_block / total)
-    dx = lambda dy: (dX * (dy / n)).reshape(shape)
-    return record(xp.asarray(loss / n), (x, dx), (weight, lambda dy: dW * (dy / n)))
+        raise ValueError(f"none of {targets.size} targets carries a loss (all are {IGNORE})")
+    return rows, check_ids("targets", targets[rows], V)
 
 
 def dropout(x, p, rng):
-    """While a graph is recorded: each element is zero with probability p, else divided by 1 - p. Otherwise x itself.
+    """Each element is zero with probability p, else divided by 1 - p; without `rng`, x itself.
 
-    `p` is a number, or an array that broadcasts against x (one rate per batch row); `rng` a `numpy.random.Generator`.
-    Raises: ValueError if p is outside [0, 1), or p > 0 and there is no rng. Source: Srivastava et al. 2014.
+    `p` is a number, or an array that broadcasts against x (one rate for each batch row); `rng` a
+    `numpy.random.Generator` or None.
+    Raises: ValueError if p is outside [0, 1). Source: Srivastava et al. 2014.
     """
     if not np.all((0 <= np.asarray(p)) & (np.asarray(p) < 1)):
         raise ValueError(f"dropout: p must lie in [0, 1), got {p}")
-    if not np.any(p) or not is_recording():
+    if rng is None or not np.any(p):
         return x
-    if rng is None:
-        raise ValueError(f"dropout of {p} needs a random generator: pass rng, or compute under no_grad()")
     kept = (rng.random(x.shape) >= p) / (1 - p)
     mask = to_device(kept.astype(x.dtype), get_array_module(x.data))
     return record(x.data * mask, (x, lambda dy: dy * mask))
 
 
 def check_ids(what, ids, n):
-    """`ids` as a NumPy array, if they are integers in 0 .. n-1. On the host, where token ids are made, this is free."""
+    """`ids` as a NumPy array, if they are integers in 0 .. n-1. Ids are made on the host."""
     ids = on_host(ids)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{what} must be integers, got {ids.dtype}")
     if ids.size and not (0 <= ids.min() and ids.max() < n):
         raise ValueError(f"{what} lie in {ids.min()} .. {ids.max()}, but must lie in 0 .. {n - 1}")
     return ids
-
-
-def _dot(a, b):
-    """Σ a b over the last axis, which stays: (..., C) and (..., C) -> (..., 1)."""
-    return get_array_module(a).einsum("...i,...i->...", a, b)[..., None]

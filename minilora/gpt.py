@@ -1,6 +1,7 @@
 """A GPT: token ids in, logits out. Knows nothing of LoRA.
 
-Shapes: B batch, T time (positions), S positions in the key/value cache, C channels (n_embd), H heads, V vocabulary.
+Shapes: B batch, T time (positions), S positions in the key/value cache, C channels (n_embd),
+H heads, D = C / H, V vocabulary.
 """
 
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 from . import functional as F
 from .backend import get_array_module, on_host, to_device
 from .graph import is_recording
+from .lean import attention, gelu, linear_cross_entropy
 from .nn import Embedding, LayerNorm, Linear, Module, normal
 from .tensor import Tensor
 
@@ -19,10 +21,10 @@ from .tensor import Tensor
 class GPTConfig:
     """The shape of a GPT, in GPT-2's names.
 
-    Shapes: n_layer blocks of n_head heads over n_embd channels, vocab_size tokens, at most block_size positions;
-    the MLP is n_inner wide (default 4 · n_embd). positions: "learned" vectors as in GPT-2, or "rope", rotary
-    angles position · rope_theta^(-2i/D), with which a small model learns far sooner. tie_word_embeddings: the head is
-    the embedding table itself.
+    n_layer blocks of n_head heads over n_embd channels, vocab_size tokens, at most block_size
+    positions; the MLP is n_inner wide (default 4 · n_embd). positions: "learned" vectors as in
+    GPT-2, or "rope", rotary angles position · rope_theta^(-2i/D), with which a small model learns
+    far sooner. tie_word_embeddings: the head is the embedding table itself.
     Raises: ValueError that names the field and its value.
     Source: Radford et al. 2019 (GPT-2); Su et al. 2021 (RoPE).
     """
@@ -42,36 +44,82 @@ class GPTConfig:
         if self.n_inner is None:
             object.__setattr__(self, "n_inner", 4 * self.n_embd)
         for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_inner"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"GPTConfig: {name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                self._refuse(name, "be a whole number of at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(f"GPTConfig: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+            self._refuse("n_embd", f"be a multiple of n_head {self.n_head}")
         if self.positions not in ("learned", "rope"):
-            raise ValueError(f'GPTConfig: positions must be "learned" or "rope", got {self.positions!r}')
+            self._refuse("positions", 'be "learned" or "rope"')
         if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(f"GPTConfig: tie_word_embeddings must be True or False, got {self.tie_word_embeddings!r}")
+            self._refuse("tie_word_embeddings", "be True or False")
         if self.positions == "rope" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"GPTConfig: rope turns pairs, but a head has {self.n_embd // self.n_head} channels (odd)")
+            raise ValueError(
+                f"GPTConfig: rope turns pairs of channels, but n_embd {self.n_embd} gives each of "
+                f"{self.n_head} heads {self.n_embd // self.n_head}"
+            )
         for name in ("rope_theta", "layer_norm_epsilon"):
-            if not isinstance(getattr(self, name), (int, float)) or not 0 < getattr(self, name) <= sys.float_info.max:
-                raise ValueError(f"GPTConfig: {name} must be finite and positive, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
+                self._refuse(name, "be finite and positive")
+
+    def _refuse(self, name, need):
+        raise ValueError(f"GPTConfig: {name} must {need}, got {getattr(self, name)!r}")
+
+
+class KeyValueCache:
+    """One layer's keys and values of up to `size` positions: a new token goes through alone."""
+
+    def __init__(self, size):
+        self.size = size
+        # How many positions are taken, and the array (2, B, size, C) that holds keys and values.
+        self.length = 0
+        self.keys_and_values = None
+
+    def extend(self, k, v):
+        """Append k, v (B, T, C); returns all keys and all values as Tensors (B, S + T, C)."""
+        B, T, C = k.shape
+        stop = self.length + T
+        cached = self.keys_and_values
+        if cached is None:
+            cached = get_array_module(k.data).empty((2, B, self.size, C), k.dtype)
+        if cached.shape != (2, B, self.size, C) or cached.dtype != k.dtype or stop > self.size:
+            raise ValueError(
+                f"a cache of {cached.shape[1:]} {cached.dtype}, {self.length} positions taken, "
+                f"cannot go on with {k.shape} {k.dtype}: make one for each batch, and long enough"
+            )
+        cached[0, :, self.length : stop] = k.data
+        cached[1, :, self.length : stop] = v.data
+        self.keys_and_values = cached
+        self.length = stop
+        return Tensor(cached[0, :, :stop]), Tensor(cached[1, :, :stop])
 
 
 class Attention(Module):
-    """Causal self-attention, (B, T, C) -> (B, T, C), with separate projections so that each can carry its own LoRA."""
+    """Causal self-attention, (B, T, C) -> (B, T, C).
+
+    The projections are separate layers, so that each can carry its own LoRA.
+    """
 
     def __init__(self, config, rng, dtype):
         C = config.n_embd
         self.n_head = config.n_head
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear.init(C, C, rng, dtype) for _ in range(4))
+        self.q_proj = Linear.init(C, C, rng, dtype)
+        self.k_proj = Linear.init(C, C, rng, dtype)
+        self.v_proj = Linear.init(C, C, rng, dtype)
+        self.o_proj = Linear.init(C, C, rng, dtype)
 
-    def __call__(self, x, rope, cache):
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if rope:
-            q, k = F.rotary(q, *rope, self.n_head), F.rotary(k, *rope, self.n_head)
+    def __call__(self, x, rope=None, cache=None, rng=None):
+        q = self.q_proj(x, rng)
+        k = self.k_proj(x, rng)
+        v = self.v_proj(x, rng)
+        if rope is not None:
+            cos, sin = rope
+            q = F.rotary(q, cos, sin, self.n_head)
+            k = F.rotary(k, cos, sin, self.n_head)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.o_proj(F.attention(q, k, v, self.n_head))
+        return self.o_proj(attention(q, k, v, self.n_head), rng)
 
 
 class MLP(Module):
@@ -81,8 +129,8 @@ class MLP(Module):
         self.up_proj = Linear.init(config.n_embd, config.n_inner, rng, dtype)
         self.down_proj = Linear.init(config.n_inner, config.n_embd, rng, dtype)
 
-    def __call__(self, x):
-        return self.down_proj(F.gelu(self.up_proj(x)))
+    def __call__(self, x, rng=None):
+        return self.down_proj(gelu(self.up_proj(x, rng)), rng)
 
 
 class Block(Module):
@@ -94,23 +142,27 @@ class Block(Module):
         self.ln_2 = _layer_norm(config, dtype)
         self.mlp = MLP(config, rng, dtype)
 
-    def __call__(self, x, rope, cache):
-        x = x + self.attn(self.ln_1(x), rope, cache)
-        return x + self.mlp(self.ln_2(x))
+    def __call__(self, x, rope=None, cache=None, rng=None):
+        x = x + self.attn(self.ln_1(x), rope, cache, rng)
+        return x + self.mlp(self.ln_2(x), rng)
 
 
 def _layer_norm(config, dtype):
-    ones, zeros = np.ones(config.n_embd, dtype), np.zeros(config.n_embd, dtype)
-    return LayerNorm(Tensor(ones, requires_grad=True), Tensor(zeros, requires_grad=True), config.layer_norm_epsilon)
+    weight = Tensor(np.ones(config.n_embd, dtype), requires_grad=True)
+    bias = Tensor(np.zeros(config.n_embd, dtype), requires_grad=True)
+    return LayerNorm(weight, bias, config.layer_norm_epsilon)
 
 
 class GPT(Module):
     """A GPT. Its head is its embedding table, transposed, unless the config unties the two.
 
-    Shapes: `model(ids)`: ids (B, T) integers on the host -> logits Tensor (B, T, V), float32 unless `dtype` says
-    otherwise. `rng` is a `numpy.random.Generator`: the same seed gives the same weights on every backend; None leaves
-    them zero, for a loader.
-    Raises: ValueError for ids that are empty, out of range or longer than block_size; TypeError if not integers.
+    Weights are drawn from `rng`, a `numpy.random.Generator`: one seed gives the same weights on
+    every backend. Without it they are zero, for a loader to fill.
+
+    Shapes: `model(ids)`: ids (B, T) integers on the host -> logits Tensor (B, T, V), in `dtype`.
+    A call is given a generator, `model(ids, rng=...)`, if and only if layers are to drop out.
+    Raises: ValueError for ids that are empty, out of range or longer than block_size; TypeError if
+    they are not integers.
     Source: Radford et al. 2019 (GPT-2), section 2.3; weights drawn with variance 1 / fan-in.
 
     >>> config = GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=11, block_size=16)
@@ -120,7 +172,9 @@ class GPT(Module):
 
     def __init__(self, config, rng, dtype="float32"):
         self.config = config
-        table = lambda rows: Embedding(normal(rng, config.n_embd**-0.5, (rows, config.n_embd), dtype))
+        table = lambda rows: Embedding(
+            normal(rng, config.n_embd**-0.5, (rows, config.n_embd), dtype)
+        )
         self.wte = table(config.vocab_size)
         if config.positions == "learned":
             self.wpe = table(config.block_size)
@@ -129,64 +183,70 @@ class GPT(Module):
         if not config.tie_word_embeddings:
             self.lm_head = table(config.vocab_size)
 
-    def __call__(self, ids, cache=None):
-        return self.head(self.hidden(ids, cache))
+    def __call__(self, ids, cache=None, rng=None):
+        return self.head(self.hidden(ids, cache, rng))
 
-    def head(self, hidden):
-        """Logits of hidden states: (..., C) -> (..., V)."""
-        return F.linear(hidden, self._head_weight())
+    def hidden(self, ids, cache=None, rng=None):
+        """Ids to the states that the head reads: (B, T) -> (B, T, C).
 
-    def _head_weight(self):
-        return (self.wte if self.config.tie_word_embeddings else self.lm_head).weight
-
-    def hidden(self, ids, cache=None):
-        """What the head reads, (B, T) -> (B, T, C). `cache`: one KeyValueCache per block, whose positions go on."""
-        ids, start = on_host(ids), cache[0].length if cache else 0
-        if cache and is_recording():
-            raise ValueError("GPT: a cache carries no gradients back to earlier positions; use it under no_grad()")
-        if ids.ndim != 2 or ids.size == 0:
-            raise ValueError(f"GPT: ids must have shape (B, T) with B, T >= 1, got {ids.shape}")
-        if start + ids.shape[1] > self.config.block_size:
-            raise ValueError(
-                f"GPT: {start + ids.shape[1]} positions do not fit in a context of {self.config.block_size} "
-                "(block_size); shorten the input"
-            )
-        x, rope = self.wte(ids), None
+        `cache`, from `new_cache`, holds the positions before these ids, and takes these up.
+        """
+        start = 0 if cache is None else cache[0].length
+        ids = self._checked(ids, start, cache)
         positions = np.arange(start, start + ids.shape[1])
+        x = self.wte(ids)
+        rope = None
         if self.config.positions == "learned":
             x = x + self.wpe(positions)
         else:
             rope = self._rope(positions)
-        for block, layer_cache in zip(self.h, cache or [None] * len(self.h), strict=True):
-            x = block(x, rope, layer_cache)
+        for i, block in enumerate(self.h):
+            x = block(x, rope, None if cache is None else cache[i], rng)
         return self.ln_f(x)
 
-    def loss(self, ids, targets):
-        """Mean next-token loss in nats: ids and targets (B, T) -> scalar Tensor; a target of -100 carries no loss."""
-        return F.linear_cross_entropy(self.hidden(ids), self._head_weight(), targets)
+    def head(self, hidden):
+        """Hidden states to logits: (..., C) -> (..., V)."""
+        return F.linear(hidden, self._head_weight())
+
+    def loss(self, ids, targets, rng=None):
+        """Mean next-token loss in nats: ids and targets (B, T) -> a scalar Tensor.
+
+        A target of -100 carries no loss. `rng`: as in `model(ids, rng=...)`.
+        """
+        return linear_cross_entropy(self.hidden(ids, rng=rng), self._head_weight(), targets)
+
+    def new_cache(self, size):
+        """An empty key/value cache of `size` positions, for one batch: one for each block."""
+        return [KeyValueCache(size) for _ in self.h]
+
+    def _head_weight(self):
+        table = self.wte if self.config.tie_word_embeddings else self.lm_head
+        return table.weight
+
+    def _checked(self, ids, start, cache):
+        """`ids` on the host, if the model can read them after `start` positions."""
+        ids = on_host(ids)
+        if cache is not None and is_recording():
+            raise ValueError(
+                "GPT: a cache carries no gradients back to earlier positions; "
+                "use it under no_grad()"
+            )
+        if ids.ndim != 2 or ids.size == 0:
+            raise ValueError(f"GPT: ids must have shape (B, T) with B, T >= 1, got {ids.shape}")
+        stop = start + ids.shape[1]
+        if stop > self.config.block_size:
+            raise ValueError(
+                f"GPT: {stop} positions do not fit in a context of {self.config.block_size} "
+                "(block_size); shorten the input"
+            )
+        return ids
 
     def _rope(self, positions):
-        """cos and sin (T, D/2) of the rotary angles."""
+        """cos and sin of the rotary angles, (T, D/2), as the model's arrays are."""
         D = self.config.n_embd // self.config.n_head
         angles = positions[:, None] * self.config.rope_theta ** (-np.arange(0, D, 2) / D)
         table = self.wte.weight.data
-        return tuple(to_device(f(angles).astype(table.dtype), get_array_module(table)) for f in (np.cos, np.sin))
-
-
-class KeyValueCache:
-    """One layer's keys and values of up to `size` positions: a new token then goes through the layer alone."""
-
-    def __init__(self, size):
-        self.size, self.length, self.held = size, 0, None  # held: an array (2, B, size, C)
-
-    def extend(self, k, v):
-        """Append k, v (B, T, C) to what is held; returns all of it as Tensors (B, S + T, C)."""
-        (B, T, C), start = k.shape, self.length
-        whole = (2, B, self.size, C)
-        held = get_array_module(k.data).empty(whole, k.dtype) if self.held is None else self.held
-        if held.shape != whole or held.dtype != k.dtype or start + T > self.size:
-            raise ValueError(f"a cache of {held.shape[1:]} {held.dtype}, {start} positions taken, cannot go on with "
-                             f"{k.shape} {k.dtype}: make one for each batch, and long enough")
-        held[0, :, start : start + T], held[1, :, start : start + T] = k.data, v.data
-        self.held, self.length = held, start + T
-        return tuple(Tensor(a) for a in held[:, :, : self.length])
+        xp = get_array_module(table)
+        cos = to_device(np.cos(angles).astype(table.dtype), xp)
+        sin = to_device(np.sin(angles).astype(table.dtype), xp)
+        return cos, sin

@@ -1,21 +1,22 @@
-"""Nodes, edges, and the one walk that carries gradients along them. Knows nothing of values or of operations.
+"""Nodes, edges, and the one walk that carries gradients along them. Knows nothing of values.
 
-A result remembers its inputs as edges; an edge holds a vector-Jacobian product (VJP), the function that turns
-a gradient of the result into gradients of those inputs. An operation states its VJPs; chaining, adding up,
-ordering and freeing are written here, once.
+A result remembers its inputs as edges. An edge holds a vector-Jacobian product (VJP): the function
+that turns a gradient of the result into gradients of those inputs. An operation states its VJPs;
+chaining, adding up, ordering and freeing are written here, once.
 """
 
 import contextlib
 import contextvars
 
-_recording = contextvars.ContextVar("recording", default=True)  # one value per thread
+# A context variable: each thread has a value of its own.
+_recording = contextvars.ContextVar("recording", default=True)
 
 
 @contextlib.contextmanager
 def no_grad():
-    """Within this block (and this thread) no graph is recorded and dropout does nothing.
+    """Within this block, in this thread, no graph is recorded. Values are what they are outside it.
 
-    Shapes: touches no array. Raises: nothing of its own. Source: PyTorch's `torch.no_grad`.
+    Source: PyTorch's `torch.no_grad`.
 
     >>> from minilora import Tensor
     >>> w = Tensor([2.0], requires_grad=True)
@@ -36,73 +37,111 @@ def is_recording():
 
 
 class Node:
-    """A tensor's place in the graph: `edges` to its inputs, each `(nodes, vjp)`, but never its values.
+    """A tensor's place in the graph: `edges` to its inputs, each `(nodes, vjp)`, but no values.
 
-    It is an object apart from the Tensor so that an edge keeps alive only what its VJP closes over.
-    A leaf (a parameter) has no edges; it is where `grad` comes to rest.
+    Node and Tensor are separate objects: an edge then keeps alive only what its VJP uses, not the
+    input's values. A leaf (a parameter) has no edges; `grad` comes to rest there.
     """
 
     __slots__ = ("shape", "edges", "grad", "__weakref__")
 
     def __init__(self, shape, edges=()):
-        self.shape, self.edges, self.grad = shape, edges, None
+        self.shape = shape
+        self.edges = edges
+        self.grad = None
 
 
 def count_consumers(root):
-    """{node: how many inputs of others it is} for `root` and every node below it, each visited once."""
-    consumers, unseen = {root: 0}, [root]
-    while unseen:
-        for nodes, _ in unseen.pop().edges:
+    """{node: how often it is an input of another} for `root` and every node below it."""
+    consumers = {root: 0}
+    unvisited = [root]
+    while unvisited:
+        for nodes, _ in unvisited.pop().edges:
             for node in nodes:
                 if node is None:
                     continue
                 if node not in consumers:
                     consumers[node] = 0
-                    unseen.append(node)
+                    unvisited.append(node)
                 consumers[node] += 1
     return consumers
 
 
 def backpropagate(root, dy):
-    """Carry the gradient `dy` of `root` down to every leaf below it, and add it to the leaf's `grad`.
+    """Carry the gradient `dy` of `root` down to every leaf below, and add it to the leaf's `grad`.
 
-    A node's gradient is complete once each of its consumers has added a part, so consumers are counted
-    first and each node is visited once. Recursing along every path instead would double the work at
-    every residual connection: 2^n visits for n of them.
+    A node's gradient is complete once each of its consumers has added its part. Consumers are
+    counted first, so each node is visited once. To recurse along every path instead would double
+    the work at every residual connection: 2^n visits for n of them.
     """
     consumers = count_consumers(root)
-    gradients, complete, sums = {root: dy}, [root], set()
+    sums = GradientSums()
+    sums.add(root, dy)
+    complete = [root]
     while complete:
         node = complete.pop()
-        dnode = gradients.pop(node)  # an interior gradient is freed as soon as it has been passed on
-        if not node.edges:  # a leaf. The copy: VJPs may return views, and .grad must own its memory
-            total = dnode.copy() if node.grad is None else node.grad + dnode
-            node.grad = total[...]  # an array even where NumPy makes a number of a 0-d sum
+        dnode = sums.pop(node)
+        if not node.edges:
+            add_to_leaf(node, dnode)
         for nodes, vjp in node.edges:
-            ds = vjp(dnode)
-            for source, d in zip(nodes, ds if isinstance(ds, tuple) else (ds,), strict=True):
+            gradients = vjp(dnode)
+            if not isinstance(gradients, tuple):
+                gradients = (gradients,)
+            for source, d in zip(nodes, gradients, strict=True):
                 if source is None:
                     continue
-                d = unbroadcast(d, source.shape)
-                if source not in gradients:
-                    gradients[source] = d
-                elif source not in sums:  # never in place what a VJP returned: others may hold it
-                    gradients[source] = gradients[source] + d
-                    sums.add(source)
-                else:
-                    gradients[source] += d
+                sums.add(source, unbroadcast(d, source.shape))
                 consumers[source] -= 1
                 if consumers[source] == 0:
                     complete.append(source)
 
 
+class GradientSums:
+    """The gradients of nodes on the way: of each, the sum of what consumers have added so far."""
+
+    def __init__(self):
+        self.gradients = {}
+        self.in_own_array = set()
+
+    def add(self, node, d):
+        """Add `d` to the sum of `node`."""
+        if node not in self.gradients:
+            self.gradients[node] = d
+        elif node not in self.in_own_array:
+            # A new array at the first addition: a VJP may have returned a view someone else holds.
+            self.gradients[node] = self.gradients[node] + d
+            self.in_own_array.add(node)
+        else:
+            self.gradients[node] += d
+
+    def pop(self, node):
+        """The sum of `node`, forgotten here, so that it is freed once it has been passed on."""
+        return self.gradients.pop(node)
+
+
+def add_to_leaf(leaf, d):
+    """Add `d` to the `grad` of a leaf, in an array that no one else holds."""
+    # The copy: a VJP may return a view, and .grad must own its memory.
+    total = d.copy() if leaf.grad is None else leaf.grad + d
+    # NumPy makes a number of the sum of two 0-d arrays; with [...] it is an array again.
+    leaf.grad = total[...]
+
+
 def unbroadcast(d, shape):
-    """Sum the gradient `d` over the axes that broadcasting added or stretched, back to `shape`."""
+    """Sum the gradient `d` over the axes that broadcasting added or stretched, back to `shape`.
+
+    Raises: ValueError with both shapes if `d` is not of a shape that `shape` broadcasts to.
+    """
     if d.shape == shape:
         return d
-    added = d.ndim - len(shape)
-    stretched = tuple(i for i in range(max(added, 0), d.ndim) if shape[i - added] == 1 != d.shape[i])
-    summed = d.sum(axis=(*range(added), *stretched), keepdims=True)
-    if summed.shape[added:] != shape or added < 0:
-        raise ValueError(f"a VJP returned a gradient of shape {d.shape} for an input of shape {shape}")
+    n_added = d.ndim - len(shape)
+    axes = list(range(n_added))
+    for axis in range(max(n_added, 0), d.ndim):
+        if shape[axis - n_added] == 1 and d.shape[axis] != 1:
+            axes.append(axis)
+    summed = d.sum(axis=tuple(axes), keepdims=True)
+    if n_added < 0 or summed.shape[n_added:] != shape:
+        raise ValueError(
+            f"a VJP returned a gradient of shape {d.shape} for an input of shape {shape}"
+        )
     return summed.reshape(shape)

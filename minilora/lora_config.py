@@ -1,4 +1,4 @@
-"""What to adapt, and how strongly: LoRAConfig, and the rules by which names are matched. Knows names, not arrays."""
+"""What to adapt and how strongly, and which names that means. Knows names, not arrays."""
 
 import math
 import re
@@ -10,18 +10,22 @@ import numpy as np
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What to adapt, and how strongly. The meanings are PEFT's (which says lora_alpha and lora_dropout).
+    """The recipe by which an adapter is made, and the record that is saved with it.
+
+    The meanings are PEFT's (which says lora_alpha and lora_dropout).
 
     r: rank of the update. alpha: its strength (no default: alpha changes what r means).
-    target_modules: a list of names or dotted endings, ["q_proj", "mlp.up_proj"]; or one regular expression that
-    matches whole names; or "all-linear". dropout: on the adapter's input, while training. use_rslora: scale by
-    alpha / √r, which keeps the update's size as r grows. rank_pattern, alpha_pattern: {expression: r or alpha} for the
-    modules whose name, or a dotted ending of it, the expression matches; the first that matches counts.
-    Shapes: none. Raises: ValueError that names the field, what it must be, and its value.
+    target_modules: a list of names or dotted endings, ["q_proj", "mlp.up_proj"]; or one regular
+    expression for whole names; or "all-linear". dropout: on the adapter's input, where a generator
+    is passed. use_rslora: scale by alpha / √r, which keeps the update's size as r grows.
+    rank_pattern, alpha_pattern: {expression: r or alpha} for the modules whose name, or a dotted
+    ending of it, the expression matches; the first that matches counts.
+    Raises: ValueError that names the field, what it must be, and its value.
     Source: Hu et al. 2021, section 4.1; Kalajdzievski 2023 (rsLoRA).
 
-    >>> config = LoRAConfig(r=8, alpha=16, target_modules=["q_proj", "mlp.up_proj"], rank_pattern={"mlp.up_proj": 4})
-    >>> config.scaling("h.0.attn.q_proj"), config.scaling("h.0.mlp.up_proj")
+    >>> config = LoRAConfig(r=8, alpha=16, target_modules=["q_proj", "mlp.up_proj"],
+    ...                     rank_pattern={"mlp.up_proj": 4})
+    >>> config.scaling_of("h.0.attn.q_proj"), config.scaling_of("h.0.mlp.up_proj")
     (2.0, 4.0)
     """
 
@@ -37,63 +41,100 @@ class LoRAConfig:
         if isinstance(self.target_modules, (list, set)):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for name in ("r", "alpha", "dropout"):
-            if isinstance(getattr(self, name), np.generic):  # a NumPy number could not be saved as JSON
-                object.__setattr__(self, name, getattr(self, name).item())
-        names = self.target_modules
-        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
-        rank = lambda x: number(x) and isinstance(x, int) and x >= 1
-        strength = lambda x: number(x) and 0 < x <= sys.float_info.max
-        patterns = lambda p, ok: isinstance(p, dict) and all(is_expression(k) and ok(v) for k, v in p.items())
-        for name, ok, need in (
-            ("r", rank(self.r), "a whole number of at least 1"),
-            ("alpha", strength(self.alpha), "a finite positive number"),
-            ("dropout", number(self.dropout) and 0 <= self.dropout < 1, "in [0, 1)"),
-            ("use_rslora", isinstance(self.use_rslora, bool), "True or False"),
-            ("target_modules", names and (isinstance(names, str) or isinstance(names, tuple)
-             and all(t and isinstance(t, str) for t in names)), "at least one name, or an expression"),
-            ("rank_pattern", patterns(self.rank_pattern, rank), "{regular expression: whole number of at least 1}"),
-            ("alpha_pattern", patterns(self.alpha_pattern, strength), "{regular expression: finite positive number}"),
-        ):
-            if not ok:
-                raise ValueError(f"LoRAConfig: {name} must be {need}; got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if isinstance(value, np.generic):
+                # JSON cannot hold a NumPy number.
+                object.__setattr__(self, name, value.item())
+        if not _is_rank(self.r):
+            self._refuse("r", "a whole number of at least 1")
+        if not _is_alpha(self.alpha):
+            self._refuse("alpha", "a finite positive number")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            self._refuse("dropout", "in [0, 1)")
+        if not isinstance(self.use_rslora, bool):
+            self._refuse("use_rslora", "True or False")
+        if not _are_targets(self.target_modules):
+            self._refuse("target_modules", "at least one name, or an expression")
+        if not _is_pattern(self.rank_pattern, _is_rank):
+            self._refuse("rank_pattern", "{regular expression: whole number of at least 1}")
+        if not _is_pattern(self.alpha_pattern, _is_alpha):
+            self._refuse("alpha_pattern", "{regular expression: finite positive number}")
 
-    def rank(self, name):
+    def _refuse(self, name, need):
+        raise ValueError(f"LoRAConfig: {name} must be {need}; got {getattr(self, name)!r}")
+
+    def r_of(self, name):
         """r of the module `name`."""
         return _first_match(self.rank_pattern, name, self.r)
 
-    def strength(self, name):
+    def alpha_of(self, name):
         """alpha of the module `name`."""
         return _first_match(self.alpha_pattern, name, self.alpha)
 
-    def scaling(self, name):
-        """What the update of the module `name` is multiplied by: alpha / r, or alpha / √r with use_rslora."""
-        r = self.rank(name)
-        return self.strength(name) / (math.sqrt(r) if self.use_rslora else r)
+    def scaling_of(self, name):
+        """The factor of the update of `name`: alpha / r, or alpha / √r with use_rslora."""
+        r = self.r_of(name)
+        return self.alpha_of(name) / (math.sqrt(r) if self.use_rslora else r)
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_rank(value):
+    return _is_number(value) and isinstance(value, int) and value >= 1
+
+
+def _is_alpha(value):
+    return _is_number(value) and 0 < value <= sys.float_info.max
+
+
+def _are_targets(value):
+    if isinstance(value, tuple):
+        return bool(value) and all(isinstance(name, str) and name for name in value)
+    return isinstance(value, str) and value != ""
+
+
+def _is_pattern(value, is_ok):
+    if not isinstance(value, dict):
+        return False
+    return all(is_expression(key) and is_ok(item) for key, item in value.items())
 
 
 def is_expression(text):
     """Is `text` a regular expression?"""
+    if not isinstance(text, str):
+        return False
     try:
-        return isinstance(text, str) and bool(re.compile(text))
+        re.compile(text)
     except re.error:
         return False
+    return True
 
 
 def _first_match(patterns, name, default):
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    for expression, value in patterns.items():
+        if re.match(rf"(.*\.)?({expression})$", name):
+            return value
+    return default
 
 
 def _kinds(names):
-    """The names, for a message, with one for all blocks: h.*.attn.q_proj."""
+    """The names for a message, all blocks in one: h.*.attn.q_proj."""
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
 
 
 def check_patterns(config, names):
-    """Raise ValueError if a key of rank_pattern or alpha_pattern matches none of the adapted modules `names`."""
-    for kind in ("rank_pattern", "alpha_pattern"):
-        idle = [key for key in getattr(config, kind) if not any(_first_match({key: True}, n, False) for n in names)]
-        if idle:
-            raise ValueError(f"{kind} {idle} match none of the adapted modules: {_kinds(names)}")
+    """Raise ValueError if a key of rank_pattern or alpha_pattern matches none of the names."""
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        unmatched = []
+        for expression in getattr(config, field_name):
+            if not any(_first_match({expression: True}, name, False) for name in names):
+                unmatched.append(expression)
+        if unmatched:
+            raise ValueError(
+                f"{field_name} {unmatched} match none of the adapted modules: {_kinds(names)}"
+            )
 
 
 def find_targets(names, target_modules):
@@ -103,17 +144,31 @@ def find_targets(names, target_modules):
     Source: the matching rules of PEFT's LoraConfig.
     """
     if target_modules == "all-linear":
-        matched = {"all-linear": names}
+        matches = {"all-linear": names}
     elif isinstance(target_modules, str):
-        try:
-            matched = {target_modules: [name for name in names if re.fullmatch(target_modules, name)]}
-        except re.error as error:
-            raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from None
+        matches = {target_modules: _whole_matches(target_modules, names)}
     else:
-        matched = {t: [n for n in names if n == t or n.endswith(f".{t}")] for t in target_modules}
-    unmatched = [pattern for pattern, found in matched.items() if not found]
+        matches = {ending: _with_ending(names, ending) for ending in target_modules}
+    unmatched = [pattern for pattern, matched in matches.items() if not matched]
     if unmatched:
-        hint = " (a string is a regex for whole names; a list holds endings)" * isinstance(target_modules, str)
-        raise ValueError(f"target_modules {unmatched} match no Linear layer{hint}. There are: {_kinds(names)}")
-    chosen = {name for found in matched.values() for name in found}
+        hint = ""
+        if isinstance(target_modules, str):
+            hint = " (a string is a regex for whole names; a list holds endings)"
+        raise ValueError(
+            f"target_modules {unmatched} match no Linear layer{hint}. There are: {_kinds(names)}"
+        )
+    chosen = {name for matched in matches.values() for name in matched}
     return [name for name in names if name in chosen]
+
+
+def _whole_matches(expression, names):
+    try:
+        return [name for name in names if re.fullmatch(expression, name)]
+    except re.error as error:
+        raise ValueError(
+            f"target_modules {expression!r} is not a regular expression: {error}"
+        ) from None
+
+
+def _with_ending(names, ending):
+    return [name for name in names if name == ending or name.endswith(f".{ending}")]

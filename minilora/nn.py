@@ -1,4 +1,4 @@
-"""Named tensors in a tree, and trees rebuilt out of place. Knows nothing of GPT or of LoRA."""
+"""Named tensors in a tree, rebuilt out of place; three layers. Knows nothing of GPT or of LoRA."""
 
 import copy
 import hashlib
@@ -12,51 +12,86 @@ from .tensor import Tensor
 
 
 class Module:
-    """Anything that holds Tensors and Modules as attributes, in lists or in dicts. No registration, no train/eval mode.
+    """Anything that holds Tensors and Modules as attributes, in lists or in dicts.
 
-    Names are the dotted paths of PyTorch: `h.0.attn.q_proj.weight`. A Module is never changed in place by
-    this library: `rebuild` and everything made with it return a new tree that shares what did not change.
+    There is no registration and no train/eval mode. Names are the dotted paths of PyTorch:
+    `h.0.attn.q_proj.weight`. This library never changes a Module in place: `rebuild`, and all that
+    is made with it, returns a new tree that shares whatever did not change.
+
+    A class that wraps another layer names that attribute in `transparent`: the parts of the wrapped
+    layer then keep the names they had without the wrapper.
     """
 
+    transparent = ()
+
     def named_children(self):
-        """(name, Tensor or Module) for each direct child, in order of definition; items of a list are `name.0`, ..."""
+        """(name, Tensor or Module) for each direct child, in order of definition.
+
+        The items of a list `h` are named `h.0`, `h.1`, ...
+        """
         for key, value in vars(self).items():
-            yield from _children(key, value)
+            if key in self.transparent:
+                yield from value.named_children()
+            else:
+                yield from _children(key, value)
 
     def named_modules(self, prefix=""):
         """(dotted name, Module) for this module (named `prefix`) and every one below it."""
         yield prefix, self
         for name, child in self.named_children():
             if isinstance(child, Module):
-                yield from child.named_modules(f"{prefix}.{name}".lstrip("."))
+                yield from child.named_modules(_joined(prefix, name))
 
     def named_parameters(self):
-        """(dotted name, Tensor) for every Tensor in the tree, frozen ones too; a shared Tensor appears once."""
-        seen = set()
+        """(dotted name, Tensor) for every Tensor, frozen ones too; a shared one comes once."""
+        yielded = set()
         for path, module in self.named_modules():
             for name, child in module.named_children():
-                if isinstance(child, Tensor) and id(child) not in seen:
-                    seen.add(id(child))
-                    yield f"{path}.{name}".lstrip("."), child
+                if isinstance(child, Tensor) and id(child) not in yielded:
+                    yielded.add(id(child))
+                    yield _joined(path, name), child
 
     def parameters(self):
         """The Tensors of `named_parameters()`, as a list."""
         return [p for _, p in self.named_parameters()]
 
-    def rebuild(self, replace):
-        """A copy of the tree in which `replace(dotted name, x)` stands for each x it does not return None for.
+    def state_dict(self):
+        """{dotted name: array} of `named_parameters()`: the module's own arrays, not copies."""
+        return {name: p.data for name, p in self.named_parameters()}
 
-        x is every Module, this one (named "") first, and every Tensor. A Module for which it returns None is
-        rebuilt from its own parts; a Tensor is shared. This tree is not touched.
+    def load_state_dict(self, state):
+        """Write the arrays of `state` into the module's own, as an optimizer would.
+
+        Raises: ValueError that shows both sides, before anything changes, unless `state` has the
+        names, shapes and dtypes of `state_dict()`, and every tensor is trainable: the array of a
+        frozen one may belong to other models as well.
         """
-        return _rebuilt("", self, replace)
+        own_state = self.state_dict()
+        check_same_layout("load_state_dict", state, own_state)
+        frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"load_state_dict: {frozen[0]} is frozen, and its array may be shared; "
+                "load into an adapter, or into model.trainable_copy()"
+            )
+        for name, array in own_state.items():
+            array[...] = to_device(state[name], get_array_module(array))
+
+    def rebuild(self, replace):
+        """A copy of the tree in which `replace(dotted name, x)` stands for x, unless it is None.
+
+        x is every Module, this one (named "") first, and every Tensor. A Module for which `replace`
+        returns None is rebuilt from its own parts; such a Tensor is shared.
+        """
+        new = replace("", self)
+        return _rebuilt_parts("", self, replace) if new is None else new
 
     def frozen(self):
-        """The same model over the same arrays with no trainable tensor: nothing records an edge to it."""
+        """A view of the model in which nothing is trainable; the arrays are shared."""
         return self.map_tensors(lambda t: Tensor(t.data))
 
     def trainable_copy(self):
-        """An independent model with arrays of its own, all of them trainable: for full fine-tuning."""
+        """An independent model with arrays of its own, all trainable: for full fine-tuning."""
         return self.map_tensors(lambda t: Tensor(t.data.copy(), requires_grad=True))
 
     def astype(self, dtype):
@@ -69,94 +104,148 @@ class Module:
 
     def map_tensors(self, f):
         """A copy in which each Tensor t is f(t); a Tensor that is shared stays shared."""
-        done = {id(t): f(t) for t in self.parameters()}
-        return self.rebuild(lambda _, t: done[id(t)] if isinstance(t, Tensor) else None)
+        mapped = {id(t): f(t) for t in self.parameters()}
+        return self.rebuild(lambda _, t: mapped[id(t)] if isinstance(t, Tensor) else None)
 
     def fingerprint(self):
-        """{name: 16 hex digits of the SHA-256 of shape and values} for every tensor: which base is this?
+        """{name: 16 hex digits of the SHA-256 of shape and values} of every tensor.
 
-        Values are hashed as float32, so that a float64 copy made for checking is still the same base.
+        It tells which base this is. Values are hashed as float32: a copy in float64, made for
+        checking, is still the same base.
         """
         return {name: _digest(p.data) for name, p in self.named_parameters()}
 
 
+def _joined(path, name):
+    return f"{path}.{name}" if path else name
+
+
 def _children(name, value):
-    """(dotted name, Tensor or Module) for what `value` is, or holds if it is a list, tuple or dict."""
+    """(dotted name, Tensor or Module) for `value`, or for the items of a list, tuple or dict."""
     if isinstance(value, (Tensor, Module)):
         yield name, value
-    elif isinstance(value, (list, tuple, dict)):
-        for i, item in value.items() if isinstance(value, dict) else enumerate(value):
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _children(f"{name}.{key}", item)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
             yield from _children(f"{name}.{i}", item)
 
 
 def _rebuilt(name, value, replace):
-    """`value`, or if there are children in it a copy in which each has been replaced or rebuilt."""
-    if not any(True for _ in _children(name, value)):
-        return value
+    """What stands for `value` in the new tree: a replacement, a rebuilt copy, or `value` itself."""
     if isinstance(value, Tensor):
         new = replace(name, value)
         return value if new is None else new
     if isinstance(value, Module):
         new = replace(name, value)
-        if new is None:
-            new = copy.copy(value)
-            for key, part in vars(value).items():
-                setattr(new, key, _rebuilt(f"{name}.{key}".lstrip("."), part, replace))
-        return new
+        return _rebuilt_parts(name, value, replace) if new is None else new
+    if next(_children(name, value), None) is None:
+        # A number, a text, a configuration, an empty list: there is nothing in it to rebuild.
+        return value
     if isinstance(value, dict):
-        return {i: _rebuilt(f"{name}.{i}", item, replace) for i, item in value.items()}
+        return {key: _rebuilt(f"{name}.{key}", item, replace) for key, item in value.items()}
     items = [_rebuilt(f"{name}.{i}", item, replace) for i, item in enumerate(value)]
     return tuple(items) if isinstance(value, tuple) else items
 
 
+def _rebuilt_parts(name, module, replace):
+    """A copy of `module` with every part rebuilt."""
+    new = copy.copy(module)
+    for key, part in vars(module).items():
+        if key in module.transparent:
+            # The wrapped layer has no name of its own, so `replace` is asked for its parts alone.
+            setattr(new, key, _rebuilt_parts(name, part, replace))
+        else:
+            setattr(new, key, _rebuilt(_joined(name, key), part, replace))
+    return new
+
+
+def check_same_layout(who, arrays, expected):
+    """Raise ValueError unless {name: array} has the names, shapes and dtypes of `expected`."""
+    layout = {name: (a.shape, a.dtype.name) for name, a in arrays.items()}
+    wanted = {name: (a.shape, a.dtype.name) for name, a in expected.items()}
+    differing = [name for name in wanted | layout if layout.get(name) != wanted.get(name)]
+    if differing:
+        lines = [
+            f"{name} is {layout.get(name, 'absent')}, not {wanted.get(name, 'absent')}"
+            for name in differing[:4]
+        ]
+        raise ValueError(f"{who}: {len(differing)} arrays do not fit: {'; '.join(lines)}")
+
+
 def _digest(array):
+    # A float64 too large for float32 becomes inf, which is as good a value to hash as any.
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(to_numpy(array), "<f4")
     digest = hashlib.sha256(repr(values.shape).encode())
-    digest.update(values.reshape(-1))  # not copied: a model may be large
+    # The hash reads the array itself: a model may be too large to copy.
+    digest.update(values.reshape(-1))
     return digest.hexdigest()[:16]
 
 
-def uniform(rng, bound, shape, like):
-    """A trainable Tensor, uniform in ±bound, drawn by NumPy, with the dtype and backend of the array `like`."""
-    drawn = check_rng(rng).uniform(-bound, bound, shape).astype(like.dtype)
-    return Tensor(to_device(drawn, get_array_module(like)), requires_grad=True)
+def uniform(rng, bound, shape, dtype, xp):
+    """A trainable Tensor, uniform in ±bound, drawn by NumPy and moved to the array module `xp`."""
+    values = check_rng(rng).uniform(-bound, bound, shape).astype(dtype)
+    return Tensor(to_device(values, xp), requires_grad=True)
 
 
 def normal(rng, std, shape, dtype):
-    """A trainable Tensor of normal numbers with standard deviation `std`, drawn by NumPy in float64, then cast.
+    """A trainable Tensor of normal numbers with standard deviation `std`, drawn in float64.
 
-    Zeros if `rng` is None: memory that is not touched until a loader puts the real numbers in their place.
+    Without `rng` it holds zeros: memory that is not touched until a loader puts the real numbers
+    in their place.
     """
     if rng is None:
         return Tensor(np.zeros(shape, dtype), requires_grad=True)
-    return Tensor((check_rng(rng).standard_normal(shape) * std).astype(dtype), requires_grad=True)
+    values = check_rng(rng).standard_normal(shape) * std
+    return Tensor(values.astype(dtype), requires_grad=True)
 
 
 def check_rng(rng):
-    """`rng`, if it is a `numpy.random.Generator`; a TypeError that says how to make one if not."""
+    """`rng`, if it is a `numpy.random.Generator`; else a TypeError that says how to make one."""
     if not isinstance(rng, np.random.Generator):
-        raise TypeError(f"rng must be a numpy.random.Generator, got {rng!r}; write np.random.default_rng(seed)")
+        raise TypeError(
+            f"rng must be a numpy.random.Generator, got {rng!r}; write np.random.default_rng(seed)"
+        )
     return rng
 
 
 class Linear(Module):
-    """y = x Wᵀ + b with weight (out, in), bias (out,) or None: x (..., in) -> (..., out)."""
+    """y = x Wᵀ + b with weight (out, in), bias (out,) or None: x (..., in) -> (..., out).
+
+    A layer that can carry LoRA has `in_features`, `out_features`, the `dtype` and array module `xp`
+    in which it computes, and `plus`. A layer is called with `rng`, from which dropout draws; this
+    one has none.
+    """
 
     def __init__(self, weight, bias=None):
-        if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-            got = f"{weight.shape} and {None if bias is None else bias.shape}"
-            raise ValueError(f"Linear: weight (out, in) and bias (out,) expected, got {got}")
-        self.weight, self.bias = weight, bias
+        bias_shape = None if bias is None else bias.shape
+        if weight.ndim != 2 or bias_shape not in (None, weight.shape[:1]):
+            raise ValueError(
+                "Linear: weight (out, in) and bias (out,) expected, "
+                f"got {weight.shape} and {bias_shape}"
+            )
+        self.weight = weight
+        self.bias = bias
 
     @classmethod
     def init(cls, in_features, out_features, rng, dtype="float32"):
-        """Weights normal with variance 1 / in, so that outputs are as large as inputs; bias zero."""
+        """Weights normal with variance 1 / in: outputs are as large as inputs. The bias is zero."""
         weight = normal(rng, 1 / math.sqrt(in_features), (out_features, in_features), dtype)
         return cls(weight, Tensor(np.zeros(out_features, dtype), requires_grad=True))
 
-    def __call__(self, x):
+    out_features = property(lambda self: self.weight.shape[0])
+    in_features = property(lambda self: self.weight.shape[1])
+    dtype = property(lambda self: self.weight.dtype)
+    xp = property(lambda self: get_array_module(self.weight.data))
+
+    def __call__(self, x, rng=None):
         return F.linear(x, self.weight, self.bias)
+
+    def plus(self, update):
+        """A plain layer with the array `update` (out, in) added to the weight, in a new array."""
+        return Linear(Tensor(self.weight.data + update), self.bias)
 
 
 class Embedding(Module):
@@ -173,7 +262,9 @@ class LayerNorm(Module):
     """Layer normalisation with weight and bias (C,): x (..., C) -> (..., C)."""
 
     def __init__(self, weight, bias, eps=1e-5):
-        self.weight, self.bias, self.eps = weight, bias, eps
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
 
     def __call__(self, x):
         return F.layer_norm(x, self.weight, self.bias, self.eps)

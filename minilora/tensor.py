@@ -1,12 +1,12 @@
 """An array that remembers how to differentiate itself. Knows nothing of neural networks.
 
-An operation says what it computed and, for each input, how a gradient of its output becomes
-a gradient of that input (a vector-Jacobian product, VJP):
+An operation says what it computed. For each input it also says how a gradient of its output
+becomes a gradient of that input (a vector-Jacobian product, VJP):
 
     y = record(a * b, (x, lambda dy: dy * b), (w, lambda dy: dy * a))
 
-`record` keeps only the pairs whose input needs a gradient. Dropping a pair drops its closure, and with
-the closure the activation it held alive: freezing a weight is an edge that is not there.
+`record` keeps only the pairs whose input needs a gradient. Dropping a pair drops its closure, and
+with the closure the activation it held alive: freezing a weight is an edge that is not there.
 """
 
 import numbers
@@ -26,34 +26,46 @@ def record(y, *edges):
     of its input; the engine sums it back. VJPs close over arrays and shapes, never over Tensors.
     An input that is None (a bias that is not there) has no edge.
     """
-    kept = []
-    if is_recording():
-        for inputs, vjp in edges:
-            inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-            nodes = tuple([None if t is None else t.node for t in inputs])
-            if nodes.count(None) < len(nodes):
-                kept.append((nodes, vjp))
     out = Tensor(y)
-    out.node = Node(y.shape, tuple(kept)) if kept else None
+    if not is_recording():
+        return out
+    kept = []
+    for inputs, vjp in edges:
+        if not isinstance(inputs, tuple):
+            inputs = (inputs,)
+        nodes = tuple([None if t is None else t.node for t in inputs])
+        if nodes.count(None) < len(nodes):
+            kept.append((nodes, vjp))
+    if kept:
+        out.node = Node(y.shape, tuple(kept))
     return out
 
 
 def check_same(op, *tensors):
-    """Raise TypeError unless all `tensors` that are there share a backend and a dtype: nothing is promoted silently."""
+    """Raise TypeError unless all `tensors`, None aside, share a backend and a dtype.
+
+    Nothing is promoted silently.
+    """
     first = tensors[0].data
     for t in tensors:
         if t is None:
             continue
         if type(t.data) is not type(first):
-            get_array_module(first, t.data)  # which objects
+            # The refusal of two backends is written there.
+            get_array_module(first, t.data)
         if t.data.dtype != first.dtype:
             names = " and ".join(sorted({first.dtype.name, t.data.dtype.name}))
-            raise TypeError(f"{op} mixes {names}; convert one side with .astype before the Tensor is made")
+            raise TypeError(
+                f"{op} mixes {names}; convert one side with .astype before the Tensor is made"
+            )
 
 
-def _broadcast(op, a, b, but_last=0):
+def _check_broadcast(op, a, b, but_last=0):
+    """Raise ValueError unless shapes `a` and `b`, their `but_last` last axes aside, broadcast."""
+    leading_a = a[: max(0, len(a) - but_last)]
+    leading_b = b[: max(0, len(b) - but_last)]
     try:
-        np.broadcast_shapes(a[: max(0, len(a) - but_last)], b[: max(0, len(b) - but_last)])
+        np.broadcast_shapes(leading_a, leading_b)
     except ValueError:
         raise ValueError(f"{op}: shapes {a} and {b} do not broadcast; reshape one") from None
 
@@ -61,8 +73,8 @@ def _broadcast(op, a, b, but_last=0):
 class Tensor:
     """An array of floats, and the node that knows where it came from.
 
-    Shapes: `data`, NumPy or CuPy, has any shape; every operation keeps its dtype, float32 or float64 (for checking);
-    `grad` is an array like it, on leaves only.
+    Shapes: `data`, NumPy or CuPy, has any shape; `grad` is an array like it, on leaves only.
+    Every operation keeps the dtype: float32, or float64 for checking.
     Raises: TypeError for data of another dtype, and for operands of two backends or two dtypes;
     ValueError, with both shapes, for shapes that do not fit.
     Source: reverse-mode differentiation, Griewank & Walther, "Evaluating Derivatives", chapter 3.
@@ -74,16 +86,24 @@ class Tensor:
     """
 
     __slots__ = ("data", "node")
-    __array_ufunc__ = None  # so that `array * tensor` comes to Tensor.__rmul__, for NumPy and CuPy alike
+    # With this, `array * tensor` comes to Tensor.__rmul__, for NumPy and CuPy alike.
+    __array_ufunc__ = None
 
     def __init__(self, data, requires_grad=False):
         if isinstance(data, Tensor):
-            raise TypeError("Tensor(tensor) is ambiguous; write Tensor(t.data) for a new leaf that shares its array")
+            raise TypeError(
+                "Tensor(tensor) is ambiguous; "
+                "write Tensor(t.data) for a new leaf that shares its array"
+            )
         if not hasattr(data, "dtype") or isinstance(data, np.generic):
             data = np.asarray(data)
         get_array_module(data)
-        if data.dtype.char not in "fd" or not data.dtype.isnative:  # as types, to compare them takes ten times as long
-            raise TypeError(f"a Tensor holds float32 or float64, got {data.dtype}; convert with .astype(np.float32)")
+        # "f" is float32 and "d" float64. To compare dtypes takes ten times as long as two letters.
+        if data.dtype.char not in "fd" or not data.dtype.isnative:
+            raise TypeError(
+                f"a Tensor holds float32 or float64, got {data.dtype}; "
+                "convert with .astype(np.float32)"
+            )
         self.data = data
         self.node = Node(data.shape) if requires_grad else None
 
@@ -101,7 +121,9 @@ class Tensor:
     @grad.setter
     def grad(self, value):
         if self.node is None:
-            raise ValueError("a frozen tensor has no gradient; make it with Tensor(data, requires_grad=True)")
+            raise ValueError(
+                "a frozen tensor has no gradient; make it with Tensor(data, requires_grad=True)"
+            )
         self.node.grad = value
 
     def __repr__(self):
@@ -112,31 +134,40 @@ class Tensor:
         return self.data.item()
 
     def backward(self, dy=None):
-        """Add the gradient of this tensor, weighted by `dy`, to the `.grad` of every leaf it depends on.
+        """Add this tensor's gradient, weighted by `dy`, to the `.grad` of every leaf below it.
 
         Shapes: `dy` like this tensor; it may be left out (one) for a single number.
         Raises: ValueError if nothing here needs a gradient, or the shapes differ.
         """
         xp = get_array_module(self.data)
         if self.node is None:
-            raise ValueError("nothing to differentiate: no input requires a gradient, or no_grad() was active")
-        if dy is None and self.size != 1:
-            raise ValueError(f"backward() needs one number, got shape {self.shape}; use .sum(), or pass dy")
-        dy = Tensor(xp.ones_like(self.data) if dy is None else dy)
+            raise ValueError(
+                "nothing to differentiate: no input requires a gradient, or no_grad() was active"
+            )
+        if dy is None:
+            if self.size != 1:
+                raise ValueError(
+                    f"backward() needs one number, got shape {self.shape}; use .sum(), or pass dy"
+                )
+            dy = xp.ones_like(self.data)
+        dy = Tensor(dy)
         check_same("backward(dy)", self, dy)
         if dy.shape != self.shape:
-            raise ValueError(f"backward(dy) got dy of shape {dy.shape} for a tensor of shape {self.shape}")
+            raise ValueError(
+                f"backward(dy) got dy of shape {dy.shape} for a tensor of shape {self.shape}"
+            )
         backpropagate(self.node, dy.data)
 
     def _operand(self, op, other):
-        """`other` as an operand of `self`: a Tensor, an array (then a constant) or a Python number."""
+        """`other` as an operand of `self`: a Tensor, an array (a constant) or a Python number."""
         if not isinstance(other, Tensor):
             if isinstance(other, numbers.Real):
-                return SimpleNamespace(data=float(other), node=None)  # a Python number has no dtype of its own
+                # A Python number has no dtype of its own: it takes that of the array.
+                return SimpleNamespace(data=float(other), node=None)
             other = Tensor(other)
         check_same(op, self, other)
         if self.shape != other.shape:
-            _broadcast(op, self.shape, other.shape)
+            _check_broadcast(op, self.shape, other.shape)
         return other
 
     def __add__(self, other):
@@ -145,17 +176,21 @@ class Tensor:
 
     def __mul__(self, other):
         other = self._operand("*", other)
-        a, b = self.data, other.data
+        a = self.data
+        b = other.data
         return record(a * b, (self, lambda dy: dy * b), (other, lambda dy: dy * a))
 
     def __truediv__(self, other):
         other = self._operand("/", other)
-        a, b = self.data, other.data
+        a = self.data
+        b = other.data
         return record(a / b, (self, lambda dy: dy / b), (other, lambda dy: -dy * a / (b * b)))
 
-    def __rtruediv__(self, other):  # number / tensor, or array / tensor
-        other, b = self._operand("/", other), self.data
+    def __rtruediv__(self, other):
+        # number / tensor, or array / tensor
+        other = self._operand("/", other)
         a = other.data
+        b = self.data
         return record(a / b, (self, lambda dy: -dy * a / (b * b)))
 
     def __sub__(self, other):
@@ -168,33 +203,50 @@ class Tensor:
     def __neg__(self):
         return record(-self.data, (self, lambda dy: -dy))
 
-    __radd__, __rmul__ = __add__, __mul__
+    __radd__ = __add__
+    __rmul__ = __mul__
 
     def __matmul__(self, other):
-        """`self @ other` as NumPy does it: (..., n, k) @ (..., k, m) -> (..., n, m); 1-D operands are vectors."""
-        other = other if isinstance(other, Tensor) else Tensor(other)
+        """`self @ other` as NumPy does it: (..., n, k) @ (..., k, m) -> (..., n, m).
+
+        A 1-D operand is a vector: a row on the left, a column on the right.
+        """
+        if not isinstance(other, Tensor):
+            other = Tensor(other)
         check_same("@", self, other)
         if min(self.ndim, other.ndim) == 0 or self.shape[-1] != other.shape[max(0, other.ndim - 2)]:
-            raise ValueError(f"@: shapes {self.shape} and {other.shape} do not chain: (n, k) @ (k, m) needs equal k")
+            raise ValueError(
+                f"@: shapes {self.shape} and {other.shape} do not chain: "
+                "(n, k) @ (k, m) needs equal k"
+            )
         if other.ndim == 1:
             return (self @ other.reshape(-1, 1)).reshape(self.shape[:-1])
         if self.ndim == 1:
             y = self.reshape(1, -1) @ other
             return y.reshape(y.shape[:-2] + y.shape[-1:])
-        _broadcast("@", self.shape, other.shape, but_last=2)
-        a, b = self.data, other.data
-        return record(a @ b, (self, lambda dy: dy @ b.swapaxes(-1, -2)), (other, lambda dy: a.swapaxes(-1, -2) @ dy))
+        _check_broadcast("@", self.shape, other.shape, but_last=2)
+        a = self.data
+        b = other.data
+        return record(
+            a @ b,
+            (self, lambda dy: dy @ b.swapaxes(-1, -2)),
+            (other, lambda dy: a.swapaxes(-1, -2) @ dy),
+        )
 
     def __rmatmul__(self, other):
         return Tensor(other) @ self
 
     def sum(self, axis=None, keepdims=False):
         """The sum over `axis` (an int, a tuple, or None for all)."""
-        xp, shape = get_array_module(self.data), self.shape
+        xp = get_array_module(self.data)
+        shape = self.shape
         y = self.data.sum(axis=axis, keepdims=True)
-        kept = y.shape
-        dself = lambda dy: xp.broadcast_to(dy.reshape(kept), shape)
-        return record(y if keepdims else y.squeeze(axis), (self, dself))
+        # Each summand has the gradient of its sum.
+        y_shape = y.shape
+        dself = lambda dy: xp.broadcast_to(dy.reshape(y_shape), shape)
+        if not keepdims:
+            y = y.squeeze(axis)
+        return record(y, (self, dself))
 
     def mean(self, axis=None, keepdims=False):
         """The mean over `axis`. Raises ValueError if there is nothing to average."""
@@ -209,8 +261,11 @@ class Tensor:
         return record(self.data.reshape(*shape), (self, lambda dy: dy.reshape(before)))
 
     def transpose(self, *axes):
-        """The axes in another order, `x.transpose(1, 0)` or `x.transpose((1, 0))`; reversed if none are given."""
-        axes = axes[0] if axes and isinstance(axes[0], tuple) else axes or tuple(reversed(range(self.ndim)))
+        """The axes in another order, by default reversed: `x.transpose(1, 0)` or `((1, 0))`."""
+        if axes and isinstance(axes[0], tuple):
+            axes = axes[0]
+        if not axes:
+            axes = tuple(reversed(range(self.ndim)))
         inverse = tuple(int(i) for i in np.argsort([a % self.ndim for a in axes]))
         return record(self.data.transpose(axes), (self, lambda dy: dy.transpose(inverse)))
 
@@ -230,12 +285,14 @@ class Tensor:
         return record(y, (self, lambda dy: dy * (1 - y * y)))
 
     def __getitem__(self, index):
-        """NumPy's indexing with integers, slices, None, ... and arrays; an element picked twice gets both gradients."""
-        xp, shape = get_array_module(self.data), self.shape
+        """NumPy's indexing with integers, slices, None, ... and arrays."""
+        xp = get_array_module(self.data)
+        shape = self.shape
 
         def dself(dy):
             dx = xp.zeros(shape, dy.dtype)
-            xp.add.at(dx, index, dy)  # `dx[index] += dy` would keep only one of several picks
+            # An element picked twice gets both gradients; `dx[index] += dy` would keep one of them.
+            xp.add.at(dx, index, dy)
             return dx
 
         return record(xp.asarray(self.data[index]), (self, dself))

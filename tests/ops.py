@@ -7,17 +7,18 @@ A formula shares no code with the op, and is written as the definition is, with 
 import contextlib
 import functools
 import math
-from collections import namedtuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from minilora import compose, tensor
+from minilora import compose, lean, tensor
 from minilora import functional as F
 from minilora.backend import get_array_module, to_device
-from minilora.compose import stack_rows
+from minilora.compose import pad_and_stack
 
-RECORDERS = [compose, F, tensor]  # the modules whose ops call `record`; a test asserts that there are no others
+RECORDERS = [compose, F, lean, tensor]  # the modules whose ops call `record`; a test asserts that there are no others
 
 
 @contextlib.contextmanager
@@ -29,10 +30,16 @@ def record_replaced(stand_in):
         yield
 
 
-# function(*tensors) -> Tensor; formula(*float64 arrays) -> array; shapes(n, m, k) -> one shape per input;
-# edges: how many gradients one call records; positive: the inputs that must stay away from zero;
-# dims: the n, m, k that make as many gradients as possible square, so that transposing them is a possible mistake.
-Op = namedtuple("Op", "name function formula shapes edges positive dims", defaults=((), (3, 3, 3)))
+class Op(NamedTuple):
+    """An operation, and what the suites need to know of it."""
+
+    name: str
+    function: Callable  # (*tensors) -> Tensor
+    formula: Callable  # (*float64 arrays) -> array
+    shapes: Callable  # (n, m, k) -> one shape for each input
+    edges: int  # how many gradients one call records
+    positive: tuple = ()  # the inputs that must stay away from zero
+    dims: tuple = (3, 3, 3)  # n, m, k that make as many gradients square as possible: then they can be transposed
 
 
 def draw(op, rng, dims=None):
@@ -90,8 +97,17 @@ def attention_formula(q, k, v, n_head=2):
     return y
 
 
-def linear_cross_entropy(x, weight):
-    return F.linear_cross_entropy(x, weight, some_targets(x.shape[:-1], weight.shape[0]))
+def loss_of(function):
+    """`function(x, weight, targets)`, as a function of Tensors alone."""
+    return lambda x, weight: function(x, weight, some_targets(x.shape[:-1], weight.shape[0]))
+
+
+def cross_entropy(logits):
+    return F.cross_entropy(logits, some_targets(logits.shape[:-1], logits.shape[-1]))
+
+
+def cross_entropy_formula(logits):
+    return linear_cross_entropy_formula(logits, np.eye(logits.shape[-1]))
 
 
 def linear_cross_entropy_formula(x, weight):
@@ -106,8 +122,8 @@ def in_blocks_of_two(function):
     @functools.wraps(function)
     def small(*tensors):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(F, "QUERIES", 2)
-            patch.setattr(F, "LOGITS", 2)
+            patch.setattr(lean, "QUERY_BLOCK", 2)
+            patch.setattr(lean, "LOGIT_ROWS", 2)
             return function(*tensors)
 
     return small
@@ -142,80 +158,137 @@ def stack_formula(a, b):
 
 OPS = [
     # operators of Tensor; with a number there is one edge, with a tensor there are two
-    Op("x + y", lambda x, y: x + y, np.add, lambda n, m, k: [(n, m), (m,)], 2),
-    Op("x + x", lambda x: x + x, lambda x: 2 * x, lambda n, m, k: [(n, m)], 2),
-    Op("number + x", lambda x: 1.5 + x, lambda x: 1.5 + x, lambda n, m, k: [(n, m)], 1),
-    Op("array + x", lambda x: like(x, MATRIX[0]) + x, lambda x: MATRIX[0] + x, lambda n, m, k: [(n, 3)], 1),
-    Op("x - y", lambda x, y: x - y, np.subtract, lambda n, m, k: [(n, 1), (m,)], 2),
-    Op("number - x", lambda x: 2 - x, lambda x: 2 - x, lambda n, m, k: [(n, m)], 2),
-    Op("-x", lambda x: -x, np.negative, lambda n, m, k: [(n, m)], 1),
-    Op("x * y", lambda x, y: x * y, np.multiply, lambda n, m, k: [(n, 1, m), (k, 1)], 2),
-    Op("x * number", lambda x: x * 0.7, lambda x: x * 0.7, lambda n, m, k: [(n, m)], 1),
-    Op("x / y", lambda x, y: x / y, np.divide, lambda n, m, k: [(n, m), (n, m)], 2, positive=(1,)),
-    Op("x / number", lambda x: x / 3, lambda x: x / 3, lambda n, m, k: [(n, m)], 1),
-    Op("number / x", lambda x: 2 / x, lambda x: 2 / x, lambda n, m, k: [(n, m)], 1, positive=(0,)),
-    Op("matrix @ matrix", lambda a, b: a @ b, np.matmul, lambda n, m, k: [(n, m), (m, k)], 2),
-    Op("stack @ matrix", lambda a, b: a @ b, np.matmul, lambda n, m, k: [(k, n, m), (m, n)], 2),
-    Op("stack @ stack", lambda a, b: a @ b, np.matmul, lambda n, m, k: [(2, 1, n, m), (k, m, n)], 2),
-    Op("vector @ vector", lambda a, b: a @ b, np.dot, lambda n, m, k: [(m,), (m,)], 6),
-    Op("vector @ matrix", lambda a, b: a @ b, np.dot, lambda n, m, k: [(m,), (m, k)], 4),
-    Op("stack @ vector", lambda a, b: a @ b, np.dot, lambda n, m, k: [(k, n, m), (m,)], 4),
-    Op("array @ x", lambda x: like(x, MATRIX) @ x, lambda x: MATRIX @ x, lambda n, m, k: [(3, m)], 1),
-    Op("sum", lambda x: x.sum(), np.sum, lambda n, m, k: [(n, m)], 1),
-    Op("sum over an axis", lambda x: x.sum(-2), lambda x: x.sum(-2), lambda n, m, k: [(k, n, m)], 1),
+    Op("x + y", lambda x, y: x + y, np.add,
+       shapes=lambda n, m, k: [(n, m), (m,)], edges=2),
+    Op("x + x", lambda x: x + x, lambda x: 2 * x,
+       shapes=lambda n, m, k: [(n, m)], edges=2),
+    Op("number + x", lambda x: 1.5 + x, lambda x: 1.5 + x,
+       shapes=lambda n, m, k: [(n, m)], edges=1),
+    Op("array + x", lambda x: like(x, MATRIX[0]) + x, lambda x: MATRIX[0] + x,
+       shapes=lambda n, m, k: [(n, 3)], edges=1),
+    Op("x - y", lambda x, y: x - y, np.subtract,
+       shapes=lambda n, m, k: [(n, 1), (m,)], edges=2),
+    Op("number - x", lambda x: 2 - x, lambda x: 2 - x,
+       shapes=lambda n, m, k: [(n, m)], edges=2),
+    Op("-x", lambda x: -x, np.negative,
+       shapes=lambda n, m, k: [(n, m)], edges=1),
+    Op("x * y", lambda x, y: x * y, np.multiply,
+       shapes=lambda n, m, k: [(n, 1, m), (k, 1)], edges=2),
+    Op("x * number", lambda x: x * 0.7, lambda x: x * 0.7,
+       shapes=lambda n, m, k: [(n, m)], edges=1),
+    Op("x / y", lambda x, y: x / y, np.divide,
+       shapes=lambda n, m, k: [(n, m), (n, m)], edges=2, positive=(1,)),
+    Op("x / number", lambda x: x / 3, lambda x: x / 3,
+       shapes=lambda n, m, k: [(n, m)], edges=1),
+    Op("number / x", lambda x: 2 / x, lambda x: 2 / x,
+       shapes=lambda n, m, k: [(n, m)], edges=1, positive=(0,)),
+    Op("matrix @ matrix", lambda a, b: a @ b, np.matmul,
+       shapes=lambda n, m, k: [(n, m), (m, k)], edges=2),
+    Op("stack @ matrix", lambda a, b: a @ b, np.matmul,
+       shapes=lambda n, m, k: [(k, n, m), (m, n)], edges=2),
+    Op("stack @ stack", lambda a, b: a @ b, np.matmul,
+       shapes=lambda n, m, k: [(2, 1, n, m), (k, m, n)], edges=2),
+    Op("vector @ vector", lambda a, b: a @ b, np.dot,
+       shapes=lambda n, m, k: [(m,), (m,)], edges=6),
+    Op("vector @ matrix", lambda a, b: a @ b, np.dot,
+       shapes=lambda n, m, k: [(m,), (m, k)], edges=4),
+    Op("stack @ vector", lambda a, b: a @ b, np.dot,
+       shapes=lambda n, m, k: [(k, n, m), (m,)], edges=4),
+    Op("array @ x", lambda x: like(x, MATRIX) @ x, lambda x: MATRIX @ x,
+       shapes=lambda n, m, k: [(3, m)], edges=1),
+    Op("sum", lambda x: x.sum(), np.sum,
+       shapes=lambda n, m, k: [(n, m)], edges=1),
+    Op("sum over an axis", lambda x: x.sum(-2), lambda x: x.sum(-2),
+       shapes=lambda n, m, k: [(k, n, m)], edges=1),
     Op("sum, axes kept", lambda x: x.sum((0, -1), keepdims=True), lambda x: x.sum((0, -1), keepdims=True),
-       lambda n, m, k: [(n, m, k)], 1),
-    Op("mean", lambda x: x.mean(), np.mean, lambda n, m, k: [(n, m)], 2),
-    Op("mean over an axis", lambda x: x.mean(0), lambda x: x.mean(0), lambda n, m, k: [(n, m)], 2),
-    Op("reshape", lambda x: x.reshape(-1, 2), lambda x: x.reshape(-1, 2), lambda n, m, k: [(n, m, 2)], 1,
-       (), (2, 2, 2)),
-    Op("transpose", lambda x: x.transpose(), np.transpose, lambda n, m, k: [(n, m, k)], 1),
+       shapes=lambda n, m, k: [(n, m, k)], edges=1),
+    Op("mean", lambda x: x.mean(), np.mean,
+       shapes=lambda n, m, k: [(n, m)], edges=2),
+    Op("mean over an axis", lambda x: x.mean(0), lambda x: x.mean(0),
+       shapes=lambda n, m, k: [(n, m)], edges=2),
+    Op("reshape", lambda x: x.reshape(-1, 2), lambda x: x.reshape(-1, 2),
+       shapes=lambda n, m, k: [(n, m, 2)], edges=1, dims=(2, 2, 2)),
+    Op("transpose", lambda x: x.transpose(), np.transpose,
+       shapes=lambda n, m, k: [(n, m, k)], edges=1),
     Op("transpose, axes named", lambda x: x.transpose(1, -1, 0), lambda x: np.moveaxis(x, 0, -1),
-       lambda n, m, k: [(n, m, k)], 1),
-    Op("exp", lambda x: x.exp(), np.exp, lambda n, m, k: [(n, m)], 1),
-    Op("log", lambda x: x.log(), np.log, lambda n, m, k: [(n, m)], 1, positive=(0,)),
-    Op("tanh", lambda x: x.tanh(), np.tanh, lambda n, m, k: [(n, m)], 1),
-    Op("x[integer]", lambda x: x[0], lambda x: x[0], lambda n, m, k: [(n, m)], 1),
-    Op("x[slices]", lambda x: x[::-2, 1:], lambda x: x[::-2, 1:], lambda n, m, k: [(n, m + 1)], 1, (), (3, 2, 3)),
-    Op("x[..., None, 0]", lambda x: x[..., None, 0], lambda x: x[..., None, 0], lambda n, m, k: [(n, m, k)], 1),
-    Op("x[repeated rows]", lambda x: x[like(x, REPEATS)], lambda x: x[REPEATS], lambda n, m, k: [(n, m)], 1),
+       shapes=lambda n, m, k: [(n, m, k)], edges=1),
+    Op("exp", lambda x: x.exp(), np.exp,
+       shapes=lambda n, m, k: [(n, m)], edges=1),
+    Op("log", lambda x: x.log(), np.log,
+       shapes=lambda n, m, k: [(n, m)], edges=1, positive=(0,)),
+    Op("tanh", lambda x: x.tanh(), np.tanh,
+       shapes=lambda n, m, k: [(n, m)], edges=1),
+    Op("x[integer]", lambda x: x[0], lambda x: x[0],
+       shapes=lambda n, m, k: [(n, m)], edges=1),
+    Op("x[slices]", lambda x: x[::-2, 1:], lambda x: x[::-2, 1:],
+       shapes=lambda n, m, k: [(n, m + 1)], edges=1, dims=(3, 2, 3)),
+    Op("x[..., None, 0]", lambda x: x[..., None, 0], lambda x: x[..., None, 0],
+       shapes=lambda n, m, k: [(n, m, k)], edges=1),
+    Op("x[repeated rows]", lambda x: x[like(x, REPEATS)], lambda x: x[REPEATS],
+       shapes=lambda n, m, k: [(n, m)], edges=1),
     Op("x[rows, columns]", lambda x: x[like(x, REPEATS), like(x, REPEATS)], lambda x: x[REPEATS, REPEATS],
-       lambda n, m, k: [(n, m)], 1),
+       shapes=lambda n, m, k: [(n, m)], edges=1),
     # functional
-    Op("linear", F.linear, linear_formula, lambda n, m, k: [(n, m), (k, m), (k,)], 3),
-    Op("linear, no bias", F.linear, linear_formula, lambda n, m, k: [(n, m), (k, m)], 2),
-    Op("linear of a vector", F.linear, linear_formula, lambda n, m, k: [(m,), (k, m), (k,)], 3),
-    Op("linear of a batch", F.linear, linear_formula, lambda n, m, k: [(n, 2, m), (k, m), (k,)], 3, (), (3, 2, 2)),
-    Op("linear, a matrix each", F.linear, lambda x, w, b: np.einsum("bti,boi->bto", x, w) + b,
-       lambda n, m, k: [(n, 2, m), (n, k, m), (k,)], 3, (), (3, 2, 2)),
+    Op("linear", F.linear, linear_formula,
+       shapes=lambda n, m, k: [(n, m), (k, m), (k,)], edges=3),
+    Op("linear, no bias", F.linear, linear_formula,
+       shapes=lambda n, m, k: [(n, m), (k, m)], edges=2),
+    Op("linear of a vector", F.linear, linear_formula,
+       shapes=lambda n, m, k: [(m,), (k, m), (k,)], edges=3),
+    Op("linear of a batch", F.linear, linear_formula,
+       shapes=lambda n, m, k: [(n, 2, m), (k, m), (k,)], edges=3, dims=(3, 2, 2)),
     Op("embedding", lambda w: F.embedding(w, token_ids(w.shape[0])), lambda w: w[token_ids(len(w))],
-       lambda n, m, k: [(n + 1, m)], 1, (), (3, 4, 3)),
-    Op("layer_norm", F.layer_norm, layer_norm_formula, lambda n, m, k: [(n, m), (m,), (m,)], 3),
-    Op("layer_norm of a batch", F.layer_norm, layer_norm_formula, lambda n, m, k: [(k, n, m), (m,), (m,)], 3),
-    Op("gelu", F.gelu, gelu_formula, lambda n, m, k: [(n, m)], 1),
-    Op("rotary", rotary, rotary_formula, lambda n, m, k: [(n, m, 4 * k)], 1, (), (2, 4, 1)),
+       shapes=lambda n, m, k: [(n + 1, m)], edges=1, dims=(3, 4, 3)),
+    Op("layer_norm", F.layer_norm, layer_norm_formula,
+       shapes=lambda n, m, k: [(n, m), (m,), (m,)], edges=3),
+    Op("layer_norm of a batch", F.layer_norm, layer_norm_formula,
+       shapes=lambda n, m, k: [(k, n, m), (m,), (m,)], edges=3),
+    Op("gelu", F.gelu, gelu_formula,
+       shapes=lambda n, m, k: [(n, m)], edges=1),
+    Op("rotary", rotary, rotary_formula,
+       shapes=lambda n, m, k: [(n, m, 4 * k)], edges=1, dims=(2, 4, 1)),
     Op("attention", lambda q, k, v: F.attention(q, k, v, 2), attention_formula,
-       lambda n, m, k: [(n, m, 2 * k)] * 3, 3, (), (2, 4, 2)),
+       shapes=lambda n, m, k: [(n, m, 2 * k)] * 3, edges=3, dims=(2, 4, 2)),
     Op("attention, one head", lambda q, k, v: F.attention(q, k, v, 1), lambda q, k, v: attention_formula(q, k, v, 1),
-       lambda n, m, k: [(n, m, k)] * 3, 3),
+       shapes=lambda n, m, k: [(n, m, k)] * 3, edges=3),
     Op("attention after a cache", lambda q, k, v: F.attention(q, k, v, 2), attention_formula,
-       lambda n, m, k: [(n, m, 2 * k), (n, m + 2, 2 * k), (n, m + 2, 2 * k)], 3, (), (2, 2, 2)),
+       shapes=lambda n, m, k: [(n, m, 2 * k), (n, m + 2, 2 * k), (n, m + 2, 2 * k)], edges=3, dims=(2, 2, 2)),
     Op("attention to itself", lambda x: F.attention(x, x, x, 2), lambda x: attention_formula(x, x, x),
-       lambda n, m, k: [(n, m, 2 * k)], 3, (), (2, 4, 2)),
-    Op("attention, in blocks", in_blocks_of_two(lambda q, k, v: F.attention(q, k, v, 2)), attention_formula,
-       lambda n, m, k: [(n, m, 2 * k)] * 3, 3, (), (2, 4, 2)),
-    Op("attention after a cache, in blocks", in_blocks_of_two(lambda q, k, v: F.attention(q, k, v, 2)),
-       attention_formula, lambda n, m, k: [(n, m, 2 * k), (n, m + 1, 2 * k), (n, m + 1, 2 * k)], 3, (), (2, 3, 2)),
-    Op("linear_cross_entropy", linear_cross_entropy, linear_cross_entropy_formula,
-       lambda n, m, k: [(n, m, k), (m, k)], 2, (), (2, 3, 3)),
-    Op("linear_cross_entropy, in blocks", in_blocks_of_two(linear_cross_entropy), linear_cross_entropy_formula,
-       lambda n, m, k: [(n, m, k), (m, k)], 2, (), (2, 4, 4)),
-    Op("dropout", lambda x: F.dropout(x, 0.4, np.random.default_rng(7)), dropout_formula, lambda n, m, k: [(n, m)], 1),
+       shapes=lambda n, m, k: [(n, m, 2 * k)], edges=3, dims=(2, 4, 2)),
+    Op("cross_entropy", cross_entropy, cross_entropy_formula,
+       shapes=lambda n, m, k: [(n, m, k)], edges=1, dims=(2, 3, 3)),
+    Op("linear_cross_entropy", loss_of(F.linear_cross_entropy), linear_cross_entropy_formula,
+       shapes=lambda n, m, k: [(n, m, k), (m, k)], edges=3, dims=(2, 3, 3)),
+    Op("dropout", lambda x: F.dropout(x, 0.4, np.random.default_rng(7)), dropout_formula,
+       shapes=lambda n, m, k: [(n, m)], edges=1),
     Op("dropout, a rate each", lambda x: F.dropout(x, rates(x.shape[0]), np.random.default_rng(7)),
-       lambda x: dropout_formula(x, rates(len(x))), lambda n, m, k: [(n, m)], 1),
+       lambda x: dropout_formula(x, rates(len(x))),
+       shapes=lambda n, m, k: [(n, m)], edges=1),
+    # lean: the same formulas
+    Op("lean gelu", lean.gelu, gelu_formula,
+       shapes=lambda n, m, k: [(n, m)], edges=1),
+    Op("lean attention", lambda q, k, v: lean.attention(q, k, v, 2), attention_formula,
+       shapes=lambda n, m, k: [(n, m, 2 * k)] * 3, edges=3, dims=(2, 4, 2)),
+    Op("lean attention, one head", lambda q, k, v: lean.attention(q, k, v, 1),
+       lambda q, k, v: attention_formula(q, k, v, 1),
+       shapes=lambda n, m, k: [(n, m, k)] * 3, edges=3),
+    Op("lean attention after a cache", lambda q, k, v: lean.attention(q, k, v, 2), attention_formula,
+       shapes=lambda n, m, k: [(n, m, 2 * k), (n, m + 2, 2 * k), (n, m + 2, 2 * k)], edges=3, dims=(2, 2, 2)),
+    Op("lean attention to itself", lambda x: lean.attention(x, x, x, 2), lambda x: attention_formula(x, x, x),
+       shapes=lambda n, m, k: [(n, m, 2 * k)], edges=3, dims=(2, 4, 2)),
+    Op("lean attention, in blocks", in_blocks_of_two(lambda q, k, v: lean.attention(q, k, v, 2)), attention_formula,
+       shapes=lambda n, m, k: [(n, m, 2 * k)] * 3, edges=3, dims=(2, 4, 2)),
+    Op("lean attention after a cache, in blocks", in_blocks_of_two(lambda q, k, v: lean.attention(q, k, v, 2)),
+       attention_formula,
+       shapes=lambda n, m, k: [(n, m, 2 * k), (n, m + 1, 2 * k), (n, m + 1, 2 * k)], edges=3, dims=(2, 3, 2)),
+    Op("lean linear_cross_entropy", loss_of(lean.linear_cross_entropy), linear_cross_entropy_formula,
+       shapes=lambda n, m, k: [(n, m, k), (m, k)], edges=2, dims=(2, 3, 3)),
+    Op("lean linear_cross_entropy, in blocks", in_blocks_of_two(loss_of(lean.linear_cross_entropy)),
+       linear_cross_entropy_formula,
+       shapes=lambda n, m, k: [(n, m, k), (m, k)], edges=2, dims=(2, 4, 4)),
     # compose
-    Op("stack_rows", lambda a, b: stack_rows([a, None, b]), stack_formula, lambda n, m, k: [(n, m), (k, m + 1)], 2,
-       (), (3, 3, 4)),
+    Op("pad_and_stack", lambda a, b: pad_and_stack([a, None, b]), stack_formula,
+       shapes=lambda n, m, k: [(n, m), (k, m + 1)], edges=2, dims=(3, 3, 4)),
 ]  # fmt: skip
 
 

@@ -84,10 +84,10 @@ class TinyMLP(Module):
     def __init__(self, linears):
         self.layers = list(linears)
 
-    def __call__(self, x):
+    def __call__(self, x, rng=None):
         for layer in self.layers[:-1]:
-            x = F.gelu(layer(x))
-        return self.layers[-1](x)
+            x = F.gelu(layer(x, rng))
+        return self.layers[-1](x, rng)
 
 
 def tiny_mlp(*sizes, seed=0, dtype="float32"):
@@ -117,7 +117,8 @@ def lattice_layers(draw, square=False):
     m = n if square else draw(st.integers(1, 5))
     tensor = lambda *shape: Tensor(draw(integer_arrays(shape, dtype=dtype)), requires_grad=True)
     linear = Linear(tensor(m, n), tensor(m) if draw(st.booleans()) else None)
-    return LayerCase(LoRALinear(linear, tensor(r, n), tensor(m, r), draw(st.sampled_from(SCALINGS))), tensor(T, n))
+    pair = LoRAPair(tensor(r, n), tensor(m, r), draw(st.sampled_from(SCALINGS)))
+    return LayerCase(LoRALinear(linear, pair), tensor(T, n))
 
 
 @st.composite
@@ -129,7 +130,8 @@ def lattice_stacks(draw):
 
     def adapter():
         r, scaling = draw(sides), draw(st.sampled_from(SCALINGS))
-        pair = LoRAPair(Tensor(array(r, n), requires_grad=True), Tensor(array(m, r), requires_grad=True))
+        A, B = Tensor(array(r, n), requires_grad=True), Tensor(array(m, r), requires_grad=True)
+        pair = LoRAPair(A, B, scaling)
         return Adapter(LoRAConfig(r, scaling * r, "all-linear"), {"layers.0": pair}, base.fingerprint())
 
     rows = draw(st.lists(st.booleans(), min_size=1, max_size=4).filter(any))
@@ -144,7 +146,8 @@ def real_layers(draw, dtype, square=False):
     m, rng = n if square else m, draw(rngs)
     tensor = lambda *shape: Tensor((rng.standard_normal(shape) * 10.0 ** draw(st.integers(-3, 3))).astype(dtype))
     linear = Linear(tensor(m, n), tensor(m) if draw(st.booleans()) else None)
-    return LayerCase(LoRALinear(linear, tensor(r, n), tensor(m, r), draw(st.floats(0.01, 100))), tensor(T, n))
+    pair = LoRAPair(tensor(r, n), tensor(m, r), draw(st.floats(0.01, 100)))
+    return LayerCase(LoRALinear(linear, pair), tensor(T, n))
 
 
 gpt_shapes = st.fixed_dictionaries(

@@ -69,13 +69,13 @@ def test_stacked_equals_solo_for_outputs_and_all_gradients_bit_for_bit(case):
     equals_each_adapter_alone(case)
 
 
-def rows_in_reverse(stack_rows):
-    return lambda matrices: stack_rows(matrices[::-1])
+def rows_in_reverse(pad_and_stack):
+    return lambda matrices: pad_and_stack(matrices[::-1])
 
 
-def padded_with_ones(stack_rows):
+def padded_with_ones(pad_and_stack):
     def padded(matrices):
-        y = stack_rows(matrices)
+        y = pad_and_stack(matrices)
         filled = [np.ones(y.shape[1:], y.dtype) if t is None else y.data[i] for i, t in enumerate(matrices)]
         for row, t in zip(filled, matrices, strict=True):
             if t is not None:
@@ -86,11 +86,11 @@ def padded_with_ones(stack_rows):
     return padded
 
 
-def last_rank_cut(stack_rows):
+def last_rank_cut(pad_and_stack):
     """As if every rank were the smallest one."""
 
     def cut(matrices):
-        y = stack_rows(matrices)
+        y = pad_and_stack(matrices)
         y.data = y.data.copy()
         r = min(min(t.shape) for t in matrices if t is not None)
         y.data[:, r:] = 0
@@ -99,19 +99,15 @@ def last_rank_cut(stack_rows):
     return cut
 
 
-def first_scaling_for_all(init):
-    def wrong(self, *arguments):
-        init(self, *arguments)
-        self.scaling[:] = self.scaling[0]
-
-    return wrong
+def first_of_all(column):
+    return lambda values: column([values[0]] * len(values))
 
 
 PLANTED = {
-    "rows in the wrong order": (compose, "stack_rows", rows_in_reverse),
-    "padding that is not zero": (compose, "stack_rows", padded_with_ones),
-    "ranks cut to the smallest": (compose, "stack_rows", last_rank_cut),
-    "the scaling of row 0 for all": (compose.StackedLoRALinear, "__init__", first_scaling_for_all),
+    "rows in the wrong order": (compose, "pad_and_stack", rows_in_reverse),
+    "padding that is not zero": (compose, "pad_and_stack", padded_with_ones),
+    "ranks cut to the smallest": (compose, "pad_and_stack", last_rank_cut),
+    "the scaling of row 0 for all": (compose, "_column", first_of_all),
 }
 
 
@@ -199,8 +195,8 @@ def test_every_backend_computes_what_numpy_does(xp):
     for module in (np, xp):
         base = tiny_mlp(6, 5, 4).to_device(module)
         adapters = [new_adapter(base, 1), None, new_adapter(base, 3, ["1"], seed=1, dropout=0.5)]
-        model = attach(base, stack(adapters), rng=np.random.default_rng(0))
-        y = model(Tensor(to_device(X, module)))
+        model = attach(base, stack(adapters))
+        y = model(Tensor(to_device(X, module)), rng=np.random.default_rng(0))
         (y * y).sum().backward()
         results[module] = [y.data, *(p.grad for a in adapters if a for p in a.parameters())]
     assert all(isinstance(a, xp.ndarray) for a in results[xp])
@@ -213,17 +209,10 @@ def test_every_backend_computes_what_numpy_does(xp):
 def test_each_row_has_the_dropout_of_its_adapter():
     base = tiny_mlp(6, 5)
     adapters = [new_adapter(base), None, new_adapter(base, dropout=0.9)]
-    model = attach(base, stack(adapters), rng=np.random.default_rng(0))
-    recorded, still = model(Tensor(X)).data, outputs(model)
-    assert [np.array_equal(recorded[i], still[i]) for i in range(3)] == [True, True, False]
-
-
-def test_dropout_of_a_stack_needs_a_generator_only_while_a_graph_is_recorded():
-    base = tiny_mlp(6, 5)
-    model = attach(base, stack([new_adapter(base, dropout=0.5), None, None]))
-    outputs(model)
-    with pytest.raises(ValueError, match="needs a random generator"):
-        model(Tensor(X))
+    model = attach(base, stack(adapters))
+    thinned, still = model(Tensor(X), rng=np.random.default_rng(0)).data, outputs(model)
+    assert np.array_equal(model(Tensor(X)).data, still), "without a generator nothing drops out, graph or no graph"
+    assert [np.array_equal(thinned[i], still[i]) for i in range(3)] == [True, True, False]
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------

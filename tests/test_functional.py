@@ -12,17 +12,18 @@ from hypothesis import strategies as st
 from ops import OPS, draw, like, refuses
 from strategies import rngs, sides
 
-from minilora import Tensor, gradcheck, no_grad
+from minilora import Tensor, gradcheck, lean, no_grad
 from minilora import functional as F
 from minilora.backend import get_array_module, to_device, to_numpy
-from minilora.compose import stack_rows
+from minilora.compose import pad_and_stack
 
+both_forms = pytest.mark.parametrize("ops", [F, lean], ids=["functional", "lean"])
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 NOT_OPS = {"__init__", "__repr__", "item", "backward", "_operand"}  # of Tensor: these compute no new Tensor
 
 
 def test_no_op_is_forgotten():
-    """Whatever computes a Tensor, in `Tensor` or in `functional`, is run by some entry of OPS."""
+    """Whatever computes a Tensor, in `Tensor`, `functional` or `lean`, is run by some entry of OPS."""
     run = set()
     sys.setprofile(lambda frame, event, argument: run.add(frame.f_code))
     try:
@@ -31,9 +32,13 @@ def test_no_op_is_forgotten():
     finally:
         sys.setprofile(None)
     ops = {name: f for name, f in vars(Tensor).items() if hasattr(f, "__code__") and name not in NOT_OPS}
-    ops |= {name: f for name, f in vars(F).items() if getattr(f, "__module__", "") == F.__name__}
-    ops = {name: f for name, f in ops.items() if name != "check_ids"} | {"stack_rows": stack_rows}
-    assert {"__add__", "__rsub__", "__matmul__", "__getitem__", "linear", "attention", "dropout"} <= ops.keys()
+    for module in (F, lean):
+        for name, f in vars(module).items():
+            if getattr(f, "__module__", "") == module.__name__ and not name.startswith("_"):
+                ops[f"{module.__name__}.{name}"] = f
+    ops |= {"pad_and_stack": pad_and_stack}
+    assert {"__add__", "__rsub__", "__matmul__", "__getitem__", "pad_and_stack"} <= ops.keys()
+    assert {"minilora.functional.linear", "minilora.functional.dropout", "minilora.lean.attention"} <= ops.keys()
     assert [name for name, f in ops.items() if f.__code__ not in run] == []
 
 
@@ -99,39 +104,42 @@ def test_ops_without_axes_take_a_single_number_and_an_empty_array(op, shape):
     assert (x.grad.shape, x.grad.dtype) == (shape, np.float32)
 
 
-def test_a_loss_and_attention_survive_huge_logits():
+@both_forms
+def test_a_loss_and_attention_survive_huge_logits(ops):
     huge = Tensor(np.array([[1e4, 0.0, -1e4], [-1e4, -1e4, -1e4]], np.float32), requires_grad=True)
-    loss = F.linear_cross_entropy(huge, Tensor(np.eye(3, dtype=np.float32)), [0, 1])
+    loss = ops.linear_cross_entropy(huge, Tensor(np.eye(3, dtype=np.float32)), [0, 1])
     assert loss.item() == pytest.approx(math.log(3) / 2)
     loss.backward()
     assert np.allclose(huge.grad, [[0, 0, 0], [1 / 6, -1 / 3, 1 / 6]], atol=1e-7)
     ties = Tensor(np.full((1, 4, 1), 1e4, np.float32))  # each query sees several keys that are equally near
     v = Tensor(np.zeros((1, 4, 1), np.float32), requires_grad=True)
-    F.attention(ties, ties, v, 1).backward(np.ones((1, 4, 1), np.float32))
+    ops.attention(ties, ties, v, 1).backward(np.ones((1, 4, 1), np.float32))
     harmonic = 1 / np.arange(1, 5)
     assert np.allclose(v.grad.ravel(), harmonic[::-1].cumsum()[::-1], rtol=1e-6)
     q = Tensor(np.array([[[1e4], [-1e4]]], np.float32), requires_grad=True)
-    y = F.attention(q, q, Tensor(np.array([[[1.0], [2.0]]], np.float32)), 1)
+    y = ops.attention(q, q, Tensor(np.array([[[1.0], [2.0]]], np.float32)), 1)
     assert np.array_equal(y.data, [[[1], [2]]])
     y.backward(np.ones_like(y.data))
     assert not q.grad.any()
 
 
+@both_forms
 @given(rngs, sides, st.integers(2, 5))
-def test_attention_does_not_see_the_future(rng, T, C):
+def test_attention_does_not_see_the_future(ops, rng, T, C):
     q, k, v = (rng.normal(size=(1, T + 1, C)) for _ in range(3))
     changed_k, changed_v = k.copy(), v.copy()
     changed_k[:, -1] += 5
     changed_v[:, -1] -= 5
-    y, changed = (F.attention(Tensor(q), Tensor(a), Tensor(b), 1).data for a, b in ((k, v), (changed_k, changed_v)))
+    y, changed = (ops.attention(Tensor(q), Tensor(a), Tensor(b), 1).data for a, b in ((k, v), (changed_k, changed_v)))
     assert np.allclose(y[:, :-1], changed[:, :-1], rtol=1e-12) and not np.allclose(y[:, -1], changed[:, -1])
 
 
-def test_targets_of_minus_100_carry_neither_loss_nor_gradient():
+@both_forms
+def test_targets_of_minus_100_carry_neither_loss_nor_gradient(ops):
     rng = np.random.default_rng(0)
     x, weight = Tensor(rng.normal(size=(4, 5)), requires_grad=True), Tensor(rng.normal(size=(6, 5)))
-    loss = F.linear_cross_entropy(x, weight, [2, -100, -100, 1])
-    assert loss.item() == F.linear_cross_entropy(x[np.array([0, 3])], weight, [2, 1]).item()
+    loss = ops.linear_cross_entropy(x, weight, [2, -100, -100, 1])
+    assert loss.item() == ops.linear_cross_entropy(x[np.array([0, 3])], weight, [2, 1]).item()
     loss.backward()
     assert not x.grad[1:3].any() and x.grad[[0, 3]].all()
 
@@ -142,11 +150,12 @@ def test_the_layer_norm_of_a_large_constant_is_its_bias(C):
     assert np.array_equal(F.layer_norm(Tensor(np.full((1, C), 1e4, np.float32)), w, b).data, np.full((1, C), 5))
 
 
-def test_a_row_without_a_label_is_not_computed():
+@both_forms
+def test_a_row_without_a_label_is_not_computed(ops):
     x = np.random.default_rng(0).normal(size=(4, 5))
     x[1:3] = np.nan
     x = Tensor(x, requires_grad=True)
-    loss = F.linear_cross_entropy(x, Tensor(np.eye(6, 5)), [2, -100, -100, 1])
+    loss = ops.linear_cross_entropy(x, Tensor(np.eye(6, 5)), [2, -100, -100, 1])
     loss.backward()
     assert math.isfinite(loss.item()) and np.isfinite(x.grad).all()
 
@@ -167,8 +176,8 @@ def test_neither_all_scores_nor_all_logits_exist_at_once():
     x, weight = (Tensor(rng.normal(size=(n, 4)), requires_grad=True) for n in (2048, 512))
     targets = rng.integers(0, 512, 2048)
     scores, logits = 8 * 2 * 768 * 768, 8 * 2048 * 512
-    assert peak(lambda: F.attention(q, k, v, 2).sum().backward()) < scores / 2
-    assert peak(lambda: F.linear_cross_entropy(x, weight, targets).backward()) < logits / 2
+    assert peak(lambda: lean.attention(q, k, v, 2).sum().backward()) < scores / 2
+    assert peak(lambda: lean.linear_cross_entropy(x, weight, targets).backward()) < logits / 2
 
 
 @pytest.mark.parametrize("wanted", ["neither", "x", "weight", "no graph"])
@@ -180,75 +189,85 @@ def test_the_loss_makes_only_the_gradients_that_are_wanted(wanted):
         weight = Tensor(rng.normal(size=(V, 64)), requires_grad=wanted in ("weight", "no graph"))
         recording = no_grad() if wanted == "no graph" else contextlib.nullcontext()
         with recording:
-            bytes_ = peak(lambda: F.linear_cross_entropy(x, weight, rng.integers(0, V, rows)))
+            bytes_ = peak(lambda: lean.linear_cross_entropy(x, weight, rng.integers(0, V, rows)))
         assert (bytes_ > 8 * 4096 * 64) == (wanted == large)
 
 
-def test_dropout_keeps_the_mean_and_the_rate_and_is_off_without_a_graph():
+def test_dropout_keeps_the_mean_and_the_rate_and_is_off_if_and_only_if_there_is_no_generator():
     x = Tensor(np.ones(10_000, np.float32), requires_grad=True)
     y = F.dropout(x, 0.25, np.random.default_rng(0))
     kept = y.data != 0
     assert abs(kept.mean() - 0.75) < 0.02 and set(y.data[kept]) == {np.float32(1 / 0.75)}
     y.backward(np.ones(10_000, np.float32))
     assert np.array_equal(x.grad, y.data)
-    assert F.dropout(x, 0.0, None) is x
     with no_grad():
-        assert F.dropout(x, 0.25, None) is x
+        assert np.array_equal(F.dropout(x, 0.25, np.random.default_rng(0)).data, y.data)
+    assert F.dropout(x, 0.25, None) is x and F.dropout(x, 0.0, np.random.default_rng(0)) is x
 
 
 def T(*shape, dtype=np.float64):
     return Tensor(np.full(shape, 0.5, dtype))
 
 
-f32, loss = np.float32, F.linear_cross_entropy
-REFUSED = {  # what is wrong: (call, exception, what the message must show)
-    "linear, in differs": (lambda: F.linear(T(2, 3), T(4, 5)), ValueError, ["(2, 3)", "(4, 5)"]),
-    "linear, 0-d x": (lambda: F.linear(T(), T(4, 5)), ValueError, ["()", "(4, 5)"]),
-    "linear, batch differs": (lambda: F.linear(T(2, 3, 4), T(5, 6, 4)), ValueError, ["(2, 3, 4)", "(5, 6, 4)"]),
-    "linear, weight of one axis": (lambda: F.linear(T(2, 3), T(3)), ValueError, ["(2, 3)", "(3,)"]),
-    "linear, bias too long": (lambda: F.linear(T(2, 3), T(4, 3), T(5)), ValueError, ["(4, 3)", "(5,)"]),
-    "linear, bias of one number": (lambda: F.linear(T(2, 3), T(4, 3), T(1)), ValueError, ["(4, 3)", "(1,)"]),
-    "linear, bias per row": (lambda: F.linear(T(2, 3), T(4, 3), T(2, 1)), ValueError, ["(4, 3)", "(2, 1)"]),
-    "linear, dtypes": (lambda: F.linear(T(2, 3), T(4, 3, dtype=f32)), TypeError, ["float32", "float64"]),
-    "embedding, id too large": (lambda: F.embedding(T(4, 3), [0, 4]), ValueError, ["0 .. 4", "0 .. 3"]),
-    "embedding, id negative": (lambda: F.embedding(T(4, 3), [-1]), ValueError, ["-1", "0 .. 3"]),
-    "embedding, float ids": (lambda: F.embedding(T(4, 3), [0.0]), TypeError, ["integers", "float64"]),
-    "layer_norm, weight": (lambda: F.layer_norm(T(2, 3), T(4), T(3)), ValueError, ["(2, 3)", "(4,)"]),
-    "layer_norm, bias": (lambda: F.layer_norm(T(2, 3), T(3), T(2, 3)), ValueError, ["(2, 3)", "(3,)"]),
-    "layer_norm, dtypes": (lambda: F.layer_norm(T(3), T(3), T(3, dtype=f32)), TypeError, ["float32", "float64"]),
-    "rotary, dtypes": (lambda: F.rotary(T(1, 2, 4, dtype=f32), np.ones((2, 1)), np.ones((2, 1)), 2), TypeError,
-                       ["float32", "float64"]),
-    "rotary, too few positions": (lambda: F.rotary(T(1, 3, 4), np.ones((2, 1)), np.ones((2, 1)), 2), ValueError,
-                                  ["(1, 3, 4)", "(2, 1)"]),
-    "rotary, one position for all": (lambda: F.rotary(T(1, 3, 4), np.ones((1, 1)), np.ones((1, 1)), 2), ValueError,
-                                     ["(1, 3, 4)", "(1, 1)"]),
-    "rotary, odd heads": (lambda: F.rotary(T(1, 2, 6), np.ones((2, 1)), np.ones((2, 1)), 2), ValueError, ["(1, 2, 6)"]),
-    "attention, channels differ": (lambda: F.attention(T(1, 2, 4), T(1, 2, 6), T(1, 2, 6), 2), ValueError,
-                                   ["(1, 2, 4)", "(1, 2, 6)"]),
-    "attention, keys and values": (lambda: F.attention(T(1, 2, 4), T(1, 2, 4), T(1, 3, 4), 2), ValueError,
-                                   ["(1, 2, 4)", "(1, 3, 4)"]),
-    "attention, fewer keys": (lambda: F.attention(T(1, 3, 4), T(1, 2, 4), T(1, 2, 4), 2), ValueError,
-                              ["(1, 3, 4)", "(1, 2, 4)"]),
-    "attention, heads": (lambda: F.attention(T(1, 2, 4), T(1, 2, 4), T(1, 2, 4), 3), ValueError, ["(1, 2, 4)", "3"]),
-    "attention, no batch axis": (lambda: F.attention(T(2, 4), T(2, 4), T(2, 4), 2), ValueError, ["(2, 4)"]),
-    "attention, no heads": (lambda: F.attention(T(1, 2, 4), T(1, 2, 4), T(1, 2, 4), 0), ValueError, ["(1, 2, 4)", "0"]),
-    "attention, dtypes": (lambda: F.attention(T(1, 2, 4), T(1, 2, 4, dtype=f32), T(1, 2, 4), 2), TypeError,
-                          ["float32", "float64"]),
-    "loss, target too large": (lambda: loss(T(2, 4), T(3, 4), [0, 3]), ValueError, ["0 .. 3", "0 .. 2"]),
-    "loss, target negative": (lambda: loss(T(2, 4), T(3, 4), [0, -1]), ValueError, ["-1", "0 .. 2"]),
-    "loss, too few targets": (lambda: loss(T(2, 4), T(3, 4), [0]), ValueError, ["(1,)", "(2, 4)"]),
-    "loss, channels": (lambda: loss(T(2, 4), T(3, 5), [0, 1]), ValueError, ["(2, 4)", "(3, 5)"]),
-    "loss, a weight each": (lambda: loss(T(2, 4), T(2, 3, 4), [0, 1]), ValueError, ["(2, 4)", "(2, 3, 4)"]),
-    "loss, of one number": (lambda: loss(T(), T(3, 4), 1), ValueError, ["()", "(3, 4)"]),
-    "loss, dtypes": (lambda: loss(T(2, 4), T(3, 4, dtype=f32), [0, 1]), TypeError, ["float32", "float64"]),
-    "loss, nothing to learn": (lambda: loss(T(2, 4), T(3, 4), [-100, -100]), ValueError, ["none of 2"]),
-    "loss, empty": (lambda: loss(T(0, 4), T(3, 4), np.zeros(0, int)), ValueError, ["none of 0"]),
-    "loss, float targets": (lambda: loss(T(2, 4), T(3, 4), [0.0, 1.0]), TypeError, ["integers", "float64"]),
-    "dropout, p of one": (lambda: F.dropout(T(2), 1.0, np.random.default_rng(0)), ValueError, ["[0, 1)", "1.0"]),
-    "dropout, p negative": (lambda: F.dropout(T(2), -0.1, np.random.default_rng(0)), ValueError, ["[0, 1)", "-0.1"]),
-    "dropout, p not a number": (lambda: F.dropout(T(2), math.nan, np.random.default_rng(0)), ValueError, ["nan"]),
-    "dropout, no generator": (lambda: F.dropout(T(2), 0.5, None), ValueError, ["0.5", "rng"]),
-}  # fmt: skip
+f32 = np.float32
+
+
+def refused(ops):
+    attention, loss = ops.attention, ops.linear_cross_entropy
+    return {  # what is wrong: (call, exception, what the message must show)
+        "linear, in differs": (lambda: F.linear(T(2, 3), T(4, 5)), ValueError, ["(2, 3)", "(4, 5)"]),
+        "linear, 0-d x": (lambda: F.linear(T(), T(4, 5)), ValueError, ["()", "(4, 5)"]),
+        "linear, batch differs": (lambda: F.linear(T(2, 3, 4), T(5, 6, 4)), ValueError, ["(2, 3, 4)", "(5, 6, 4)"]),
+        "linear, weight of one axis": (lambda: F.linear(T(2, 3), T(3)), ValueError, ["(2, 3)", "(3,)"]),
+        "linear, bias too long": (lambda: F.linear(T(2, 3), T(4, 3), T(5)), ValueError, ["(4, 3)", "(5,)"]),
+        "linear, bias of one number": (lambda: F.linear(T(2, 3), T(4, 3), T(1)), ValueError, ["(4, 3)", "(1,)"]),
+        "linear, bias per row": (lambda: F.linear(T(2, 3), T(4, 3), T(2, 1)), ValueError, ["(4, 3)", "(2, 1)"]),
+        "linear, dtypes": (lambda: F.linear(T(2, 3), T(4, 3, dtype=f32)), TypeError, ["float32", "float64"]),
+        "embedding, id too large": (lambda: F.embedding(T(4, 3), [0, 4]), ValueError, ["0 .. 4", "0 .. 3"]),
+        "embedding, id negative": (lambda: F.embedding(T(4, 3), [-1]), ValueError, ["-1", "0 .. 3"]),
+        "embedding, float ids": (lambda: F.embedding(T(4, 3), [0.0]), TypeError, ["integers", "float64"]),
+        "layer_norm, weight": (lambda: F.layer_norm(T(2, 3), T(4), T(3)), ValueError, ["(2, 3)", "(4,)"]),
+        "layer_norm, bias": (lambda: F.layer_norm(T(2, 3), T(3), T(2, 3)), ValueError, ["(2, 3)", "(3,)"]),
+        "layer_norm, dtypes": (lambda: F.layer_norm(T(3), T(3), T(3, dtype=f32)), TypeError, ["float32", "float64"]),
+        "rotary, dtypes": (lambda: F.rotary(T(1, 2, 4, dtype=f32), np.ones((2, 1)), np.ones((2, 1)), 2), TypeError,
+                           ["float32", "float64"]),
+        "rotary, too few positions": (lambda: F.rotary(T(1, 3, 4), np.ones((2, 1)), np.ones((2, 1)), 2), ValueError,
+                                      ["(1, 3, 4)", "(2, 1)"]),
+        "rotary, one position for all": (lambda: F.rotary(T(1, 3, 4), np.ones((1, 1)), np.ones((1, 1)), 2), ValueError,
+                                         ["(1, 3, 4)", "(1, 1)"]),
+        "rotary, odd heads": (lambda: F.rotary(T(1, 2, 6), np.ones((2, 1)), np.ones((2, 1)), 2),
+                              ValueError, ["(1, 2, 6)"]),
+        "attention, channels differ": (lambda: attention(T(1, 2, 4), T(1, 2, 6), T(1, 2, 6), 2), ValueError,
+                                       ["(1, 2, 4)", "(1, 2, 6)"]),
+        "attention, keys and values": (lambda: attention(T(1, 2, 4), T(1, 2, 4), T(1, 3, 4), 2), ValueError,
+                                       ["(1, 2, 4)", "(1, 3, 4)"]),
+        "attention, fewer keys": (lambda: attention(T(1, 3, 4), T(1, 2, 4), T(1, 2, 4), 2), ValueError,
+                                  ["(1, 3, 4)", "(1, 2, 4)"]),
+        "attention, heads": (lambda: attention(T(1, 2, 4), T(1, 2, 4), T(1, 2, 4), 3), ValueError, ["(1, 2, 4)", "3"]),
+        "attention, no batch axis": (lambda: attention(T(2, 4), T(2, 4), T(2, 4), 2), ValueError, ["(2, 4)"]),
+        "attention, no heads": (lambda: attention(T(1, 2, 4), T(1, 2, 4), T(1, 2, 4), 0),
+                                ValueError, ["(1, 2, 4)", "0"]),
+        "attention, dtypes": (lambda: attention(T(1, 2, 4), T(1, 2, 4, dtype=f32), T(1, 2, 4), 2), TypeError,
+                              ["float32", "float64"]),
+        "loss, target too large": (lambda: loss(T(2, 4), T(3, 4), [0, 3]), ValueError, ["0 .. 3", "0 .. 2"]),
+        "loss, target negative": (lambda: loss(T(2, 4), T(3, 4), [0, -1]), ValueError, ["-1", "0 .. 2"]),
+        "loss, too few targets": (lambda: loss(T(2, 4), T(3, 4), [0]), ValueError, ["(1,)", "(2,)"]),
+        "loss, channels": (lambda: loss(T(2, 4), T(3, 5), [0, 1]), ValueError, ["(2, 4)", "(3, 5)"]),
+        "loss, a weight each": (lambda: loss(T(2, 4), T(2, 3, 4), [0, 1]), ValueError, ["(2, 4)", "(2, 3, 4)"]),
+        "loss, of one number": (lambda: loss(T(), T(3, 4), 1), ValueError, ["()", "(3, 4)"]),
+        "loss, dtypes": (lambda: loss(T(2, 4), T(3, 4, dtype=f32), [0, 1]), TypeError, ["float32", "float64"]),
+        "loss, nothing to learn": (lambda: loss(T(2, 4), T(3, 4), [-100, -100]), ValueError, ["none of 2"]),
+        "loss, empty": (lambda: loss(T(0, 4), T(3, 4), np.zeros(0, int)), ValueError, ["none of 0"]),
+        "loss, float targets": (lambda: loss(T(2, 4), T(3, 4), [0.0, 1.0]), TypeError, ["integers", "float64"]),
+        "dropout, p of one": (lambda: F.dropout(T(2), 1.0, np.random.default_rng(0)), ValueError, ["[0, 1)", "1.0"]),
+        "dropout, p negative": (lambda: F.dropout(T(2), -0.1, np.random.default_rng(0)),
+                                ValueError, ["[0, 1)", "-0.1"]),
+        "dropout, p not a number": (lambda: F.dropout(T(2), math.nan, np.random.default_rng(0)), ValueError, ["nan"]),
+    }  # fmt: skip
+
+
+LEAN = {f"lean {name}": case for name, case in refused(lean).items() if name.startswith(("attention", "loss"))}
+REFUSED = {**refused(F), **LEAN}
 
 
 @pytest.mark.parametrize("wrong", REFUSED)
@@ -256,7 +275,8 @@ def test_bad_input_is_refused_with_both_sides_shown(wrong):
     refuses(*REFUSED[wrong])
 
 
-MIXABLE = [op for op in OPS if len(op.shapes(2, 2, 2)) > 1 and op.name != "stack_rows"]  # `attach` has compared those
+# `attach` has compared what pad_and_stack is given.
+MIXABLE = [op for op in OPS if len(op.shapes(2, 2, 2)) > 1 and op.name != "pad_and_stack"]
 
 
 @pytest.mark.parametrize("op", MIXABLE, ids=lambda op: op.name)
@@ -266,8 +286,9 @@ def test_inputs_on_two_backends_are_refused_by_name(op, device_xp):
         op.function(Tensor(to_device(first.data, device_xp)), *rest)
 
 
-@pytest.mark.parametrize("call", [lambda w, ids: F.embedding(w, ids), lambda w, ids: F.linear_cross_entropy(w, w, ids)],
-                         ids=["embedding", "linear_cross_entropy"])  # fmt: skip
+@pytest.mark.parametrize("call", [lambda w, ids: F.embedding(w, ids), lambda w, ids: F.linear_cross_entropy(w, w, ids),
+                                  lambda w, ids: lean.linear_cross_entropy(w, w, ids)],
+                         ids=["embedding", "linear_cross_entropy", "lean linear_cross_entropy"])  # fmt: skip
 def test_ids_may_be_on_the_host_or_on_the_device(call, xp):
     w = Tensor(to_device(np.eye(3, dtype=np.float32), xp), requires_grad=True)
     y = call(w, np.array([2, 0, 2]))

@@ -1,4 +1,4 @@
-"""The engine's fast paths against the textbook's versions: to the bit where no sum changes its order, else bounded.
+"""lean.py against functional.py: values and gradients within derived bounds; and the other shortcuts, to the bit.
 
 Shapes: B batch, T time, S keys, C channels, D channels of a head, V vocabulary.
 The bounds are derived here, to first order in u, half the distance from 1 to the next number. A sum of n products, in
@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +20,15 @@ from strategies import contents
 
 import minilora.gpt
 import minilora.optim
-from minilora import Adam, LoRAConfig, Tensor, attach, gradcheck, init_adapter
+from minilora import Adam, LoRAConfig, Tensor, attach, gpt, init_adapter, lean
 from minilora import functional as F
 from minilora.generate import generate
 from minilora.gpt import GPT, GPTConfig, KeyValueCache
-from minilora.training.parts import Replicas
+from minilora.graph import no_grad
+from minilora.training.parts import PartWorkers
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import tricks  # noqa: E402
-from rivals import material, numpy_minilora, plain  # noqa: E402
-from rivals.plain import ALL, NOISE, TRICKS, WHOLE  # noqa: E402
-from rivals.worker import Unit  # noqa: E402
-from rivals.workloads import PROMPT, Workload  # noqa: E402
-
+WHOLE = 2**62  # as a block's size: everything is one block
 HEADS, SLACK = 2, 1.01
 unit_roundoff = lambda dtype: float(np.finfo(dtype).eps) / 2
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -99,30 +92,6 @@ def gelu_bounds(x, dy, u):
     return [abs(x) * (e + u * s), abs(dy) * d]
 
 
-def layer_norm_bounds(x, weight, bias, dy, u):
-    """The mean is off by γ_{C+1} mean |x|, a centred x by that and a rounding, e; 1/std by ρ of itself; so is normed.
-
-    The variance is off by the mean of 2 |x - mean| e + e², and by γ_{C+2} of itself; 1/√ halves that, and adds 4u.
-    """
-    C, mean = x.shape[-1], lambda a: a.mean(-1, keepdims=True)
-    dev = x - mean(x)
-    e = gamma(C + 1, u) * mean(abs(x)) + u * abs(dev)
-    var = mean(dev * dev) + 1e-5
-    rho = (mean(2 * abs(dev) * e + e * e) + gamma(C + 2, u) * var) / (2 * var) + 4 * u
-    assert rho.max() < 1e-3
-    normed = abs(dev) / np.sqrt(var)
-    e = e / np.sqrt(var) + (rho + u) * normed
-    y = abs(weight) * (e + 2 * u * normed) + u * abs(bias)
-    # dx = (d - mean d - normed · mean(d normed)) / std with d = dy w: each term's own error, and three roundings.
-    d = abs(dy * weight)
-    m, along = mean(d), mean(d * normed)
-    terms = d + m + normed * along
-    off = u * d + gamma(C + 2, u) * m + normed * (mean(d * e) + gamma(C + 3, u) * along) + e * along + 3 * u * terms
-    rows = x.size // C
-    dweight = (abs(dy) * e + gamma(rows + 1, u) * abs(dy) * normed).reshape(-1, C).sum(0)
-    return [y, (off + (rho + u) * terms) / np.sqrt(var), dweight, gamma(rows, u) * abs(dy).reshape(-1, C).sum(0)]
-
-
 def loss_bounds(x, weight, targets, dy, u):
     """A logit is a sum of C products, off by at most e in its row; softmax, and -log of it, is then off by θ.
 
@@ -162,15 +131,12 @@ def some_targets(rng):
 TARGETS = some_targets(np.random.default_rng(5))
 CASES = {  # name: (ours, the textbook's, bounds, inputs); ours is looked up when it is called, as the model does it
     **{f"attention, {T} queries, {S} keys": (
-        lambda *qkv: F.attention(*qkv, HEADS), lambda *qkv: plain.attention(*qkv, HEADS), attention_bounds,
+        lambda *qkv: lean.attention(*qkv, HEADS), lambda *qkv: F.attention(*qkv, HEADS), attention_bounds,
         lambda rng, T=T, S=S: attention_inputs(rng, T, S),
     ) for T, S in ((150, 150), (65, 65), (130, 167))},
-    "gelu": (lambda x: F.gelu(x), plain.gelu, gelu_bounds,
+    "gelu": (lambda x: lean.gelu(x), F.gelu, gelu_bounds,
              lambda rng: [np.append(3 * rng.standard_normal(1000), [0.0, -0.0, 11.0, -11.0])]),
-    "gelu with a power": (lambda x: F.gelu(x), plain.gelu_power, gelu_bounds, lambda rng: [rng.standard_normal(1000)]),
-    "layer norm": (lambda *a: F.layer_norm(*a), plain.layer_norm, layer_norm_bounds,
-                   lambda rng: [2 + rng.standard_normal((60, 48)), *rng.standard_normal((2, 48))]),
-    "loss": (lambda *a: F.linear_cross_entropy(*a, TARGETS), lambda *a: plain.linear_cross_entropy(*a, TARGETS),
+    "loss": (lambda *a: lean.linear_cross_entropy(*a, TARGETS), lambda *a: F.linear_cross_entropy(*a, TARGETS),
              lambda x, W, dy, u: loss_bounds(x, W, TARGETS, dy, u),
              lambda rng: [rng.standard_normal((2, 350, 16)), rng.standard_normal((50, 16))]),
 }  # fmt: skip
@@ -202,7 +168,7 @@ def is_within_the_bounds(case, dtype, op=None):
 
 @every_case
 @both_dtypes
-def test_a_fast_op_differs_from_the_textbooks_by_less_than_the_derived_bound(case, dtype):
+def test_a_lean_op_differs_from_the_textbooks_by_less_than_the_derived_bound(case, dtype):
     is_within_the_bounds(case, dtype)
 
 
@@ -213,25 +179,16 @@ def test_the_textbooks_version_obeys_the_same_bound(case):
 
 def test_the_inputs_are_cut_into_several_blocks_and_a_rest():
     labelled = np.count_nonzero(TARGETS != F.IGNORE)
-    assert 150 > 2 * F.QUERIES and 150 % F.QUERIES and labelled > 2 * F.LOGITS and labelled % F.LOGITS
+    assert 150 > 2 * lean.QUERY_BLOCK and 150 % lean.QUERY_BLOCK
+    assert labelled > 2 * lean.LOGIT_ROWS and labelled % lean.LOGIT_ROWS
 
 
 @pytest.mark.parametrize("case", ["attention, 150 queries, 150 keys", "loss"])
 @pytest.mark.parametrize("size", [1, 7, WHOLE])
 def test_so_do_blocks_of_any_size(monkeypatch, case, size):
-    monkeypatch.setattr(F, "QUERIES", size)
-    monkeypatch.setattr(F, "LOGITS", size)
+    monkeypatch.setattr(lean, "QUERY_BLOCK", size)
+    monkeypatch.setattr(lean, "LOGIT_ROWS", size)
     is_within_the_bounds(case, "float32")
-
-
-def test_the_textbooks_gradients_are_derivatives():
-    rng = np.random.default_rng(0)
-    q, k = rng.standard_normal((1, 3, 4)), rng.standard_normal((1, 5, 4))
-    gradcheck(lambda *qkv: plain.attention(*qkv, 2), q, k, k[:, ::-1].copy())
-    gradcheck(plain.gelu, q)
-    gradcheck(plain.gelu_power, q)
-    gradcheck(plain.layer_norm, q, *rng.standard_normal((2, 4)))
-    gradcheck(lambda x, W: plain.linear_cross_entropy(x, W, [[2, F.IGNORE, 0]]), q, rng.standard_normal((3, 4)))
 
 
 # --- to the bit -------------------------------------------------------------------------------------------------------
@@ -247,7 +204,7 @@ def adam_steps(block, monkeypatch):
         for p in params:
             p.grad = rng.standard_normal(p.shape).astype(np.float32)
         adam.step()
-    return [p.data for p in params] + list(adam.state().values())
+    return [p.data for p in params] + list(adam.state_dict()["moments"].values())
 
 
 def adam_in_blocks_is_adam_in_one(monkeypatch):
@@ -258,7 +215,7 @@ def adam_in_blocks_is_adam_in_one(monkeypatch):
 
 def caches_hold_the_same():
     """Keys and values are copied, never computed with."""
-    rng, ours, growing = np.random.default_rng(2), KeyValueCache(12), plain.GrowingCache(12)
+    rng, ours, growing = np.random.default_rng(2), KeyValueCache(12), GrowingCache(12)
     for T in (5, 1, 1, 4):
         k, v = (Tensor(rng.standard_normal((3, T, 8)).astype(np.float32)) for _ in range(2))
         ours_now, growing_now = ours.extend(k, v), growing.extend(k, v)
@@ -272,6 +229,29 @@ def test_adam_in_blocks_takes_the_same_steps_to_the_bit(monkeypatch):
 
 def test_a_cache_made_once_holds_the_same_as_one_that_grows():
     caches_hold_the_same()
+
+
+class GrowingCache:
+    """One layer's keys and values in arrays that are made anew, one position longer, for each token."""
+
+    def __init__(self, size):
+        self.k = self.v = None  # arrays (B, S, C)
+
+    length = property(lambda self: 0 if self.k is None else self.k.shape[1])
+
+    def extend(self, k, v):
+        self.k = k.data if self.k is None else np.concatenate([self.k, k.data], axis=1)
+        self.v = v.data if self.v is None else np.concatenate([self.v, v.data], axis=1)
+        return Tensor(self.k), Tensor(self.v)
+
+
+def without_a_cache(model, ids, max_new_tokens):
+    """The likeliest tokens after `ids` (B, T); for each, the model reads everything before it again."""
+    with no_grad():
+        for _ in range(max_new_tokens):
+            logits = model.head(model.hidden(ids)[:, -1]).data
+            ids = np.concatenate([ids, logits.argmax(-1)[:, None]], axis=1)
+    return ids
 
 
 def small_model(dtype="float32"):
@@ -297,7 +277,8 @@ def same(ours, theirs):
 def test_gradients_of_frozen_weights_change_no_other_to_the_bit():
     """Nodes that are there only for the base lie beside or below the others, which meet in the same order."""
     (base, adapter), (other_base, other) = small_model(), small_model()
-    model = plain.attach_trainable(other_base, other)
+    trainable = lambda t: t if t.requires_grad else Tensor(t.data, requires_grad=True)
+    model = attach(other_base, other).map_tensors(trainable)
     assert same(gradients(attach(base, adapter), adapter), gradients(model, other))
     assert all(p.grad is not None for p in model.parameters()) and contents(base) == contents(other_base)
 
@@ -305,8 +286,8 @@ def test_gradients_of_frozen_weights_change_no_other_to_the_bit():
 def test_one_part_on_no_thread_is_the_plain_step_to_the_bit():
     (base, adapter), (other_base, other) = small_model(), small_model()
     ids = np.random.default_rng(1).integers(0, 19, (3, 71))
-    with Replicas(attach(other_base, other), 1) as replicas:
-        loss = replicas.backward(ids[:, :-1], ids[:, 1:])
+    with PartWorkers(attach(other_base, other)) as workers:
+        loss = workers.backward(ids[:, :-1], ids[:, 1:])
     assert same(gradients(attach(base, adapter), adapter), (loss, [p.grad for p in other.parameters()]))
 
 
@@ -315,8 +296,8 @@ def test_each_way_to_generate_writes_the_same_tokens(monkeypatch, length):
     """In float64, where no two logits of this model are so near each other that rounding could decide."""
     model, prompt = small_model("float64")[0], np.arange(2 * length).reshape(2, length) % 19
     tokens = generate(model, prompt, 40)
-    assert np.array_equal(tokens, plain.generate(model, prompt, 40))
-    monkeypatch.setattr(sys.modules["minilora.generate"], "KeyValueCache", plain.GrowingCache)
+    assert np.array_equal(tokens, without_a_cache(model, prompt, 40))
+    monkeypatch.setattr(gpt, "KeyValueCache", GrowingCache)
     assert np.array_equal(tokens, generate(model, prompt, 40))
 
 
@@ -343,22 +324,22 @@ def test_memory_that_is_kept_changes_no_bit():
 
 CACHE, BLOCKS = KeyValueCache.extend, minilora.optim._blocks
 BUGS = {  # what is wrong: (case or comparison, function, its line, the line with the bug)
-    "last queries dropped": ("attention", F.attention, "range(0, T, QUERIES)", "range(0, T - QUERIES, QUERIES)"),
-    "mask off by one": ("attention", F.attention, "Q.dtype), -1)", "Q.dtype), -2)"),
-    "last key out of sight": ("attention", F.attention, "Q.dtype), -1)", "Q.dtype), 0)"),
-    "dq not scaled": ("attention", F.attention, "@ K[:, :, seen]) * scale", "@ K[:, :, seen])"),
-    "dk of the last block alone": ("attention", F.attention, "dK[:, :, seen] += ", "dK[:, :, seen] = "),
-    "softmax half way back": ("attention", F.attention, "dS -= along[..., rows]", "pass"),
-    "gelu, other constant": ("gelu", F.gelu, "math.pi), 0.044715", "math.pi), 0.0447"),
-    "gelu, wrong derivative": ("gelu", F.gelu, "d *= 6 * c * a", "d *= 5.999 * c * a"),
-    "other variance": ("layer norm", F.layer_norm, "normed) / w.size + eps", "normed) / (w.size - 1) + eps"),
-    "two terms of three": ("layer norm", F.layer_norm, "d -= normed * along", "pass"),
-    "last rows dropped": ("loss", F.linear_cross_entropy, "range(0, n, LOGITS)", "range(0, n - LOGITS, LOGITS)"),
-    "dW of the last rows alone": ("loss", F.linear_cross_entropy, "dW += ", "dW = "),
-    "softmax without one-hot": ("loss", F.linear_cross_entropy, "z[at_target] -= total[:, 0]", "pass"),
-    "mean over silent rows": ("loss", F.linear_cross_entropy, "loss / n)", "loss / targets.size)"),
-    "last block not updated": ("Adam", BLOCKS, "len(arrays[0]), rows)", "len(arrays[0]) - rows, rows)"),
-    "values over keys": ("cache", CACHE, "held[1, :, start", "held[0, :, start"),
+    "last queries dropped": ("attention", lean.attention, "range(0, T, QUERY_BLOCK)",
+                             "range(0, T - QUERY_BLOCK, QUERY_BLOCK)"),
+    "mask off by one": ("attention", lean.attention, "Q.dtype), -1)", "Q.dtype), -2)"),
+    "last key out of sight": ("attention", lean.attention, "Q.dtype), -1)", "Q.dtype), 0)"),
+    "dq not scaled": ("attention", lean.attention, "@ K[:, :, keys]) * scale", "@ K[:, :, keys])"),
+    "dk of the last block alone": ("attention", lean.attention, "dK[:, :, keys] += ", "dK[:, :, keys] = "),
+    "softmax half way back": ("attention", lean.attention, "dS -= along[..., queries]", "pass"),
+    "gelu, other constant": ("gelu", lean.gelu, "a = 0.044715", "a = 0.0447"),
+    "gelu, wrong derivative": ("gelu", lean.gelu, "d *= 6 * c * a", "d *= 5.999 * c * a"),
+    "last rows dropped": ("loss", lean.linear_cross_entropy, "range(0, n, LOGIT_ROWS)",
+                          "range(0, n - LOGIT_ROWS, LOGIT_ROWS)"),
+    "dW of the last rows alone": ("loss", lean.linear_cross_entropy, "dW += ", "dW = "),
+    "softmax without one-hot": ("loss", lean.linear_cross_entropy, "E[at_target] -= row_sum[:, 0]", "pass"),
+    "mean over silent rows": ("loss", lean.linear_cross_entropy, "loss / n)", "loss / targets.size)"),
+    "last block not updated": ("Adam", BLOCKS, "range(0, len(first), n_rows)", "range(0, len(first) - n_rows, n_rows)"),
+    "values over keys": ("cache", CACHE, "cached[1, :, self.length", "cached[0, :, self.length"),
 }  # fmt: skip
 
 
@@ -367,7 +348,7 @@ def plant(monkeypatch, function, line, bug):
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(line) == 1, f"{function.__qualname__} has no such line any more: plant the bug in another"
     place, names = KeyValueCache if function is CACHE else sys.modules[function.__module__], {}
-    exec(source.replace(line, bug), function.__globals__, names)  # it sees the module's names, QUERIES and all
+    exec(source.replace(line, bug), function.__globals__, names)  # it sees the module's names, QUERY_BLOCK and all
     monkeypatch.setattr(place, function.__name__, names[function.__name__])
 
 
@@ -397,74 +378,3 @@ def test_the_right_line_planted_the_same_way_survives(monkeypatch, bug):
     case, function, line, _ = BUGS[bug]
     plant(monkeypatch, function, line, line)
     holds(case, "float32", monkeypatch)
-
-
-# --- the switches -----------------------------------------------------------------------------------------------------
-
-NANO = Workload(layers=2, width=8, heads=2, T=8, batch=2, vocabulary=11, r=2, alpha=4)
-EXACT = {NOISE, "freed memory kept", "no gradient for frozen weights", "Adam in blocks", "a cache that is made once"}
-SWITCHES = [(name, task) for name, trick in TRICKS.items() for task in trick.tasks]
-
-
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory):
-    """What a worker gives to `prepare`, with one thread."""
-    folder = tmp_path_factory.mktemp("nano")
-    material.write(NANO, folder, 0)
-    ids = np.load(folder / "ids.npy")
-    return Unit(folder, ids[:, :-1], ids[:, 1:], ids.reshape(1, -1)[:, :PROMPT], 1)
-
-
-@pytest.mark.parametrize("trick, task", SWITCHES)
-def test_switching_a_trick_off_changes_the_way_and_not_the_numbers(monkeypatch, nano, trick, task):
-    monkeypatch.setattr(numpy_minilora, "keep_freed_memory", lambda: True)  # not in the tests' own process
-    for place, name, size in ((F, "QUERIES", 3), (F, "LOGITS", 5), (minilora.optim, "BLOCK", 16)):
-        monkeypatch.setattr(place, name, size)  # so that there are blocks
-    on = [run() for run in [plain.prepare(task, "", nano)] for _ in range(3)]
-    for place, name, _ in TRICKS[trick].off:
-        monkeypatch.setattr(place, name, getattr(place, name))  # so that it is set back
-    called = set()
-    sys.setprofile(lambda frame, event, argument: called.add(frame.f_code))
-    try:
-        off = [run() for run in [plain.prepare(task, trick, nano)] for _ in range(3)]
-    finally:
-        sys.setprofile(None)
-    assert off == (on if task == "generate" or trick in EXACT else pytest.approx(on, rel=1e-5))
-    used = {name: getattr(place, name) for place, name, _ in TRICKS[trick].off}  # of two, the last
-    for name, replacement in used.items():
-        if isinstance(replacement, type):
-            assert any(f.__code__ in called for f in vars(replacement).values() if hasattr(f, "__code__")), name
-        elif callable(replacement):
-            assert replacement.__code__ in called, name
-
-
-def test_without_threads_a_step_is_one_part_on_all_cores(monkeypatch, nano):
-    pytest.importorskip("threadpoolctl")
-    parts, made = [], numpy_minilora.Replicas
-    monkeypatch.setattr(numpy_minilora, "keep_freed_memory", lambda: True)
-    monkeypatch.setattr(numpy_minilora, "Replicas", lambda model, n: [parts.append(n), made(model, n)][1])
-    monkeypatch.setattr(numpy_minilora, "IN_PARTS", numpy_minilora.IN_PARTS)  # so that it is set back
-    for trick in ("", "parts of a batch on threads"):
-        plain.prepare("lora", trick, nano._replace(threads=2)).held.close()
-    assert parts == [2, 1]
-
-
-def test_all_of_them_are_all_of_those_that_a_training_step_has():
-    lora = {off for name, trick in TRICKS.items() if "lora" in trick.tasks and name != ALL for off in trick.off}
-    assert set(TRICKS[ALL].off) == lora and len(lora) > 8
-
-
-def test_a_ratio_is_off_over_on_round_by_round_and_memory_the_difference():
-    rounds = [{"all on": 1.0, "x": 2.0}, {"all on": 2.0, "x": 6.0}, {"all on": 9.0, "x": 9.0}, {"all on": 1.0, "x": 99}]
-    memory = {"all on": {"start": 1, "peak": 50}, "x": {"start": 1, "peak": 80}, "dead": {"start": 1}}
-    outcome = {"rounds": rounds, "foreign": [0.0, 0.0, 0.0, 0.5], "memory": memory, "failed": {"dead": "why"}}
-    assert tricks.measure(outcome, ["all on", "x", "dead"]) == {"all on": (2.0, 1.0, 50, 0), "x": (6.0, 2.0, 80, 30)}
-
-
-def test_each_trick_is_measured_in_each_of_its_tasks_beside_no_more_than_asked():
-    args = Namespace(trick=list(TRICKS), at_once=3)
-    found = list(tricks.groups(args))
-    assert sorted((name, t) for t, names in found for name in names) == sorted(SWITCHES)
-    assert max(len(names) for _, names in found) == 3
-    alone = list(tricks.groups(Namespace(trick=[NOISE, ALL], at_once=3)))
-    assert alone == [("lora", [NOISE, ALL])]

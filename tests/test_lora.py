@@ -1,5 +1,6 @@
 """LoRA on plain Linear layers: what is exact, what is bounded, what is shared and what is refused. Knows no GPT."""
 
+import contextlib
 import math
 import subprocess
 import sys
@@ -52,9 +53,10 @@ def outputs(model, x=X):
 def is_exact_on_the_lattice(case):
     """Unmerged, merged and plain whole-number arithmetic give the same numbers, in the dtype of the weights."""
     layer, x = case
-    W, A, B = (t.data.astype(np.int64) for t in (layer.weight, layer.lora_A, layer.lora_B))
-    b = 0 if layer.bias is None else layer.bias.data
-    expected = x.data.astype(np.int64) @ W.T + b + layer.scaling * (x.data.astype(np.int64) @ (B @ A).T)
+    linear, pair = layer.linear, layer.pair
+    W, A, B = (t.data.astype(np.int64) for t in (linear.weight, pair.lora_A, pair.lora_B))
+    b = 0 if linear.bias is None else linear.bias.data
+    expected = x.data.astype(np.int64) @ W.T + b + pair.scaling * (x.data.astype(np.int64) @ (B @ A).T)
     for y in (layer(x), layer.merged()(x)):
         assert y.dtype == x.dtype
         assert np.array_equal(y.data, expected)
@@ -74,8 +76,9 @@ def forward_error_bound(layer, x):
     u = np.longdouble(np.finfo(x.dtype).eps) / 2
     gamma = lambda k: k * u / (1 - k * u)
     size = lambda a: np.abs(np.asarray(a).astype(np.longdouble))
-    W, A, B, x, s = map(size, (layer.weight.data, layer.lora_A.data, layer.lora_B.data, x, x.dtype.type(layer.scaling)))
-    b, extra = (0, 0) if layer.bias is None else (size(layer.bias.data), 1)
+    linear, pair = layer.linear, layer.pair
+    W, A, B, x, s = map(size, (linear.weight.data, pair.lora_A.data, pair.lora_B.data, x, x.dtype.type(pair.scaling)))
+    b, extra = (0, 0) if linear.bias is None else (size(linear.bias.data), 1)
     r, n = A.shape
     bound = gamma(n + 1 + extra) * (x @ W.T) + gamma(n + r + 2 + extra) * s * (x @ A.T @ B.T) + gamma(2 * extra) * b
     return 2 * bound * (1 + 1e-6)
@@ -103,16 +106,15 @@ WRONG_UPDATES = {
 
 
 def plant(monkeypatch, place, update):
-    """Let LoRALinear's forward, or its merge, use `update(A, B, scaling)` as the change of its weight."""
-    delta = lambda layer: update(layer.lora_A.data, layer.lora_B.data, layer.scaling)
+    """Let a pair's forward, or what is merged, use `update(A, B, scaling)` as the change of the weight."""
 
-    def merged(self):
-        return Linear(Tensor(self.weight.data + delta(self)), self.bias)
+    def delta(self):
+        return update(self.lora_A.data, self.lora_B.data, self.scaling)
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias) + F.linear(x, Tensor(delta(self)))
+        return F.linear(x, Tensor(delta(self)))
 
-    monkeypatch.setattr(LoRALinear, place, {"merged": merged, "__call__": forward}[place])
+    monkeypatch.setattr(LoRAPair, place, {"delta": delta, "__call__": forward}[place])
 
 
 PROPERTIES = {
@@ -122,7 +124,7 @@ PROPERTIES = {
 
 
 @pytest.mark.parametrize("cases, holds", PROPERTIES.values(), ids=PROPERTIES)
-@pytest.mark.parametrize("place", ["merged", "__call__"])
+@pytest.mark.parametrize("place", ["delta", "__call__"])
 @pytest.mark.parametrize("update", WRONG_UPDATES.values(), ids=WRONG_UPDATES)
 def test_each_planted_bug_in_the_layer_or_the_merge_is_killed(monkeypatch, update, place, cases, holds):
     plant(monkeypatch, place, update)
@@ -131,7 +133,7 @@ def test_each_planted_bug_in_the_layer_or_the_merge_is_killed(monkeypatch, updat
 
 
 @pytest.mark.parametrize("cases, holds", PROPERTIES.values(), ids=PROPERTIES)
-@pytest.mark.parametrize("place", ["merged", "__call__"])
+@pytest.mark.parametrize("place", ["delta", "__call__"])
 def test_the_right_update_planted_the_same_way_survives(monkeypatch, place, cases, holds):
     plant(monkeypatch, place, lambda A, B, s: s * (B @ A))
     hunt(cases, holds)
@@ -140,24 +142,24 @@ def test_the_right_update_planted_the_same_way_survives(monkeypatch, place, case
 @given(lattice_layers(), st.data())
 def test_gradients_of_A_and_B_are_those_of_the_formula_bit_for_bit(case, data):
     layer, x = case
-    dy = data.draw(st.sampled_from([-2.0, 1.0, 3.0])) * np.ones((x.shape[0], layer.weight.shape[0]), x.dtype)
+    dy = data.draw(st.sampled_from([-2.0, 1.0, 3.0])) * np.ones((x.shape[0], layer.pair.out_features), x.dtype)
     layer(x).backward(dy)
-    A, B, s = layer.lora_A.data, layer.lora_B.data, layer.scaling
-    assert np.array_equal(layer.lora_A.grad, s * (dy @ B).T @ x.data)
-    assert np.array_equal(layer.lora_B.grad, s * dy.T @ (x.data @ A.T))
-    assert np.array_equal(x.grad, dy @ (layer.weight.data + s * (B @ A)))
+    A, B, s = layer.pair.lora_A.data, layer.pair.lora_B.data, layer.pair.scaling
+    assert np.array_equal(layer.pair.lora_A.grad, s * (dy @ B).T @ x.data)
+    assert np.array_equal(layer.pair.lora_B.grad, s * dy.T @ (x.data @ A.T))
+    assert np.array_equal(x.grad, dy @ (layer.linear.weight.data + s * (B @ A)))
 
 
 @given(lattice_layers(), st.data())
 def test_an_update_depends_on_the_product_alone_not_on_how_it_is_factored(case, data):
     """Gauge invariance: A -> M A and B -> B M⁻¹ with M a permutation of the ranks times powers of two, all exact."""
     layer, x = case
-    r = layer.lora_A.shape[0]
+    r = layer.pair.r
     order = data.draw(st.permutations(range(r)))
     factors = np.array(data.draw(st.lists(st.sampled_from([0.25, 1.0, 2.0, -4.0]), min_size=r, max_size=r)), x.dtype)
-    A = Tensor(factors[:, None] * layer.lora_A.data[order])
-    B = Tensor(layer.lora_B.data[:, order] / factors)
-    other = LoRALinear(layer, A, B, layer.scaling)
+    A = Tensor(factors[:, None] * layer.pair.lora_A.data[order])
+    B = Tensor(layer.pair.lora_B.data[:, order] / factors)
+    other = LoRALinear(layer.linear, LoRAPair(A, B, layer.pair.scaling))
     assert np.array_equal(other(x).data, layer(x).data)
     assert np.array_equal(other.merged().weight.data, layer.merged().weight.data)
 
@@ -165,15 +167,14 @@ def test_an_update_depends_on_the_product_alone_not_on_how_it_is_factored(case, 
 @given(lattice_layers())
 def test_the_update_has_at_most_rank_r(case):
     layer, _ = case
-    delta = layer.merged().weight.data - layer.weight.data
-    assert np.linalg.matrix_rank(delta.astype(np.float64)) <= layer.lora_A.shape[0]
+    delta = layer.merged().weight.data - layer.linear.weight.data
+    assert np.linalg.matrix_rank(delta.astype(np.float64)) <= layer.pair.r
 
 
 @given(lattice_layers())
 def test_subtracting_the_update_from_a_merged_weight_of_whole_numbers_gives_the_weight_back(case):
     layer, _ = case
-    update = layer.scaling * (layer.lora_B.data @ layer.lora_A.data)
-    assert np.array_equal(layer.merged().weight.data - update, layer.weight.data)
+    assert np.array_equal(layer.merged().weight.data - layer.pair.delta(), layer.linear.weight.data)
 
 
 # --- a new adapter -----------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def test_the_scaling_is_alpha_over_r_or_over_its_root(r, alpha, rslora, scaling)
     base = tiny_mlp(32, 32, dtype="float64")
     adapter = learned(init_adapter(base, config, np.random.default_rng(0)))
     pair, merged = adapter.pairs["layers.0"], merge(attach(base, adapter)).layers[0]
-    assert config.scaling("layers.0") == scaling
+    assert config.scaling_of("layers.0") == scaling
     assert np.allclose(merged.weight.data - base.layers[0].weight.data, scaling * pair.lora_B.data @ pair.lora_A.data)
 
 
@@ -374,24 +375,33 @@ def test_the_report_counts_r_times_in_plus_out_per_adapted_layer(sizes, r, only_
 # --- dropout -----------------------------------------------------------------------------------------------------
 
 
-def test_dropout_thins_the_adapter_alone_and_only_while_a_graph_is_recorded():
+@pytest.mark.parametrize("recording", [True, False])
+def test_an_adapter_drops_out_if_and_only_if_a_generator_is_passed_whether_a_graph_is_recorded_or_not(recording):
     base = tiny_mlp(6, 5)
     adapter = learned(new_adapter(base, dropout=0.5))
-    model = attach(base, adapter, rng=np.random.default_rng(0))
+    model = attach(base, adapter)
     still = attach(base, Adapter(LoRAConfig(2, 4, "all-linear"), adapter.pairs, adapter.base_fingerprint))
-    assert np.array_equal(outputs(model), outputs(still))
-    assert not np.array_equal(model(Tensor(X)).data, model(Tensor(X)).data)
+
+    def y(model, seed=None):
+        with contextlib.nullcontext() if recording else no_grad():
+            return model(Tensor(X), rng=None if seed is None else np.random.default_rng(seed)).data
+
+    assert np.array_equal(y(model), y(still)) and np.array_equal(y(still, 0), y(still))
+    assert np.array_equal(y(model, 0), y(model, 0))
+    assert not np.array_equal(y(model, 0), y(model)) and not np.array_equal(y(model, 0), y(model, 1))
     assert np.array_equal(outputs(merge(model)), outputs(merge(still)))
-    new = attach(base, new_adapter(base, dropout=0.5), rng=np.random.default_rng(0))
-    assert np.array_equal(new(Tensor(X)).data, outputs(base))  # nothing of the base is dropped
+    new = attach(base, new_adapter(base, dropout=0.5))
+    assert np.array_equal(y(new, 0), outputs(base)), "nothing of the base drops out"
 
 
-def test_dropout_without_a_generator_is_refused_only_where_it_would_draw():
-    base = tiny_mlp(6, 5)
-    model = attach(base, new_adapter(base, dropout=0.5))
-    outputs(model)
-    with pytest.raises(ValueError, match=r"dropout of 0.5 needs a random generator.*rng"):
-        model(Tensor(X))
+def test_what_drops_out_of_the_adapters_input_is_the_share_of_the_rate_and_the_rest_is_scaled_up():
+    base = tiny_mlp(1, 1)
+    pair = LoRAPair(Tensor(np.ones((1, 1), np.float32)), Tensor(np.ones((1, 1), np.float32)), 1.0)
+    model = attach(base, Adapter(LoRAConfig(1, 1, "all-linear", dropout=0.75), {"layers.0": pair}, None))
+    x = np.ones((4000, 1), np.float32)
+    update = model(Tensor(x), rng=np.random.default_rng(0)).data - base(Tensor(x)).data
+    assert set(np.round(update.ravel(), 5)) == {0.0, 4.0}
+    assert np.mean(update == 0) == pytest.approx(0.75, abs=0.03)
 
 
 # --- every backend -----------------------------------------------------------------------------------------------
@@ -477,12 +487,23 @@ def test_an_adapter_cannot_be_made_for_a_model_that_has_one():
         new_adapter(attach(base, new_adapter(base)))
 
 
-@pytest.mark.parametrize("A, B", [((2, 6), (5, 3)), ((3, 6), (5, 3)), ((6, 2), (2, 5)), ((2,), (5, 2))])
-def test_a_pair_that_does_not_have_the_rank_of_the_config_is_refused(A, B):
-    pair = LoRAPair(Tensor(np.zeros(A)), Tensor(np.zeros(B)))
+@pytest.mark.parametrize("A, B", [((2, 6), (5, 3)), ((6, 2), (5, 2)), ((2,), (5, 2)), ((2, 6), (5, 2, 1))])
+def test_two_factors_without_one_rank_are_refused_with_both_shapes(A, B):
     with pytest.raises(ValueError) as caught:
-        Adapter(LoRAConfig(2, 1, ["0"]), {"layers.0": pair}, None)
-    assert all(str(part) in str(caught.value) for part in ("layers.0", A, B, "r=2"))
+        LoRAPair(Tensor(np.zeros(A)), Tensor(np.zeros(B)), 1.0)
+    assert all(str(part) in str(caught.value) for part in ("(r, in)", "(out, r)", A, B))
+
+
+def test_a_pair_of_another_rank_than_the_recipes_computes_what_the_pair_says():
+    """The configuration is a recipe and a record: the pair alone says r and scaling."""
+    base = tiny_mlp(6, 5)
+    rng = np.random.default_rng(0)
+    A, B = (Tensor(rng.integers(-3, 4, shape).astype(np.float32)) for shape in ((3, 6), (5, 3)))
+    adapter = Adapter(LoRAConfig(2, 1, ["0"]), {"layers.0": LoRAPair(A, B, 0.25)}, None)
+    model = attach(base, adapter)
+    assert adapter.pairs["layers.0"].r == 3
+    expected = base.layers[0].weight.data + np.float32(0.25) * (B.data @ A.data)
+    assert np.array_equal(merge(model).layers[0].weight.data, expected)
 
 
 def test_an_adapter_of_nothing_is_refused():
@@ -490,12 +511,10 @@ def test_an_adapter_of_nothing_is_refused():
         Adapter(LoRAConfig(2, 1, ["0"]), {}, None)
 
 
-def test_what_is_no_adapter_and_what_is_no_generator_is_refused_by_its_type():
+def test_what_is_no_adapter_is_refused_by_its_type():
     base = tiny_mlp(6, 5)
     with pytest.raises(TypeError, match="attach: expected an Adapter or a stack of them, got NoneType"):
         attach(base, None)
-    with pytest.raises(TypeError, match=r"must be a numpy\.random\.Generator, got 0; write np\.random\.default_rng"):
-        attach(base, new_adapter(base), rng=0)
 
 
 def without_activation(base):

@@ -70,15 +70,15 @@ keys = st.sampled_from(["c_attn", "attn.c_proj", "c_proj", "c.fc", r"h\.\d\..*",
 def test_rank_and_alpha_are_each_the_first_match_in_the_order_of_the_file(ranks, alphas, rslora, name):
     config = LoRAConfig(2, 8, ["c_attn"], use_rslora=rslora, rank_pattern=ranks, alpha_pattern=alphas)
     r, alpha = peft_value(ranks, name, 2), peft_value(alphas, name, 8)
-    assert (config.rank(name), config.strength(name)) == (r, alpha)
-    assert config.scaling(name) == (alpha / math.sqrt(r) if rslora else alpha / r)
+    assert (config.r_of(name), config.alpha_of(name)) == (r, alpha)
+    assert config.scaling_of(name) == (alpha / math.sqrt(r) if rslora else alpha / r)
 
 
 def test_the_order_of_a_pattern_matters_and_the_two_have_orders_of_their_own():
     first = {"c_attn": 1, ".*": 3}
     config = LoRAConfig(2, 8, "all-linear", rank_pattern=first, alpha_pattern=dict(reversed(first.items())))
-    assert (config.rank("h.0.attn.c_attn"), config.strength("h.0.attn.c_attn")) == (1, 3)
-    assert (config.rank("h.0.mlp.c_fc"), config.strength("h.0.mlp.c_fc")) == (3, 3)
+    assert (config.r_of("h.0.attn.c_attn"), config.alpha_of("h.0.attn.c_attn")) == (1, 3)
+    assert (config.r_of("h.0.mlp.c_fc"), config.alpha_of("h.0.mlp.c_fc")) == (3, 3)
 
 
 @pytest.mark.parametrize("key, name, matches", [
@@ -88,7 +88,7 @@ def test_the_order_of_a_pattern_matters_and_the_two_have_orders_of_their_own():
     ("h.0.attn.c_attn", "h.0.attn.c_attn", True), ("c_attn", "c_attn", True),
 ])  # fmt: skip
 def test_a_key_is_an_expression_for_a_dotted_ending(key, name, matches):
-    assert (LoRAConfig(2, 8, ["x"], rank_pattern={key: 5}).rank(name) == 5) is matches
+    assert (LoRAConfig(2, 8, ["x"], rank_pattern={key: 5}).r_of(name) == 5) is matches
 
 
 # Fields.
@@ -131,7 +131,7 @@ def test_numbers_of_numpy_become_numbers_and_lists_become_tuples():
 def test_an_alpha_beyond_every_float_is_refused():
     for fields in ({"alpha": 10**400}, {"alpha_pattern": {"x": 10**400}}):
         with pytest.raises(ValueError, match="alpha"):
-            LoRAConfig(**{"r": 2, "alpha": 4, "target_modules": ["x"], **fields}).scaling("x")
+            LoRAConfig(**{"r": 2, "alpha": 4, "target_modules": ["x"], **fields}).scaling_of("x")
 
 
 @pytest.mark.parametrize("fields, shown", [

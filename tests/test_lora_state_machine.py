@@ -1,5 +1,7 @@
 """Adapters made, attached, trained, stacked, merged, dropped and kept in any order: the base never moves."""
 
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import Phase, settings
@@ -80,13 +82,19 @@ class Adapters(RuleBasedStateMachine):
 
     @rule(target=kept, adapter=adapters)
     def keep_in_memory(self, adapter):
-        copies = {name: [p.data.copy() for p in pair.parameters()] for name, pair in adapter.pairs.items()}
+        copies = {
+            name: (pair.lora_A.data.copy(), pair.lora_B.data.copy(), pair.scaling)
+            for name, pair in adapter.pairs.items()
+        }
         return adapter, copies, outputs(attach(self.base, adapter))
 
     @rule(target=adapters, memory=kept)
     def recall(self, memory):
         adapter, copies, then = memory
-        pairs = {name: LoRAPair(*(Tensor(a.copy(), True) for a in factors)) for name, factors in copies.items()}
+        pairs = {
+            name: LoRAPair(Tensor(A.copy(), True), Tensor(B.copy(), True), scaling)
+            for name, (A, B, scaling) in copies.items()
+        }
         again = Adapter(adapter.config, pairs, adapter.base_fingerprint)
         assert outputs(attach(self.base, again)) == then
         self.held[again] = contents(again)
@@ -116,19 +124,21 @@ TestAdapters.settings = quick
 
 def merge_in_place(self):
     """Writes W."""
-    W = self.weight.data
-    W += self.scaling * (self.lora_B.data @ self.lora_A.data)
-    return Linear(Tensor(W), self.bias)
+    W = self.linear.weight.data
+    W += self.pair.delta()
+    return Linear(Tensor(W), self.linear.bias)
 
 
 def merge_with_what_it_will_learn(self):
-    """Keeps the adapter beside the weight instead of adding it."""
-    return LoRALinear(self, self.lora_A, self.lora_B, self.scaling)
+    """Keeps the adapter beside the weight instead of adding it: a plain layer that follows what the pair learns."""
+    plain = copy.copy(self.linear)
+    plain.__class__ = type("Following", (Linear,), {"__call__": lambda plain, x, rng=None: self(x)})
+    return plain
 
 
-def share_A(self, A, B):
+def share_A(self, A, B, scaling):
     """Gives every pair of one shape the A of the first."""
-    self.lora_A, self.lora_B = first_A.setdefault(A.shape, A), B
+    self.lora_A, self.lora_B, self.scaling = first_A.setdefault(A.shape, A), B, scaling
 
 
 first_A = {}

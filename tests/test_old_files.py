@@ -56,7 +56,7 @@ def is_what_was_frozen(adapter, base, expected):
         assert parameters[name].dtype == array.dtype and np.array_equal(parameters[name], array), name
     layers = dict(attach(base, adapter).named_modules())
     assert list(adapter.pairs) == expected["modules"].tolist()
-    assert [layers[name].scaling for name in adapter.pairs] == expected["scalings"].tolist()
+    assert [layers[name].pair.scaling for name in adapter.pairs] == expected["scalings"].tolist()
 
 
 def test_every_folder_is_there():

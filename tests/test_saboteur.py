@@ -116,22 +116,20 @@ def test_every_corrupted_gradient_is_caught(op):
 def test_the_saboteur_has_done_its_work():
     """How many corruptions were caught; "unchanged" is an array that the corruption leaves as it was."""
     done = Counter((name, outcome) for op in OPS for _, name, outcome in sabotage(op))
-    assert sum(op.edges for op in OPS) == 106
-    assert done == {
-        ("scaled", "caught"): 106,
-        ("dropped", "caught"): 106,
-        ("negated", "caught"): 106,
-        ("rolled", "caught"): 99,
-        ("rolled", "unchanged"): 7,  # the constant gradients of sums and means, and those of a single number
-        ("transposed", "caught"): 73,
-        ("transposed", "unchanged"): 33,  # vectors, matrices that are not square, and the same constants
-    }
+    edges = sum(op.edges for op in OPS)
+    assert done["scaled", "caught"] == done["dropped", "caught"] == done["negated", "caught"] == edges
+    assert done["rolled", "caught"] + done["rolled", "unchanged"] == edges
+    assert done["transposed", "caught"] + done["transposed", "unchanged"] == edges
+    # The constant gradients of sums and means, and those of a single number.
+    assert done["rolled", "unchanged"] <= edges / 10
+    # Vectors, matrices that are not square, and the same constants.
+    assert done["transposed", "unchanged"] <= edges / 3
 
 
 def test_no_op_escapes_the_saboteur():
     """Every module of the package that imports `record` is one of those in which it is replaced."""
-    names = [m.name for m in pkgutil.iter_modules(minilora.__path__) if m.name != "__main__"]
-    modules = [importlib.import_module(f"minilora.{name}") for name in names]
+    names = [m.name for m in pkgutil.walk_packages(minilora.__path__, "minilora.") if not m.name.endswith("__main__")]
+    modules = [importlib.import_module(name) for name in names]
     assert [m for m in modules if vars(m).get("record") is record] == RECORDERS
 
 

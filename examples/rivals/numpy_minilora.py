@@ -2,17 +2,16 @@
 
 import contextlib
 import time
-from importlib.util import find_spec
 
 import numpy as np
 
 from minilora import Adam, attach, generate, load_adapter, load_gpt2, merge, no_grad, stack
-from minilora.training.parts import Replicas
+from minilora.training.parts import PartWorkers
 from minilora.training.threads import blas_threads, keep_freed_memory
 
 from .workloads import LR, NEW, adapter_of, trains
 
-IN_PARTS = find_spec("threadpoolctl")  # without it each part's BLAS would want all the cores
+IN_PARTS = True  # a batch is cut into as many parts as there are threads
 SHAPES = ((512, 768, 3072), (2048, 384, 1152), (2048, 2048, 2048))  # M, K, N
 
 
@@ -56,10 +55,10 @@ def training(model, adam, unit, parts):
     open_until_exit = contextlib.ExitStack()
     if parts > 1:
         open_until_exit.enter_context(blas_threads(max(1, unit.threads // parts)))
-    replicas = open_until_exit.enter_context(Replicas(model, parts))
+    workers = open_until_exit.enter_context(PartWorkers(model, parts, parts))
 
     def step():
-        loss = replicas.backward(unit.inputs, unit.targets)
+        loss = workers.backward(unit.inputs, unit.targets)
         adam.step()
         adam.zero_grad()
         return loss

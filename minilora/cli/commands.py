@@ -97,7 +97,7 @@ def continue_prompt(base, adapters, prompt, xp, seed, say, tell, *, max_new_toke
     rows = np.repeat(ids[None], max(1, len(loaded)), axis=0)
     with tqdm(total=max_new_tokens, desc="generating", unit="token", delay=1, leave=False) as bar:
         texts = generate(model, rows, max_new_tokens, temperature=temperature, top_k=top_k, stop=tokenizer.end,
-                         rng=np.random.default_rng(seed), after=lambda token: bar.update())  # fmt: skip
+                         rng=np.random.default_rng(seed), on_token=lambda token: bar.update())  # fmt: skip
     for folder, row in zip(adapters or [base], texts, strict=True):
         if len(loaded) > 1:
             say(f"--- {folder}")
@@ -212,10 +212,10 @@ def _table(file, model, table, say):
     say(f"  {'module':<{wide}} {'in':>6} {'out':>6} {'r':>4} {'alpha':>6} {'scaling':>8} {'|dW|':>10} {'|dW|/|W|':>9}")
     for name in names:
         A, B, lora = file.factors[name]["lora_A"], file.factors[name]["lora_B"], file.lora
-        size = lora.scaling(name) * product_norm(B, A)
+        size = lora.scaling_of(name) * product_norm(B, A)
         share = "-" if model is None else f"{100 * size / (_weight_norm(model, table[name]) or math.nan):.3g} %"
-        say(f"  {name:<{wide}} {A.shape[1]:>6} {B.shape[0]:>6} {len(A):>4} {lora.strength(name):>6g} "
-            f"{lora.scaling(name):>8.4g} {size:>10.4g} {share:>9}")
+        say(f"  {name:<{wide}} {A.shape[1]:>6} {B.shape[0]:>6} {len(A):>4} {lora.alpha_of(name):>6g} "
+            f"{lora.scaling_of(name):>8.4g} {size:>10.4g} {share:>9}")
     for name, (start, stop) in file.columns.items():
         say(f"  {name} was trained apart: r={stop - start}, columns {start} to {stop} of its module")
     say("  dW = scaling * lora_B @ lora_A, what is added to the weight W; | | is Frobenius's norm")

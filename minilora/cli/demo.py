@@ -51,10 +51,10 @@ FULL = Size(_gpt(3, 96), base_steps=600, lora_steps=650)
 QUICK = Size(_gpt(2, 32), base_steps=60, lora_steps=40)
 
 
-def run(size, out, xp, seed, say=print, again="python -m minilora", threads=1):
+def run(size, out, xp, seed, say=print, again="python -m minilora", parts=1, threads=1):
     """The whole demo; models are kept in the folder `out`. `xp` is the array module to compute with.
 
-    `again` is the command that started it, for the hint at the end; `threads` is that of `train`.
+    `again` is the command that started it, for the hint at the end; `parts` and `threads` are those of `train`.
     Raises: OSError, before anything is computed, if `out` cannot be written; Interrupted on Ctrl-C.
     """
     kept, doing, began = [], "starting", time.perf_counter()
@@ -69,7 +69,7 @@ def run(size, out, xp, seed, say=print, again="python -m minilora", threads=1):
             f"Python {platform.python_version()}, {corpus.source} sha256 {corpus.sha256[:12]}")
 
         doing = "step 1 of 5, pre-training the base"
-        base = pretrain(size, corpus, xp, rng, say, threads)
+        base = pretrain(size, corpus, xp, rng, say, parts, threads)
         for file in (out / ADAPTER).glob("adapter_*"):  # of an earlier run: it belongs to another base
             file.unlink()
         save_model(base, out / BASE)
@@ -96,7 +96,8 @@ def run(size, out, xp, seed, say=print, again="python -m minilora", threads=1):
         doing = "step 4 of 5, training A and B"
         started = time.perf_counter()
         batches = pair_batches(characters.encode_pairs(questions.TRAINED), 16, rng)
-        teach(adapted, adapter, batches, size.lora_steps, 1e-2, label="[4/5] training A and B", threads=threads)
+        teach(adapted, adapter, batches, size.lora_steps, 1e-2, label="[4/5] training A and B", parts=parts,
+              threads=threads)
         say(f"[4/5] Trained A and B only, {size.lora_steps} steps in {time.perf_counter() - started:.0f} s")
         save_adapter(adapter, out / ADAPTER, base_model=str(out / BASE))
         kept.append(f"{out / ADAPTER} (the adapter)")
@@ -114,7 +115,7 @@ def run(size, out, xp, seed, say=print, again="python -m minilora", threads=1):
         raise Interrupted(f"interrupted in {doing}. Kept: {what}. No file is half-written.") from None
 
 
-def pretrain(size, corpus, xp, rng, say, threads=1):
+def pretrain(size, corpus, xp, rng, say, parts=1, threads=1):
     """Step 1: a GPT from random weights to technical English."""
     base = GPT(size.model, rng).to_device(xp)
     text, heldout = characters.encode(corpus.train), characters.encode(corpus.heldout)
@@ -125,18 +126,18 @@ def pretrain(size, corpus, xp, rng, say, threads=1):
     adam = Adam(base.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     train(base, adam, random_windows(text, 8, 128, rng), steps,
           schedule=lambda step: warmup_cosine(step, steps, peak=4e-3, warmup=20), label="[1/5] pre-training",
-          threads=threads)
+          parts=parts, threads=threads)
     loss = heldout_loss(base, consecutive_windows(heldout, size.model.block_size, 32))
     say(f"      {steps} steps in {time.perf_counter() - started:.0f} s, held-out loss {first:.2f} -> {loss:.2f} "
         f"nats per character. It writes:\n      {sample(base, 'The ')!r}")
     return base
 
 
-def teach(model, adapter, batches, steps, lr, label="", threads=1):
+def teach(model, adapter, batches, steps, lr, label="", parts=1, threads=1):
     """Train the tensors of `adapter`, through the `model` it is attached to."""
     adam = Adam(adapter.parameters(), betas=(0.9, 0.95))
     schedule = lambda step: warmup_cosine(step, steps, peak=lr, warmup=20)
-    return train(model, adam, batches, steps, schedule=schedule, label=label, threads=threads)
+    return train(model, adam, batches, steps, schedule=schedule, label=label, parts=parts, threads=threads)
 
 
 def logits(model, ids):

@@ -12,7 +12,7 @@ from ..backend import array_module
 from ..disk.folder import DTYPES
 from ..training.finetune import Settings, finetune
 from ..training.loop import Interrupted
-from ..training.threads import training_threads
+from ..training.threads import keep_freed_memory, parts_and_threads
 from . import commands, demo
 
 BASE, ADAPTER = "minilora-demo-quick/base", "minilora-demo-quick/security"  # what the examples of --help work on
@@ -158,8 +158,18 @@ def _backend(parser):
 
 
 def _threads(parser):
-    parser.add_argument("--threads", type=_whole(1), metavar="N", help="parts of a batch to compute at once (default 2,"
-                        " if threadpoolctl is there); 1 leaves BLAS's threads and malloc as they are")  # fmt: skip
+    parser.add_argument("--parts", type=_whole(1), metavar="N", help="parts that a batch is cut into (default 2); with "
+                        "the seed they determine every bit")  # fmt: skip
+    parser.add_argument("--threads", type=_whole(1), metavar="N", help="parts computed at once (default: as "
+                        "many as there are parts and cores)")  # fmt: skip
+
+
+def _parts_and_threads(args):
+    """The two settings of a command that trains; with several threads, freed memory is kept for the next step."""
+    parts, threads = parts_and_threads(args.parts, args.threads, args.backend)
+    if threads > 1:
+        keep_freed_memory()
+    return parts, threads
 
 
 def _demo(args):
@@ -170,8 +180,9 @@ def _demo(args):
     if args.ask is not None:
         demo.ask(args.ask, out, xp)
     else:
-        demo.run(demo.QUICK if args.quick else demo.FULL, out, xp, args.seed, again=again,
-                 threads=training_threads(args.threads, args.backend))
+        parts, threads = _parts_and_threads(args)
+        demo.run(demo.QUICK if args.quick else demo.FULL, out, xp, args.seed, again=again, parts=parts,
+                 threads=threads)
 
 
 def _finetune(args):
@@ -186,8 +197,8 @@ def _finetune(args):
         flag = lambda match: "argument --" + match[1].replace("target_modules", "target").replace("_", "-")
         args.refuse(re.sub(r"^\w+: (\w+)", flag, str(error)))
     commands.check_source(args.base, "model")
-    finetune(settings, array_module(args.backend), threads=training_threads(args.threads, args.backend),
-             resume=args.resume, say=_say)
+    parts, threads = _parts_and_threads(args)
+    finetune(settings, array_module(args.backend), parts=parts, threads=threads, resume=args.resume, say=_say)
 
 
 def _generate(args):

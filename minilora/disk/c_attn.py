@@ -29,8 +29,8 @@ def join(file, adapter, names):
     if not parts:
         (pair,) = pairs.values()
         return to_numpy(pair.lora_A.data), to_numpy(pair.lora_B.data), {}
-    if len({adapter.config.scaling(name) for name in names}) > 1:
-        shown = ", ".join(f"{name} {adapter.config.scaling(name):g}" for name in names)
+    if len({adapter.pairs[name].scaling for name in names}) > 1:
+        shown = ", ".join(f"{name} {adapter.pairs[name].scaling:g}" for name in names)
         raise ValueError(f"{file} can have one scaling, but its parts have several ({shown}): train them with one")
     distinct, spans, r = {}, {}, 0
     for pair in pairs.values():

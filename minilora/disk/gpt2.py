@@ -14,7 +14,7 @@ import numpy as np
 
 from ..backend import to_numpy
 from ..gpt import GPT, GPTConfig
-from ..nn import Linear
+from ..lora import adapted_names
 from ..tensor import Tensor
 from .folder import load_config, load_folder, naming, rounded, same_names, save_folder
 
@@ -145,7 +145,7 @@ def _conv1d_layout(model):
 
 def _save(model, folder, layout, config, dtype, like):
     """Write the tensors of `model`, joined and turned as `layout` says, beside the tokenizer of the folder `like`."""
-    odd = [name for name, m in model.named_modules() if isinstance(m, Linear) and type(m) is not Linear]
+    odd = adapted_names(model)
     if odd:
         raise ValueError(f"{odd[0]} carries an adapter: save merge(model), or the adapter and its base apart")
     arrays, ours = {}, {name: to_numpy(p.data) for name, p in model.named_parameters()}

@@ -61,10 +61,10 @@ def peft_objections(config, shapes):
     if extra:
         found.append(f"{_some(extra, 'tensors')} not asked for by lora_bias or use_dora: PEFT skips such tensors")
     sizes = {name: (modules[name]["lora_A"], modules[name]["lora_B"]) for name in chosen if name not in partly}
-    odd = [name for name, (A, B) in sizes.items() if len(A) != 2 or len(B) != 2 or not A[0] == B[1] == lora.rank(name)]
+    odd = [name for name, (A, B) in sizes.items() if len(A) != 2 or len(B) != 2 or not A[0] == B[1] == lora.r_of(name)]
     if odd:
         A, B = sizes[odd[0]]
-        found.append(f"{_some(odd, 'modules')} of sizes {A} and {B}, the configuration says r={lora.rank(odd[0])}: "
+        found.append(f"{_some(odd, 'modules')} of sizes {A} and {B}, the configuration says r={lora.r_of(odd[0])}: "
                      "PEFT refuses them")
     return found
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ..backend import get_array_module, to_device, to_numpy
-from ..lora import Adapter, LoRAPair, check_fits, init_adapter, linear_names
+from ..fits import check_fits
+from ..lora import Adapter, LoRAPair, init_adapter, linear_names
 from ..lora_config import LoRAConfig, check_patterns, find_targets
 from ..tensor import Tensor
 from .c_attn import join, take_apart
@@ -50,8 +51,8 @@ def save_adapter(adapter, folder, *, base_model="minilora", allow_untrained=Fals
     for file, names in file_modules(adapter.pairs, gpt2).items():
         A, B, spans = join(file, adapter, names)
         tensors[f"{PREFIX}{file}.lora_A.weight"], tensors[f"{PREFIX}{file}.lora_B.weight"] = A, B
-        grown = len(A) / lora.rank(names[0])
-        alpha = lora.strength(names[0]) * (math.sqrt(grown) if lora.use_rslora else grown)
+        grown = len(A) / lora.r_of(names[0])
+        alpha = lora.alpha_of(names[0]) * (math.sqrt(grown) if lora.use_rslora else grown)
         strength[file] = len(A), int(alpha) if alpha == int(alpha) else alpha
         columns |= spans
     (r, alpha), _ = Counter(strength.values()).most_common(1)[0]
@@ -105,10 +106,13 @@ def load_adapter(folder, base, *, say=print):
             pieces = take_apart(module, A, B, table[module], columns)
         shared = {span: tensor(A[slice(*span)]) for span, _ in pieces.values()}
         for name, (span, rows) in pieces.items():
-            pairs[name] = LoRAPair(shared[span], tensor(rows))
-            if not math.isclose(own.scaling(name), lora.scaling(module), rel_tol=1e-12):
-                raise ValueError(f"{where}: its metadata scale {name} by {own.scaling(name)}, {CONFIG} says "
-                                 f"{lora.scaling(module)}; save the adapter again")
+            pairs[name] = LoRAPair(shared[span], tensor(rows), own.scaling_of(name))
+            if pairs[name].r != own.r_of(name):
+                raise ValueError(f"{where}: its metadata give {name} r={pairs[name].r} columns, and say r="
+                                 f"{own.r_of(name)}; save the adapter again")
+            if not math.isclose(own.scaling_of(name), lora.scaling_of(module), rel_tol=1e-12):
+                raise ValueError(f"{where}: its metadata scale {name} by {own.scaling_of(name)}, {CONFIG} says "
+                                 f"{lora.scaling_of(module)}; save the adapter again")
     with naming(where):
         adapter = Adapter(own, pairs, fingerprint)
     check_fits(f"load_adapter({str(folder)!r})", base, adapter, check_base=fingerprint is not None)
@@ -137,7 +141,7 @@ def read_adapter(folder):
     config, tensors, metadata = load_folder(folder, TENSORS, CONFIG)
     lora, factors = read_config(folder / CONFIG, config), _factors(folder, tensors)
     for module, pair in factors.items():
-        A, B, r = pair["lora_A"].shape, pair["lora_B"].shape, lora.rank(module)
+        A, B, r = pair["lora_A"].shape, pair["lora_B"].shape, lora.r_of(module)
         if len(A) != 2 or len(B) != 2 or not A[0] == B[1] == r:
             raise ValueError(f"{folder}: {module} has lora_A {A} and lora_B {B}; (r, in) and (out, r) are needed, and "
                              f"{CONFIG} says r={r}")
@@ -165,9 +169,13 @@ def init_peft_adapter(model, config, rng, *, allow_large_r=False):
             raise ValueError(f"{error}; or, by minilora's names: {other}") from None
     check_patterns(config, chosen)
     adapter = init_adapter(model, translated(config, chosen, table), rng, allow_large_r=allow_large_r)
-    pairs = {name: LoRAPair(adapter.pairs[table[file][0]].lora_A, adapter.pairs[name].lora_B)
+    pairs = {name: _with_lora_A(adapter.pairs[name], adapter.pairs[table[file][0]].lora_A)
              for file in chosen for name in table[file]}
     return Adapter(adapter.config, pairs, adapter.base_fingerprint)
+
+
+def _with_lora_A(pair, lora_A):
+    return LoRAPair(lora_A, pair.lora_B, pair.scaling)
 
 
 def receipt(folder, file, used):
@@ -176,7 +184,7 @@ def receipt(folder, file, used):
     for module, names in used.items():
         ours = "" if list(names) == [module] else " -> " + ", ".join(name.rpartition(".")[2] for name in names)
         part = re.sub(r"^.*\bh\.\d+\.", "", module)
-        kinds[f"{part}{ours}: r={file.lora.rank(module)}, scaling {file.lora.scaling(module):g}"] += 1
+        kinds[f"{part}{ours}: r={file.lora.r_of(module)}, scaling {file.lora.scaling_of(module):g}"] += 1
     lines = [f"{folder}: {2 * len(used)} tensors, all used"] + [f"  {n} x {kind}" for kind, n in kinds.items()]
     known = "UNVERIFIED, the file does not say which base it was trained on"
     if file.fingerprint is not None:

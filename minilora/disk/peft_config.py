@@ -124,8 +124,8 @@ def translated(lora, chosen, table):
     everything = [name for names in table.values() for name in names]
     return LoRAConfig(
         lora.r, lora.alpha, endings(ours, everything), lora.dropout, lora.use_rslora,
-        {as_pattern(name): lora.rank(file) for name, file in ours.items() if lora.rank(file) != lora.r},
-        {as_pattern(name): lora.strength(file) for name, file in ours.items() if lora.strength(file) != lora.alpha},
+        {as_pattern(name): lora.r_of(file) for name, file in ours.items() if lora.r_of(file) != lora.r},
+        {as_pattern(name): lora.alpha_of(file) for name, file in ours.items() if lora.alpha_of(file) != lora.alpha},
     )  # fmt: skip
 
 

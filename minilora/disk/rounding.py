@@ -35,8 +35,8 @@ def rounding_report(model, dtype, merged=None):
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
     with tqdm(layers, desc="rounding", unit="layer", delay=1, leave=False) as bar:
         for name, layer in bar:
-            W, B, A = (to_numpy(t.data).astype(np.float64) for t in (layer.weight, layer.lora_B, layer.lora_A))
-            update = layer.scaling * (B @ A)
+            W = to_numpy(layer.linear.weight.data).astype(np.float64)
+            update = to_numpy(layer.pair.astype(np.float64).delta())
             stored = rounded(name, to_numpy(plain[name].weight.data), dtype)
             with np.errstate(over="ignore"):  # only what is stored must fit
                 base = W.astype(stored.dtype)

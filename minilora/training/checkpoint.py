@@ -7,9 +7,11 @@ import os
 import shutil
 from pathlib import Path
 
-from ..backend import get_array_module, to_device, to_numpy
+from ..backend import to_numpy
 from ..disk.folder import load_folder, save_folder
+from ..nn import check_same_layout
 
+VERSION = "0.2"  # the first version of this library that wrote checkpoints as they are written here
 ENDED = ".checkpoint.done"  # the name it goes by while it is taken away
 TENSORS, STATE = "checkpoint.safetensors", "checkpoint.json"
 
@@ -23,12 +25,12 @@ class Checkpoint:
     """The state of a run, noted after each step in memory, where a step cut in half cannot touch it, and saved at will.
 
     `identity` is {group: {field: value}} of what JSON holds: what must be the same when the run goes on. The state is
-    the tensors of `adapter`, the moments and steps of `adam`, the numpy Generator `rng`, and what is noted with it.
+    the tensors of `adapter`, the moments and steps of `adam`, and what is noted with it.
     """
 
-    def __init__(self, folder, identity, adapter, adam, rng):
+    def __init__(self, folder, identity, adapter, adam):
         self.folder, self.identity = Path(folder), identity
-        self.adapter, self.adam, self.rng = adapter, adam, rng
+        self.adapter, self.adam = adapter, adam
         self.arrays, self.state = {}, {}
 
     steps = property(lambda self: self.state["steps"])  # done when the state was noted
@@ -36,14 +38,16 @@ class Checkpoint:
     def note(self, progress):
         """Note the state as it is now, with `progress`, a value that JSON holds and that nobody changes afterwards."""
         arrays = {f"adapter.{name}": p.data for name, p in self.adapter.named_parameters()}
-        arrays |= {f"adam.{name}": moment for name, moment in self.adam.state().items()}
+        adam = self.adam.state_dict()
+        arrays |= {f"adam.{name}": moment for name, moment in adam["moments"].items()}
         copies = {name: to_numpy(a).copy() for name, a in arrays.items()}
-        state = {"steps": self.adam.steps, "rng": self.rng.bit_generator.state, "progress": progress}
+        state = {"steps": adam["steps"], "progress": progress}
         self.arrays, self.state = copies, state  # at once: Ctrl-C finds the one or the other
 
     def save(self):
         """Write what was noted last. A kill at any moment leaves this state or the one saved before."""
-        save_folder(self.folder, TENSORS, self.arrays, STATE, {"identity": self.identity, **self.state})
+        state = {"version": VERSION, "identity": self.identity, **self.state}
+        save_folder(self.folder, TENSORS, self.arrays, STATE, state)
 
     def restore(self):
         """Put everything back as it was saved; returns the progress noted with it.
@@ -52,7 +56,11 @@ class Checkpoint:
         is of another run; FileNotFoundError if there is none.
         """
         saved, tensors, _ = load_folder(self.folder, TENSORS, STATE)
-        if saved.keys() != {"identity", "steps", "rng", "progress"}:
+        version = saved.get("version", "0.1" if "rng" in saved else VERSION)
+        if version != VERSION:
+            raise ValueError(f"{self.folder} was written by minilora {version}, and this is {VERSION}: go on with that "
+                             "version, or start anew in another folder")
+        if saved.keys() != {"version", "identity", "steps", "progress"}:
             raise ValueError(f"{self.folder / STATE} has the fields {sorted(saved)}; it is no checkpoint")
         odd = _differences(saved["identity"], self.identity)
         if odd:
@@ -61,14 +69,10 @@ class Checkpoint:
                              "another folder:\n  " + "\n  ".join(odd[:8]) + more)
         moments = {n.removeprefix("adam."): a for n, a in tensors.items() if n.startswith("adam.")}
         factors = {n.removeprefix("adapter."): a for n, a in tensors.items() if n.startswith("adapter.")}
-        kinds = [{n: (a.shape, a.dtype) for n, a in arrays.items()} for arrays in
-                 (factors, {n: p.data for n, p in self.adapter.named_parameters()})]
-        if kinds[0] != kinds[1]:
-            raise ValueError(f"{self.folder / TENSORS} is damaged: it holds {kinds[0]}, the adapter {kinds[1]}")
-        self.adam.restore(moments, saved["steps"])
-        for name, p in self.adapter.named_parameters():
-            p.data[...] = to_device(factors[name], get_array_module(p.data))
-        self.rng.bit_generator.state = saved["rng"]
+        where = f"{self.folder / TENSORS} is damaged"
+        check_same_layout(where, factors, self.adapter.state_dict())
+        self.adam.load_state_dict({"steps": saved["steps"], "moments": moments})
+        self.adapter.load_state_dict(factors)
         return saved["progress"]
 
     def remove(self):

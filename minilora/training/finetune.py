@@ -29,7 +29,7 @@ from ..optim import Adam, warmup_cosine
 from .checkpoint import ENDED, Checkpoint, is_checkpoint
 from .datasets import load_data
 from .loop import Interrupted, heldout_loss, train
-from .threads import check_threads
+from .parts import check_parts
 
 # What a run gives: the Adapter, the loss of each step, and the held-out loss before and after (None without a split).
 Result = namedtuple("Result", "adapter losses before after")
@@ -84,17 +84,16 @@ class Settings:
         return LoRAConfig(self.r, self.alpha, self.target, self.dropout)
 
 
-def finetune(settings, xp=np, *, threads=1, resume=False, say=print, quiet=False):
+def finetune(settings, xp=np, *, parts=1, threads=1, resume=False, say=print, quiet=False):
     """Train an adapter for the model in `settings.base` on `settings.data`, and save it in `settings.out`; a Result.
 
     While it runs, `out` holds a folder `checkpoint`, from which `resume=True` goes on. `say` is given the report line
-    by line; `quiet` shows no progress bars. `xp` is the array module to compute with, `threads` how many parts of a
-    batch are computed at once (see `train`).
+    by line; `quiet` shows no progress bars. `xp` is the array module to compute with; `parts` and `threads`: as for
+    `train`.
     Raises: ValueError or FileNotFoundError, before anything is computed or written, for files and settings that do not
     fit; Interrupted on Ctrl-C, with the checkpoint saved at the last whole step.
     """
-    check_threads(threads)
-    threads = min(threads, settings.batch)  # the rows of a batch are what is shared out
+    check_parts(parts, threads)
     out = Path(settings.out)
     _check_out(out, resume)
     base, tokenizer = load_model(settings.base, xp), load_tokenizer(settings.base)
@@ -102,18 +101,18 @@ def finetune(settings, xp=np, *, threads=1, resume=False, say=print, quiet=False
         f"tokens, {tokenizer.vocab_size:,} tokens in the vocabulary")
     rows = load_data(settings.data, tokenizer, base.config.block_size, settings.length, quiet)
     # One generator for each purpose: what one of them draws moves no other.
-    splitting, drawing, ordering, dropping = np.random.default_rng(settings.seed).spawn(4)
+    splitting, drawing, ordering = np.random.default_rng(settings.seed).spawn(3)
     learned, heldout = rows.split(settings.eval_split, splitting)
     batches = learned.batches(settings.batch, ordering)
     say(f"data {settings.data}: {learned}")
     say(f"held out: {heldout or 'nothing'}")
     adapter = init_peft_adapter(base, settings.lora(), drawing)
-    model = attach(base, adapter, rng=dropping, check_base=False)
+    model = attach(base, adapter, check_base=False)
     say(f"adapter r={settings.r}, alpha={settings.alpha:g}: {parameter_report(model)}")
 
     adam = Adam(adapter.parameters(), lr=settings.lr)
-    identity = _identity(settings, rows, base, adapter, xp, threads)
-    checkpoint = Checkpoint(out / CHECKPOINT, identity, adapter, adam, dropping)
+    identity = _identity(settings, rows, base, adapter, xp, parts)
+    checkpoint = Checkpoint(out / CHECKPOINT, identity, adapter, adam)
     progress = {"before": None, "losses": [], "tokens": 0, "seconds": 0.0}
     if resume:
         progress = checkpoint.restore()
@@ -123,7 +122,7 @@ def finetune(settings, xp=np, *, threads=1, resume=False, say=print, quiet=False
         checkpoint.save()  # from here on there is something to resume
         if heldout and progress["before"] is None:
             progress["before"] = _measure(model, heldout, settings, quiet, "held-out loss before")
-        _train(model, adam, batches, settings, checkpoint, progress, threads, quiet)
+        _train(model, adam, batches, settings, checkpoint, progress, parts, threads, quiet)
         after = _measure(model, heldout, settings, quiet, "held-out loss after") if heldout else None
         save_adapter(adapter, out, base_model=str(settings.base))
         checkpoint.remove()
@@ -153,7 +152,7 @@ def _check_out(out, resume):
         check_unused(out, ignore=[CHECKPOINT])  # which holds nothing to go on from
 
 
-def _identity(settings, rows, base, adapter, xp, threads):
+def _identity(settings, rows, base, adapter, xp, parts):
     """What must be the same when the run goes on, in the values that JSON gives back."""
     fields = {name: value for name, value in asdict(settings).items() if name not in FREE}
     file = hashlib.sha256(Path(settings.data).read_bytes()).hexdigest()
@@ -161,12 +160,12 @@ def _identity(settings, rows, base, adapter, xp, threads):
         "settings": fields,
         "data": {"sha256": file, "tokens": rows.fingerprint()},
         "config": asdict(base.config),
-        "arrays": {"module": xp.__name__, "threads": threads},
+        "arrays": {"module": xp.__name__, "parts": parts},
         "base": adapter.base_fingerprint,
     }))  # fmt: skip
 
 
-def _train(model, adam, batches, settings, checkpoint, progress, threads, quiet):
+def _train(model, adam, batches, settings, checkpoint, progress, parts, threads, quiet):
     """The steps that are left, each of them noted, some of them saved."""
     started = time.perf_counter() - progress["seconds"]
     warmup = min(100, settings.steps // 10)
@@ -183,9 +182,20 @@ def _train(model, adam, batches, settings, checkpoint, progress, threads, quiet)
         if done % settings.save_every == 0 or done == settings.steps:
             checkpoint.save()
 
-    train(model, adam, counted(islice(batches, adam.steps, None)), settings.steps, label="training", quiet=quiet,
-          schedule=lambda step: warmup_cosine(step, settings.steps, settings.lr, warmup), start=adam.steps, after=after,
-          threads=threads)
+    train(
+        model,
+        adam,
+        counted(islice(batches, adam.steps, None)),
+        settings.steps,
+        schedule=lambda step: warmup_cosine(step, settings.steps, settings.lr, warmup),
+        seed=settings.seed,
+        parts=parts,
+        threads=threads,
+        start=adam.steps,
+        on_step=after,
+        label="training",
+        quiet=quiet,
+    )
 
 
 def _copy(progress):

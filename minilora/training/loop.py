@@ -1,4 +1,4 @@
-"""The training loop, and what to measure after it. Knows models that have a `loss`, and optimizers; nothing of LoRA."""
+"""The training loop, and what to measure after it. Knows models with a `loss`, and optimizers."""
 
 import contextlib
 import math
@@ -11,83 +11,136 @@ from ..functional import IGNORE
 from ..graph import no_grad
 from ..optim import clip_grad_norm
 from .batches import pad_pairs
-from .parts import Replicas
-from .threads import blas_threads, check_threads, cores
+from .parts import PartWorkers
+from .threads import blas_threads, cores
 
 
 class Interrupted(Exception):
     """Ctrl-C: the message says where it fell and what was kept."""
 
 
-def train(model, optimizer, batches, steps, *, schedule=None, max_norm=1.0, label="", quiet=False, start=0, after=None,
-          threads=1):
-    """`steps` optimizer steps on `model`, with a progress bar; returns the list of losses (nats per token).
+def train(
+    model,
+    optimizer,
+    batches,
+    steps,
+    *,
+    schedule=None,
+    max_norm=1.0,
+    seed=None,
+    parts=1,
+    threads=1,
+    start=0,
+    on_step=None,
+    label="",
+    quiet=False,
+):
+    """`steps` optimizer steps on `model`; returns the list of losses (nats per token).
 
-    Shapes: `batches` yields (inputs, targets), both (B, T) integers. `schedule(step)` gives the learning rate of
-    each step (default: the optimizer's own). Gradients are clipped to a joint norm of `max_norm`.
-    A run that goes on after `start` steps is given the batches from there. `after(done, loss)` is called after each
-    step, with the number of steps done since the very first. With `threads` above 1 each batch is computed in as many
-    parts at once (give no more than it has rows), and BLAS has its share of the cores in each (needs threadpoolctl).
-    Raises: ValueError if a loss or a gradient is not finite, before that step touches a parameter, or if the batches
-    run out early; as `check_threads`.
+    `schedule(step)` gives the learning rate of each step (default: the optimizer's own). Gradients
+    are clipped to a joint norm of `max_norm`. Layers drop out if and only if there is a `seed`: it
+    determines, with the step and the part, what each of them draws.
+
+    Each batch is cut into `parts`, which `threads` compute at once (see `PartWorkers`); a part has
+    its share of the cores for BLAS. Seed and parts determine every bit, threads none.
+
+    A run that goes on after `start` steps is given the batches from there. After each step
+    `on_step(steps, loss)` is called with the number of steps since the very first. A progress bar
+    is drawn unless `quiet`.
+
+    Shapes: `batches` yields (inputs, targets), both (B, T) integers.
+    Raises: ValueError if a loss or a gradient is not finite, before that step touches a parameter,
+    or if the batches run out early.
     """
-    check_threads(threads)
     if steps < 1:
         raise ValueError(f"train: steps must be at least 1, got {steps}")
     if not 0 <= start <= steps:
         raise ValueError(f"train: start must lie in 0 .. {steps}, the number of steps; got {start}")
-    losses, tokens, batches = [], 0, iter(batches)
-    share = contextlib.nullcontext() if threads == 1 else blas_threads(max(1, cores() // threads))
-    progress = lambda: tqdm(total=steps, initial=start, desc=label, unit="step", disable=quiet, leave=False)
-    with share, Replicas(model, threads) as replicas, progress() as bar:
+    batches = iter(batches)
+    losses = []
+    with contextlib.ExitStack() as stack:
+        if parts > 1:
+            stack.enter_context(blas_threads(max(1, cores() // parts)))
+        workers = stack.enter_context(PartWorkers(model, parts, threads))
+        progress = stack.enter_context(_Progress(steps, start, label, quiet))
         for step in range(start, steps):
             try:
                 ids, targets = next(batches)
             except StopIteration:
-                raise ValueError(f"train: the batches ended after {step} of {steps} steps") from None
+                raise ValueError(
+                    f"train: the batches ended after {step} of {steps} steps"
+                ) from None
             optimizer.zero_grad()
-            losses.append(replicas.backward(ids, targets))  # waits for the device, as the norm below does
-            if not math.isfinite(losses[-1]):
-                raise ValueError(f"train: the loss is {losses[-1]} at step {step}; lower the learning rate")
+            loss = workers.backward(ids, targets, seed=seed, step=step)
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"train: the loss is {loss} at step {step}; lower the learning rate"
+                )
             clip_grad_norm(optimizer.params, max_norm)
             optimizer.step(None if schedule is None else schedule(step))
-            tokens += np.size(ids)
-            speed = tokens / (bar.format_dict["elapsed"] or 1e-9)
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
-            bar.update()
-            if after is not None:
-                after(step + 1, losses[-1])
+            losses.append(loss)
+            progress.show(loss, np.size(ids))
+            if on_step is not None:
+                on_step(step + 1, loss)
     return losses
 
 
+class _Progress:
+    """The bar of a run: steps, the last loss, tokens a second."""
+
+    def __init__(self, steps, start, label, quiet):
+        self.n_tokens = 0
+        self.bar = tqdm(
+            total=steps, initial=start, desc=label, unit="step", disable=quiet, leave=False
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.bar.close()
+
+    def show(self, loss, n_tokens):
+        """One step more, of `n_tokens`."""
+        self.n_tokens += n_tokens
+        seconds = self.bar.format_dict["elapsed"] or 1e-9
+        speed = self.n_tokens / seconds
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+
+
 def heldout_loss(model, batches, label=None):
-    """Mean loss in nats over every token of `batches` that carries one, so that it is the same however they are cut.
+    """Mean loss in nats over every token of `batches` that carries one, however they are cut.
 
     Shapes: `batches` holds (inputs, targets), both (B, T) integers. A `label` shows a progress bar.
     Raises: ValueError if no token carries a loss.
     """
-    total = tokens = 0
+    total = 0.0
+    n_tokens = 0
+    bar = tqdm(batches, desc=label, unit="batch", disable=label is None, leave=False)
     with no_grad():
-        for ids, targets in tqdm(batches, desc=label, unit="batch", disable=label is None, leave=False):
-            carrying = int((targets != IGNORE).sum())
-            total += carrying * model.loss(ids, targets).item()
-            tokens += carrying
-    if not tokens:
+        for ids, targets in bar:
+            n = int((targets != IGNORE).sum())
+            total += n * model.loss(ids, targets).item()
+            n_tokens += n
+    if not n_tokens:
         raise ValueError("heldout_loss: there is no batch to measure the loss on")
-    return total / tokens
+    return total / n_tokens
 
 
 def exact_match(model, pairs, batch=64):
-    """For each (prompt ids, answer ids): does greedy decoding give exactly this answer? A list of bool.
+    """For each (prompt ids, answer ids): is this what greedy decoding gives? A list of bool.
 
-    One forward pass tells: greedy decoding reproduces the answer if and only if the likeliest token is the right one
-    at each of its positions, given the answer so far.
+    One forward pass tells. Greedy decoding reproduces the answer if and only if, at each of its
+    positions, the likeliest token after the answer so far is the right one.
     """
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))  # alike in length: little filling up
+    # Prompts alike in length share a batch, so that little is filled up.
+    by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     right = np.zeros(len(pairs), bool)
     with no_grad():
-        for rows in (order[i : i + batch] for i in range(0, len(order), batch)):
+        for start in range(0, len(pairs), batch):
+            rows = by_length[start : start + batch]
             inputs, targets = pad_pairs([pairs[i] for i in rows])
-            best = to_numpy(model(inputs).data).argmax(-1)
-            right[rows] = ((best == targets) | (targets == IGNORE)).all(axis=1)
+            likeliest = to_numpy(model(inputs).data).argmax(-1)
+            right[rows] = ((likeliest == targets) | (targets == IGNORE)).all(axis=1)
     return right.tolist()

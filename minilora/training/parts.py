@@ -1,7 +1,13 @@
-"""A batch in parts, each on a thread with a replica of the model. Knows models that have a `loss`; nothing of LoRA."""
+"""A step is a sum over the parts of its batch. Knows models that have a `loss`; nothing of LoRA.
+
+Who computes a part changes no bit: each part has gradients of its own and a generator of its own,
+and the sums over parts are made in their order. How many parts a batch is cut into, and how many
+threads compute them, are therefore two settings.
+"""
 
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import copy_context
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,28 +16,35 @@ from ..functional import IGNORE
 from ..tensor import Tensor
 
 
-class Replicas:
-    """`model` and n - 1 twins, which share its arrays but own their gradients, so that there is nothing to lock.
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a batch: ids and targets (rows, T), and their `share` of the batch's targets."""
 
-    NumPy computes outside Python's lock: threads then share out what BLAS leaves to one core, all that is not a matrix
-    multiplication. Each should have its share of BLAS's threads (`process.blas_threads`). With n = 1 there is no
-    thread, and nothing but `model.loss` and its `backward`. Dropout draws other numbers for another n. A model from
-    `stack` has as many rows as its batch, so it takes n = 1.
-    Raises: ValueError unless n is at least 1.
+    ids: np.ndarray
+    targets: np.ndarray
+    share: float
+    rng: np.random.Generator | None
+
+
+class PartWorkers:
+    """`threads` replicas of `model`, which compute the `parts` of each batch.
+
+    A replica shares the model's arrays and owns its gradients, so there is nothing to lock. NumPy
+    computes outside Python's lock: threads share out what BLAS leaves to one core, that is all but
+    the matrix multiplications. With one thread the parts are computed one after the other. A model
+    from `stack` has as many rows as its batch, so it takes one part.
+
+    Raises: ValueError unless 1 <= threads <= parts.
     """
 
-    def __init__(self, model, n):
-        if n < 1:
-            raise ValueError(f"Replicas: n must be at least 1, got {n}")
-        self.models = [model, *(model.map_tensors(lambda t: Tensor(t.data, t.requires_grad)) for _ in range(n - 1))]
-        self.leaves = [[p for p in m.parameters() if p.requires_grad] for m in self.models]
-        self.modules = [[module for _, module in m.named_modules()] for m in self.models]
-        self.generators = {}  # id: (generator of the model, [(number of the module that draws from it, attribute)])
-        for i, module in enumerate(self.modules[0]):
-            for key, value in vars(module).items():
-                if isinstance(value, np.random.Generator):
-                    self.generators.setdefault(id(value), (value, []))[1].append((i, key))
-        self.pool = ThreadPoolExecutor(max(1, n - 1))  # no thread is started before there is work for it
+    def __init__(self, model, parts=1, threads=1):
+        check_parts(parts, threads)
+        self.parts = parts
+        self.model = model
+        twin = lambda t: Tensor(t.data, t.requires_grad)
+        self.replicas = [model.map_tensors(twin) for _ in range(threads)]
+        # This thread computes as well. The pool starts no thread before there is work for it.
+        self.pool = ThreadPoolExecutor(max(1, threads - 1))
 
     def __enter__(self):
         return self
@@ -39,66 +52,104 @@ class Replicas:
     def __exit__(self, *raised):
         self.pool.shutdown()
 
-    def backward(self, ids, targets):
-        """The mean loss of a batch, as a float; its gradient is added to the `.grad` of the tensors of `model`.
+    def backward(self, ids, targets, *, seed=None, step=0):
+        """The mean loss of a batch, a float; its gradient is added to the `.grad` of the model.
 
-        Shapes: ids and targets (B, T), cut along B; a target of -100 carries no loss, and a part without any other is
-        not computed. The sum over the parts is made in their order: the same batch and n give the same bits.
+        With a `seed`, layers drop out: each part draws from a generator that seed, step and the
+        number of the part determine.
+
+        Shapes: ids and targets (B, T), cut along B. A target of -100 carries no loss, and a part
+        in which no other is, is not computed.
         Raises: as `model.loss`, with the gradients left as they were.
         """
-        ids, targets, n = on_host(ids), on_host(targets), len(self.models)
-        if ids.shape != targets.shape:
-            raise ValueError(f"Replicas: ids {ids.shape}, targets {targets.shape}: one target for each id")
-        parts = zip(np.array_split(ids, n), np.array_split(targets, n), strict=True)
-        parts = [part for part in parts if _carrying(part)] or [(ids, targets)]  # if none does, the model says so
-        whole = max(1, _carrying((ids, targets)))
-        work = [(model, *part, _carrying(part) / whole) for model, part in zip(self.models, parts, strict=False)]
-        self._refresh_twins()
-        before, others = [p.grad for p in self.leaves[0]], []
+        work = cut(ids, targets, self.parts, seed, step)
+        leaves = _leaves(self.model)
+        for replica in self.replicas:
+            for own, shared in zip(_leaves(replica), leaves, strict=True):
+                own.data = shared.data
+        n_threads = len(self.replicas)
+        shares = [work[i::n_threads] for i in range(n_threads)]
+        others = []
         try:
-            for each in work[1:]:
-                others.append(self.pool.submit(copy_context().run, _backward, *each))
-            losses = [_backward(*work[0]), *(other.result() for other in others)]
-        except BaseException:  # Ctrl-C as well
-            for p, d in zip(self.leaves[0], before, strict=True):
-                p.grad = d
-            raise
+            for replica, share in zip(self.replicas[1:], shares[1:], strict=True):
+                # The context carries no_grad() and np.errstate into the thread.
+                run = copy_context().run
+                others.append(self.pool.submit(run, _compute, replica, share))
+            results = [_compute(self.replicas[0], shares[0])]
+            results += [other.result() for other in others]
         finally:
+            # After an error, or Ctrl-C, nobody computes on.
             wait(others)
-        add_gradients(*self.leaves)
-        return sum(losses)
-
-    def _refresh_twins(self):
-        """The model's arrays, no gradients, and for each generator of the model one of their own, drawn from it."""
-        for modules, leaves in zip(self.modules[1:], self.leaves[1:], strict=True):
-            for p, q in zip(self.leaves[0], leaves, strict=True):
-                q.data, q.grad = p.data, None
-            for generator, places in self.generators.values():
-                own = np.random.default_rng(generator.integers(2**63))
-                for i, key in places:
-                    setattr(modules[i], key, own)
+        # Part i was computed by thread i % n_threads, as its number i // n_threads.
+        in_order = [results[i % n_threads][i // n_threads] for i in range(len(work))]
+        for _, gradients in in_order:
+            add_gradients(leaves, gradients)
+        return sum(loss for loss, _ in in_order)
 
 
-def _carrying(part):
-    """How many targets of (ids, targets) carry a loss."""
-    return np.count_nonzero(part[1] != IGNORE)
+def check_parts(parts, threads):
+    """Raise ValueError unless 1 <= threads <= parts."""
+    if not 1 <= threads <= parts:
+        raise ValueError(
+            f"parts {parts}, threads {threads}: a batch is cut into at least one part, "
+            "and no more threads can work than there are parts"
+        )
 
 
-def _backward(model, ids, targets, share):
-    """The share that a part has in the loss of its batch; what it gives to the gradient is added to the model's."""
-    loss = model.loss(ids, targets)
-    loss.backward(get_array_module(loss.data).full_like(loss.data, share))
-    return float(share) * loss.item()
+def cut(ids, targets, parts, seed=None, step=0):
+    """The batch as a list of at most `parts` Parts, those without a loss left out."""
+    ids = on_host(ids)
+    targets = on_host(targets)
+    if ids.shape != targets.shape:
+        raise ValueError(f"ids {ids.shape}, targets {targets.shape}: one target for each id")
+    n_targets = np.count_nonzero(targets != IGNORE)
+    if n_targets == 0:
+        # The model says why it has no loss.
+        return [Part(ids, targets, 1.0, part_rng(seed, step, 0))]
+    work = []
+    pieces = zip(np.array_split(ids, parts), np.array_split(targets, parts), strict=True)
+    for i, (part_ids, part_targets) in enumerate(pieces):
+        n = np.count_nonzero(part_targets != IGNORE)
+        if n:
+            work.append(Part(part_ids, part_targets, n / n_targets, part_rng(seed, step, i)))
+    return work
 
 
-def add_gradients(leaves, *others):
-    """Move the gradients of `others`, lists of Tensors like `leaves`, into those of `leaves`, in their order.
+def part_rng(seed, step, part):
+    """The generator from which one part of one step draws its dropout; None without a seed."""
+    if seed is None:
+        return None
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(step, part)))
 
-    Where replicas meet: gradients from other processes, or from other machines, would be added here as well.
+
+def part_gradients(replica, part):
+    """(the part's share of the loss, the gradients of the replica's leaves)."""
+    leaves = _leaves(replica)
+    for p in leaves:
+        p.grad = None
+    loss = replica.loss(part.ids, part.targets, rng=part.rng)
+    loss.backward(get_array_module(loss.data).full_like(loss.data, part.share))
+    return part.share * loss.item(), [p.grad for p in leaves]
+
+
+def _compute(replica, work):
+    return [part_gradients(replica, part) for part in work]
+
+
+def add_gradients(leaves, gradients):
+    """Add `gradients`, arrays or None, into the `.grad` of `leaves`, in their order.
+
+    The arrays become the leaves' own. Where replicas meet: gradients from other processes, or from
+    other machines, would be added here as well.
     """
-    for p, *replicas in zip(leaves, *others, strict=True):
-        for q in replicas:
-            if q.grad is not None:
-                if p.grad is not None:
-                    q.grad += p.grad  # in the array of the twin, which nobody else holds
-                p.grad, q.grad = q.grad, None
+    for p, d in zip(leaves, gradients, strict=True):
+        if d is None:
+            continue
+        if p.grad is not None:
+            # In the array of the part, which nobody else holds.
+            d += p.grad
+        p.grad = d
+
+
+def _leaves(model):
+    return [p for p in model.parameters() if p.requires_grad]

@@ -116,9 +116,9 @@ def test_generate_draws_from_the_seed(folder, run):
 def test_generate_ends_a_text_where_the_model_does_and_counts_on_a_bar(run, monkeypatch):
     shown = []
 
-    def spoken(model, ids, n, *, stop, after, **rest):
+    def spoken(model, ids, n, *, stop, on_token, **rest):
         for _ in range(3):
-            after(np.zeros(2))
+            on_token(np.zeros(2))
         return np.concatenate([ids, np.tile([5, 6, stop, 7], (len(ids), 1))], axis=1)
 
     class Bar:

@@ -164,7 +164,7 @@ def attach_that_writes(base, adapter):
 
 
 def merge_that_writes(model):
-    model.h[0].attn.q_proj.weight.data[...] += 1
+    model.h[0].attn.q_proj.linear.weight.data[...] += 1
     return lora.merge(model)
 
 

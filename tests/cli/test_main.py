@@ -19,7 +19,7 @@ from minilora.cli import main as command_line
 from minilora.cli.main import main
 from minilora.disk.folder import UNFINISHED
 from minilora.training.finetune import Settings
-from minilora.training.threads import training_threads
+from minilora.training.threads import parts_and_threads
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,10 +127,11 @@ def given_to_the_demo(monkeypatch, *arguments):
 
 def test_the_options_reach_the_demo_and_it_can_print_them_again(monkeypatch):
     given = given_to_the_demo(monkeypatch, "--quick", "--seed", "7", "--out", "a b")
-    usual = {"threads": training_threads(None, "numpy")}
+    parts, threads = parts_and_threads(None, None, "numpy")
+    usual = {"parts": parts, "threads": threads}
     assert given == ((demo.QUICK, "a b", np, 7), usual | {"again": "python -m minilora --quick --out 'a b'"})
     given = given_to_the_demo(monkeypatch, "--threads", "3")
-    assert given == ((demo.FULL, "minilora-demo", np, 0), {"again": "python -m minilora", "threads": 3})
+    assert given == ((demo.FULL, "minilora-demo", np, 0), {"again": "python -m minilora", "parts": 3, "threads": 3})
     given = given_to_the_demo(monkeypatch, "--quick")
     assert given == ((demo.QUICK, "minilora-demo-quick", np, 0), usual | {"again": "python -m minilora --quick"})
 
@@ -165,7 +166,7 @@ def test_a_backend_is_found_by_name(xp):
 def test_a_backend_that_is_not_there_names_the_extra(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert main(["--quick", "--backend", "cupy", "--out", str(tmp_path)]) == 1
-    assert "minilora[cuda12]" in capsys.readouterr().err
+    assert "'.[cuda12]'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process")
@@ -229,20 +230,20 @@ def given_to_finetune(monkeypatch, *arguments):
     monkeypatch.setattr(commands, "check_source", lambda *given: calls.append(given))
     assert main(["finetune", "--base", "b", "--data", "d.txt", "--out", "o", "--alpha", "3", *arguments]) == 0
     source, ((settings, xp), options) = calls
-    assert source == ("b", "model") and xp is np and options.keys() == {"resume", "say", "threads"}
-    return settings, options["resume"], options["threads"]
+    assert source == ("b", "model") and xp is np and options.keys() == {"resume", "say", "parts", "threads"}
+    return settings, options["resume"], (options["parts"], options["threads"])
 
 
 def test_the_options_reach_the_training(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert given_to_finetune(monkeypatch) == (
-        Settings(base="b", data="d.txt", out="o", alpha=3.0), False, training_threads(None, "numpy"))  # fmt: skip
+        Settings(base="b", data="d.txt", out="o", alpha=3.0), False, parts_and_threads(None, None, "numpy"))  # fmt: skip
     every = "--r 5 --target c_attn --target mlp.c_fc q_proj --lr 0.25 --steps 6 --batch 7 --length 8 --dropout 0.5"
     more = "--seed 9 --eval-split 0.125 --save-every 11 --resume --target c_proj --threads 1"
     expected = Settings(base="b", data="d.txt", out="o", alpha=3.0, r=5, lr=0.25, steps=6, batch=7, length=8, seed=9,
                         target=["c_attn", "mlp.c_fc", "q_proj", "c_proj"], dropout=0.5, eval_split=0.125,
                         save_every=11)  # fmt: skip
-    assert given_to_finetune(monkeypatch, *every.split(), *more.split()) == (expected, True, 1)
+    assert given_to_finetune(monkeypatch, *every.split(), *more.split()) == (expected, True, (2, 1))
 
 
 @pytest.mark.parametrize("command", ["finetune", "generate", "compare"])
@@ -253,7 +254,7 @@ def test_every_command_that_computes_names_the_extra_of_a_backend(command, capsy
     example = [word if word != "my-adapter" else "elsewhere" for word in example]
     assert main([*example, "--backend", "cupy"]) == 1
     out, err = capsys.readouterr()
-    assert "minilora[cuda12]" in err and err.count("\n") == 1 and out == "" and not Path("elsewhere").exists()
+    assert "'.[cuda12]'" in err and err.count("\n") == 1 and out == "" and not Path("elsewhere").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ SUBSETS = [list(names) for n in (1, 2, 3) for names in combinations(NAMES, n)]
 
 def scaled_updates(adapter):
     """{module: scaling · B A}, of whole numbers and so without rounding."""
-    return {name: adapter.config.scaling(name) * (pair.lora_B.data @ pair.lora_A.data)
+    return {name: adapter.pairs[name].scaling * (pair.lora_B.data @ pair.lora_A.data)
             for name, pair in adapter.pairs.items()}  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def lattice_adapters(draw):
     number = lambda *shape: Tensor(rng.integers(1, 5, shape).astype("f4") * rng.choice([-1, 1], shape).astype("f4"),
     True)
     shared = [number(r, 6) for r in ranks]
-    pairs = {name: LoRAPair(shared[g], number(6, ranks[g])) for name, g in zip(names, groups, strict=True)}
+    pairs = {name: LoRAPair(shared[g], number(6, ranks[g]), scaling) for name, g in zip(names, groups, strict=True)}
     rank = {name: ranks[g] for name, g in zip(names, groups, strict=True)}
     alpha = {name: scaling * r for name, r in rank.items()}
     return Adapter(LoRAConfig(1, scaling, tuple(names), 0.0, False, rank, alpha), pairs, None)
@@ -43,7 +43,7 @@ def lattice_adapters(draw):
 def is_the_same_update(adapter):
     """One pair computes what the parts do, q's rows first, then k's, then v's; parts that are not there get nothing."""
     A, B, columns = join(FILE, adapter, list(adapter.pairs))
-    scaling = adapter.config.scaling(next(iter(adapter.pairs)))
+    scaling = adapter.pairs[next(iter(adapter.pairs))].scaling
     updates = scaled_updates(adapter)
     expected = np.concatenate([updates.get(name, np.zeros((6, 6))) for name in NAMES])
     assert A.dtype == B.dtype == np.float32
@@ -69,7 +69,7 @@ def comes_apart_again(adapter):
 def is_right_without_columns(adapter):
     """Another program drops the columns: then one A serves all, and the update is still the same."""
     A, B, _ = join(FILE, adapter, list(adapter.pairs))
-    scaling, updates = adapter.config.scaling(next(iter(adapter.pairs))), scaled_updates(adapter)
+    scaling, updates = adapter.pairs[next(iter(adapter.pairs))].scaling, scaled_updates(adapter)
     for name, (span, rows) in take_apart(FILE, A, B, NAMES, {}).items():
         assert span == (0, len(A))
         assert np.array_equal(scaling * (rows @ A), updates.get(name, np.zeros((6, 6))))
@@ -113,8 +113,9 @@ def always_apart(real):
     """One A for all three written three times."""
 
     def bug(file, adapter, names):
-        copies = {name: LoRAPair(Tensor(adapter.pairs[name].lora_A.data.copy()), adapter.pairs[name].lora_B)
-                  for name in names}  # fmt: skip
+        pairs = {name: adapter.pairs[name] for name in names}
+        copies = {name: LoRAPair(Tensor(pair.lora_A.data.copy()), pair.lora_B, pair.scaling)
+                  for name, pair in pairs.items()}  # fmt: skip
         return real(file, Adapter(adapter.config, copies, None), names)
 
     return bug
@@ -138,16 +139,16 @@ def test_pefts_own_form_gives_three_projections_one_a():
 
 
 def test_different_scalings_cannot_be_one_module():
-    pair = lambda: LoRAPair(Tensor(np.ones((2, 6), "f4")), Tensor(np.ones((6, 2), "f4")))
+    pair = lambda scaling: LoRAPair(Tensor(np.ones((2, 6), "f4")), Tensor(np.ones((6, 2), "f4")), scaling)
     for rslora in (False, True):
         config = LoRAConfig(2, 4, "all-linear", use_rslora=rslora, alpha_pattern={"v_proj": 8})
         with pytest.raises(ValueError,
         match="c_attn can have one scaling.*q_proj 2.*v_proj (4|5.6).*train them with one"):
-            join(FILE, Adapter(config, {name: pair() for name in NAMES}, None), NAMES)
+            join(FILE, Adapter(config, {name: pair(config.scaling_of(name)) for name in NAMES}, None), NAMES)
 
 
 def test_a_module_that_is_not_fused_goes_through_as_it_is():
-    pair = LoRAPair(Tensor(np.ones((2, 6), "f4")), Tensor(np.ones((5, 2), "f4")))
+    pair = LoRAPair(Tensor(np.ones((2, 6), "f4")), Tensor(np.ones((5, 2), "f4")), 2.0)
     adapter = Adapter(LoRAConfig(2, 4, "all-linear"), {"h.0.attn.o_proj": pair}, None)
     A, B, columns = join("transformer.h.0.attn.c_proj", adapter, ["h.0.attn.o_proj"])
     assert A is pair.lora_A.data and B is pair.lora_B.data and columns == {}

@@ -145,7 +145,7 @@ def test_an_adapter_is_written_back_to_the_bit_under_the_same_keys(case, tmp_pat
     again = load_adapter(tmp_path, base)
     assert same_adapter(again, adapter)
     for pair in adapter.pairs:
-        assert again.config.scaling(pair) == adapter.config.scaling(pair)
+        assert again.pairs[pair].scaling == adapter.pairs[pair].scaling
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -251,9 +251,9 @@ def last_match_wins(monkeypatch):
 
 
 def alpha_reversed(monkeypatch):
-    real = LoRAConfig.strength
+    real = LoRAConfig.alpha_of
     turned = lambda config: replace(config, alpha_pattern=dict(reversed(config.alpha_pattern.items())))
-    monkeypatch.setattr(LoRAConfig, "strength", lambda self, name: real(turned(self), name))
+    monkeypatch.setattr(LoRAConfig, "alpha_of", lambda self, name: real(turned(self), name))
 
 
 def fields_ignored(*fields):
@@ -299,7 +299,7 @@ BUGS = {  # what is wrong: (a case that must notice, how to plant it)
     "use_rslora ignored": ("patterns", fields_ignored("use_rslora")),
     "layers_to_transform ignored": ("layers", fields_ignored("layers_to_transform")),
     "exclude_modules ignored": ("exclude", fields_ignored("exclude_modules")),
-    "alpha instead of alpha / r": ("c_attn", lambda m: m.setattr(LoRAConfig, "scaling", LoRAConfig.strength)),
+    "alpha instead of alpha / r": ("c_attn", lambda m: m.setattr(LoRAConfig, "scaling_of", LoRAConfig.alpha_of)),
     "a tied head forced": ("untied", lambda m: reading(m, lambda config, tensors: (
         config.update(tie_word_embeddings=True), tensors.pop("lm_head.weight")))),
     "a tied head forced where the two files disagree": ("untied_conflict", lambda m: reading(

@@ -138,7 +138,7 @@ def test_an_adapter_as_peft_would_make_it_comes_back_with_its_tensors_shared(tar
         q, k, v = (stripped.pairs.get(f"h.{block}.attn.{part}") for part in QKV)
         assert q is None or q.lora_A is k.lora_A is v.lora_A
     for name in adapter.pairs:
-        assert stripped.config.scaling(name) == adapter.config.scaling(name)
+        assert stripped.pairs[name].scaling == adapter.pairs[name].scaling
 
 
 def test_an_adapter_of_a_model_that_is_no_gpt_comes_back_too():
@@ -194,7 +194,7 @@ def lattice_adapter(base, parts, ranks=None, shared=(), seed=0):
         pair.lora_B.data[:] = rng.integers(1, 4, pair.lora_B.shape)
     for part in shared:
         name, first = f"h.0.attn.{part}", pairs[f"h.0.attn.{shared[0]}"]
-        pairs[name] = LoRAPair(first.lora_A, pairs[name].lora_B)
+        pairs[name] = LoRAPair(first.lora_A, pairs[name].lora_B, pairs[name].scaling)
     return Adapter(config, pairs, base.fingerprint())
 
 
@@ -244,8 +244,8 @@ def test_the_block_form_has_the_scaling_of_its_parts(rslora, alpha, tmp_path):
     assert same_adapter(load_adapter(tmp_path, base), adapter)
     strip(tmp_path)
     for name in load_adapter(tmp_path, base).pairs:
-        scaling = load_adapter(tmp_path, base).config.scaling(name)
-        assert scaling == pytest.approx(adapter.config.scaling("h.0.attn.q_proj"), rel=1e-12)
+        scaling = load_adapter(tmp_path, base).pairs[name].scaling
+        assert scaling == pytest.approx(adapter.pairs["h.0.attn.q_proj"].scaling, rel=1e-12)
 
 
 def test_parts_of_different_scalings_are_refused_and_nothing_is_written(tmp_path):
@@ -326,14 +326,14 @@ def test_patterns_survive_that_peft_sorts_their_keys(tmp_path):
         (tmp_path / CONFIG).write_text(json.dumps(config))
         again = load_adapter(tmp_path, base)
         assert bits(again) == bits(adapter)
-        assert all(again.config.scaling(name) == adapter.config.scaling(name) for name in adapter.pairs)
+        assert all(again.pairs[name].scaling == adapter.pairs[name].scaling for name in adapter.pairs)
 
 
 def test_the_pattern_of_a_short_name_does_not_catch_a_longer_one_that_ends_like_it():
     base, rng = Module(), np.random.default_rng(0)
     base.down, base.right = Linear.init(5, 4, rng), {name: Linear.init(5, 4, rng) for name in ("up", "mid", "down")}
     adapter = trained_adapter(base, target_modules="all-linear", rank_pattern={r"right\.down": 3, "down": 1})
-    assert next(iter(adapter.pairs)) == "down" and adapter.config.rank("right.down") == 3
+    assert next(iter(adapter.pairs)) == "down" and adapter.config.r_of("right.down") == 3
     assert same_adapter(there_and_back(adapter, base), adapter)
 
 
@@ -425,7 +425,7 @@ def test_what_means_the_same_is_the_same_adapter(change, tmp_path):
     adapter, expected = load_adapter(tmp_path, foreign(tmp_path, change)), trained_adapter(small_gpt(),
     target_modules=OURS)
     assert bits(adapter) == bits(expected)
-    assert [adapter.config.scaling(n) for n in adapter.pairs] == pytest.approx([2.0] * 4, rel=1e-15)
+    assert [adapter.pairs[n].scaling for n in adapter.pairs] == pytest.approx([2.0] * 4, rel=1e-15)
     assert adapter.base_fingerprint is None, "it does not say which base it belongs to"
 
 
@@ -851,7 +851,7 @@ def test_one_field_spoilt_is_refused_or_changes_nothing_that_is_not_meant(field,
             return
     assert bits(adapter) == bits(trained_adapter(base, target_modules=OURS)), "no tensor was left out"
     meant = field in ("lora_alpha", "use_rslora", "alpha_pattern")
-    assert meant or {adapter.config.scaling(name) for name in adapter.pairs} == {2.0}
+    assert meant or {adapter.pairs[name].scaling for name in adapter.pairs} == {2.0}
 
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])
@@ -874,14 +874,14 @@ def test_any_byte_changed_is_refused_or_leaves_the_very_same_names_and_scalings(
         except (ValueError, FileNotFoundError):
             return
     assert set(adapter.pairs) <= set(again.pairs)
-    assert all(again.config.scaling(name) == 2.0 for name in again.pairs)
+    assert all(again.pairs[name].scaling == 2.0 for name in again.pairs)
 
 
 def computes_the_same(adapter, expected):
     """To the bit; or scaling · B A is the same to the rounding, with only zeros for what is not in `expected`."""
     if bits(adapter) == bits(expected):
-        return all(adapter.config.scaling(name) == expected.config.scaling(name) for name in expected.pairs)
-    update = lambda a, name: a.config.scaling(name) * (a.pairs[name].lora_B.data @ a.pairs[name].lora_A.data)
+        return all(adapter.pairs[name].scaling == expected.pairs[name].scaling for name in expected.pairs)
+    update = lambda a, name: a.pairs[name].scaling * (a.pairs[name].lora_B.data @ a.pairs[name].lora_A.data)
     return adapter.base_fingerprint is not None and all(
         np.allclose(update(adapter, name), update(expected, name) if name in expected.pairs else 0, rtol=1e-5,
         atol=1e-6)

@@ -196,8 +196,8 @@ def test_a_configuration_is_translated_module_by_module():
     assert ours.target_modules == ("q_proj", "k_proj", "v_proj", "down_proj")
     for file, names in table.items():
         for name in names if file.endswith(("c_attn", "mlp.c_proj")) else ():
-            assert (ours.rank(name), ours.strength(name)) == (theirs.rank(file), theirs.strength(file))
-            assert ours.scaling(name) == theirs.scaling(file)
+            assert (ours.r_of(name), ours.alpha_of(name)) == (theirs.r_of(file), theirs.alpha_of(file))
+            assert ours.scaling_of(name) == theirs.scaling_of(file)
 
 
 @given(st.sets(st.sampled_from(FILES[:16]), min_size=1))

@@ -21,7 +21,7 @@ from minilora.disk.folder import rounded
 from minilora.disk.gpt2 import COMPANIONS, TENSORS, load_gpt2, load_model, save_gpt2
 from minilora.disk.rounding import LIMIT, rounding_report, save_merged
 from minilora.gpt import GPT, GPTConfig
-from minilora.lora import LoRALinear, attach, init_adapter, merge
+from minilora.lora import LoRALinear, LoRAPair, attach, init_adapter, merge
 from minilora.lora_config import LoRAConfig
 from minilora.nn import Linear
 from minilora.tensor import Tensor
@@ -54,7 +54,7 @@ def by_hand(array, dtype):
 def one_layer(W, B, A, scaling=1.0, dtype="float32"):
     """A model of one adapted linear, called layers.0."""
     W, B, A = (Tensor(np.array(x, dtype)) for x in (W, B, A))
-    return TinyMLP([LoRALinear(Linear(W), A, B, scaling)])
+    return TinyMLP([LoRALinear(Linear(W), LoRAPair(A, B, scaling))])
 
 
 def gpt(positions="learned", size=0.5, n_layer=2, seed=0, **options):
@@ -141,9 +141,10 @@ def tells_what_is_lost(model, dtype, report=None):
     for line in lines:
         layer = adapted[line.module]
         exact = np.vectorize(Fraction, otypes=[object])
-        W, B, A = (exact(t.data.astype(np.float64)) for t in (layer.weight, layer.lora_B, layer.lora_A))
-        update = Fraction(layer.scaling) * B.dot(A)
-        stored, base = (by_hand(t.data, dtype) for t in (plain[line.module].weight, layer.weight))
+        tensors = (layer.linear.weight, layer.pair.lora_B, layer.pair.lora_A)
+        W, B, A = (exact(t.data.astype(np.float64)) for t in tensors)
+        update = Fraction(layer.pair.scaling) * B.dot(A)
+        stored, base = (by_hand(t.data, dtype) for t in (plain[line.module].weight, layer.linear.weight))
         lost = exact(stored) - W - update
         size, whole = norm(update.flat), norm(W.flat)
         assert math.isclose(line.size, size / whole, rel_tol=1e-9)  # float64, where fractions cancel exactly
@@ -169,7 +170,7 @@ def test_where_the_base_is_representable_no_more_than_the_update_is_lost(dtype):
 
     @given(adapted_layers("float64"))
     def holds(model):
-        W = model.layers[0].weight.data
+        W = model.layers[0].linear.weight.data
         W[:] = by_hand(W, dtype)
         (line,) = rounding_report(model, dtype)
         assert line.error <= 1 + 1e-12 + 1e-15 / line.size  # the roundings of float64 itself
@@ -317,7 +318,7 @@ def one_update_almost_vanishes():
     base, model = gpt()
     for p in base.parameters():  # whose arrays the adapted model shares
         p.data[:] = p.data.astype(np.float16)
-    dict(model.named_modules())["h.1.attn.v_proj"].lora_B.data[:] *= np.float32(1e-6)
+    dict(model.named_modules())["h.1.attn.v_proj"].pair.lora_B.data[:] *= np.float32(1e-6)
     return base, model
 
 
@@ -357,7 +358,7 @@ def test_what_is_said_are_the_numbers_of_the_report(tmp_path, dtype, capsys):
     save_merged(model, tmp_path, dtype=dtype, allow_rounding=True)
     said = capsys.readouterr()
     size, sizes = math.fsum(r.size for r in report) / 12, [
-        m.weight.size for m in dict(model.named_modules()).values() if isinstance(m, LoRALinear)]
+        m.linear.weight.size for m in dict(model.named_modules()).values() if isinstance(m, LoRALinear)]
     unmoved = math.fsum(r.unmoved * n for r, n in zip(report, sizes, strict=True)) / sum(sizes)
     assert len(set(sizes)) > 1, "a mean over modules is not a share of weights"
     worst = sorted(report, key=lambda r: r.error)[-1]
@@ -447,9 +448,9 @@ def with_a_bug(function, right, wrong):
 REPORT_BUGS = {
     "measured against W": ("(W + update)", "W"),
     "measured against what is stored without rounding": ("- (W + update)", "- to_numpy(plain[name].weight.data)"),
-    "transposed update": ("(B @ A)", "(B @ A).T"),
-    "scale omitted": ("layer.scaling * (B @ A)", "B @ A"),
-    "scale twice": ("layer.scaling * (B @ A)", "layer.scaling**2 * (B @ A)"),
+    "transposed update": ("float64).delta()", "float64).delta().T"),
+    "scale omitted": ("float64).delta()", "float64).delta() / layer.pair.scaling"),
+    "scale twice": ("float64).delta()", "float64).delta() * layer.pair.scaling"),
     "a share of W": ("lost / size", "lost / whole"),
     "not relative": ("lost / size", "lost"),
     "the largest instead of the norm": ("map(np.linalg.norm,", "map(lambda x: abs(x).max(),"),

@@ -337,7 +337,7 @@ def test_an_adapter_trained_here_is_the_same_in_peft(tmp_path, rng, make, config
 
 
 def test_a_wrong_scaling_is_noticed(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr(LoRAConfig, "scaling", lambda self, name: self.strength(name) / self.rank(name) ** 0.5)
+    monkeypatch.setattr(LoRAConfig, "scaling_of", lambda self, name: self.alpha_of(name) / self.r_of(name) ** 0.5)
     with pytest.raises(AssertionError, match="logits: differ by"):
         check_trained_here(tmp_path, rng, *TRAINED["c_attn as PEFT has it"])
 

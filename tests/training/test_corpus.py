@@ -91,7 +91,7 @@ def test_a_text_shorter_than_a_window_is_refused():
 
 @pytest.mark.parametrize("batch", [0, -1])
 def test_a_batch_of_no_windows_is_refused(batch):
-    with pytest.raises(ValueError, match=f"batch {batch} < 1"):
+    with pytest.raises(ValueError, match=f"at least 1, got {batch}"):
         next(random_windows(np.arange(9), batch, 4, np.random.default_rng(0)))
 
 

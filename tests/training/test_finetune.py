@@ -8,6 +8,7 @@ import signal
 import sys
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,6 +32,7 @@ from minilora.disk.folder import UNFINISHED
 from minilora.functional import IGNORE
 from minilora.optim import warmup_cosine
 from minilora.training import checkpoint, finetune
+from minilora.training import parts as parts_module
 from minilora.training.checkpoint import Checkpoint, is_checkpoint
 from minilora.training.finetune import Settings
 from minilora.training.loop import Interrupted
@@ -63,10 +65,11 @@ def settings(inputs, out, kind="jsonl", **changes):
                        **changes})  # fmt: skip
 
 
-def run(given, resume=False, threads=1):
+def run(given, resume=False, parts=1, threads=1):
     """(the Result, the report as one text)."""
     lines = []
-    result = finetune.finetune(given, resume=resume, say=lines.append, quiet=True, threads=threads)
+    result = finetune.finetune(given, resume=resume, say=lines.append, quiet=True, parts=parts,
+                               threads=threads)
     return result, "\n".join(lines)
 
 
@@ -120,9 +123,9 @@ def spied(monkeypatch, owner, name, note):
     """Each call of owner.name goes through, and what `note` makes of its arguments is listed."""
     calls, real = [], getattr(owner, name)
 
-    def spy(self, *arguments):
+    def spy(self, *arguments, **options):
         calls.append(note(*arguments))
-        return real(self, *arguments)
+        return real(self, *arguments, **options)
 
     monkeypatch.setattr(owner, name, spy)
     return calls
@@ -285,7 +288,7 @@ def test_ctrl_c_before_there_is_anything_to_keep_is_left_to_the_caller(inputs, t
     assert not (tmp_path / "out").exists()
 
 
-def stopped(given, monkeypatch, step=3, threads=1):
+def stopped(given, monkeypatch, step=3, parts=1, threads=1):
     """A run that stops in step number `step`, with the parameters moved and nothing noted of it."""
     with monkeypatch.context() as patch:
         real, taken = Adam.step, []
@@ -298,28 +301,21 @@ def stopped(given, monkeypatch, step=3, threads=1):
 
         patch.setattr(Adam, "step", stop)
         with pytest.raises(Interrupted):
-            run(given, threads=threads)
+            run(given, parts=parts, threads=threads)
 
 
-def forget_the_dice(patch):
-    real = Checkpoint.restore
-
-    def restore(self):
-        before = self.rng.bit_generator.state
-        progress = real(self)
-        self.rng.bit_generator.state = before
-        return progress
-
-    patch.setattr(Checkpoint, "restore", restore)
+def dropout_from_the_first_step_on(patch):
+    real = parts_module.part_rng
+    patch.setattr(parts_module, "part_rng", lambda seed, step, part: real(seed, max(0, step - 2), part))
 
 
 PLANTED = {
-    "dropout begins anew": forget_the_dice,
+    "dropout begins anew": dropout_from_the_first_step_on,
     "one batch is left out": lambda patch: patch.setattr(finetune, "islice", lambda it, n, m: islice(it, n + 1, m)),
     "one batch comes twice": lambda patch: patch.setattr(finetune, "islice", lambda it, n, m: islice(it, n - 1, m)),
     "the batches begin anew": lambda patch: patch.setattr(finetune, "islice", lambda it, n, m: it),
-    "Adam forgets its moments": lambda patch: patch.setattr(Adam, "restore", lambda self, state, steps: setattr(
-        self, "steps", steps)),
+    "Adam forgets its moments": lambda patch: patch.setattr(Adam, "load_state_dict", lambda self, state: setattr(
+        self, "steps", state["steps"])),
 }  # fmt: skip
 
 
@@ -378,21 +374,17 @@ def test_a_setting_out_of_range_is_named_with_its_value(inputs, field, value, ne
 
 
 def test_threads_that_cannot_be_are_refused_before_anything_is_written(inputs, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="parts 1, threads 0"):
         run(settings(inputs, tmp_path / "out"), threads=0)
-    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
-    with pytest.raises(ImportError, match=r"minilora\[fast\]"):
-        run(settings(inputs, tmp_path / "out"), threads=2)
+    with pytest.raises(ValueError, match="parts 2, threads 3"):
+        run(settings(inputs, tmp_path / "out"), parts=2, threads=3)
     assert not (tmp_path / "out").exists()
 
 
-def test_there_are_no_more_threads_than_rows(inputs, tmp_path, monkeypatch):
-    seen, real = [], finetune.train
-    look = lambda *given, threads, **options: seen.append(threads) or real(*given, threads=threads, **options)
-    monkeypatch.setattr(finetune, "train", look)
-    for batch in (1, 2, 4):
-        run(settings(inputs, tmp_path / str(batch), batch=batch, eval_split=0.0), threads=3)
-    assert seen == [1, 2, 3]
+def test_there_may_be_more_parts_than_rows(inputs, tmp_path):
+    one = settings(inputs, tmp_path / "1", batch=1, eval_split=0.0, dropout=0.0)
+    whole = run(one)[0].losses
+    assert run(replace(one, out=str(tmp_path / "3")), parts=3, threads=2)[0].losses == whole
 
 
 def test_there_is_no_default_alpha():
@@ -469,13 +461,36 @@ def test_another_run_is_not_gone_on_with(inputs, tmp_path, monkeypatch, change, 
     assert {file.name: file.read_bytes() for file in (tmp_path / "out" / "checkpoint").iterdir()} == kept
 
 
-def test_a_run_on_threads_goes_on_to_the_bit_and_only_with_as_many(inputs, tmp_path, monkeypatch):
+def test_a_run_in_parts_goes_on_to_the_bit_in_as_many_on_any_number_of_threads(inputs, tmp_path, monkeypatch):
     given = settings(inputs, tmp_path / "out")
-    whole = run(settings(inputs, tmp_path / "whole"), threads=2)[0]
-    stopped(given, monkeypatch, threads=2)
-    with pytest.raises(ValueError, match="arrays threads: 2 in the checkpoint, 1 now"):
+    assert given.dropout > 0
+    whole = run(settings(inputs, tmp_path / "whole"), parts=2, threads=2)[0]
+    assert same(run(settings(inputs, tmp_path / "on one thread"), parts=2)[0], whole)
+    stopped(given, monkeypatch, parts=2, threads=2)
+    with pytest.raises(ValueError, match="arrays parts: 2 in the checkpoint, 1 now"):
         run(given, resume=True)
-    assert same(run(given, resume=True, threads=2)[0], whole)
+    assert same(run(given, resume=True, parts=2, threads=1)[0], whole)
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line_that_names_it(inputs, tmp_path):
+    golden = Path(__file__).parents[1] / "golden" / "v0_1" / "checkpoint"
+    shutil.copytree(golden, tmp_path / "old")
+    out = tmp_path / "old" / "out"
+    paths = {"base": str(tmp_path / "old" / "base"), "data": str(tmp_path / "old" / "notes.txt"), "out": str(out)}
+    given = Settings(**paths, alpha=4, r=2, lr=1e-2, steps=8, batch=4, seed=3, eval_split=0.2, length=16, dropout=0.1)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"written by minilora 0\.1, and this is 0\.2: go on with that") as refusal:
+        run(given, resume=True)
+    assert "\n" not in str(refusal.value)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_of_a_later_version_is_refused_too(inputs, tmp_path, monkeypatch):
+    given = settings(inputs, tmp_path)
+    stopped(given, monkeypatch)
+    rewritten(tmp_path / "checkpoint", lambda state: state.update(version="3.1"))
+    with pytest.raises(ValueError, match=r"written by minilora 3\.1, and this is 0\.2"):
+        run(given, resume=True)
 
 
 def test_the_same_file_in_other_tokens_is_another_run(inputs, tmp_path, monkeypatch):
@@ -497,8 +512,8 @@ def rewritten(folder, change_state=lambda state: None, change_tensors=lambda ten
 
 
 @pytest.mark.parametrize("change, told", [
-    ({"change_state": lambda state: state.pop("rng")}, "has the fields .*; it is no checkpoint"),
-    ({"change_tensors": lambda tensors: tensors.pop("adam.m.0")}, "3 moments|moments do not fit"),
+    ({"change_state": lambda state: state.pop("progress")}, "has the fields .*; it is no checkpoint"),
+    ({"change_tensors": lambda tensors: tensors.pop("adam.m.0")}, "m.0 is absent"),
     ({"change_tensors": lambda tensors: tensors.pop("adapter.h.0.mlp.up_proj.lora_A")}, "is damaged"),
 ], ids=["state", "moments", "adapter"])  # fmt: skip
 def test_a_damaged_checkpoint_is_refused(inputs, tmp_path, monkeypatch, change, told):

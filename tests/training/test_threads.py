@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minilora.backend import array_module
-from minilora.training.threads import blas_threads, cores, keep_freed_memory, training_threads
+from minilora.training.threads import blas_threads, cores, keep_freed_memory, parts_and_threads
 
 threadpoolctl = pytest.importorskip("threadpoolctl")
 
@@ -29,34 +29,28 @@ def test_blas_has_n_threads_within_the_block_and_what_it_had_after_it():
     assert blas_now() == before
 
 
-def test_without_the_extra_it_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
-    with pytest.raises(ImportError, match=r"minilora\[fast\]"), blas_threads(1):
-        pass
-
-
 def test_the_cores_are_those_of_this_process():
     assert 1 <= cores() <= os.cpu_count()
 
 
-def test_a_command_computes_two_parts_where_it_can_and_as_many_as_it_is_told(monkeypatch):
-    kept = []
-    monkeypatch.setattr("minilora.training.threads.keep_freed_memory", lambda: kept.append(1))
-    monkeypatch.setattr("minilora.training.threads.cores", lambda: 8)
-    assert training_threads(None, "numpy") == 2 and len(kept) == 1
-    assert training_threads(3, "numpy") == 3 and len(kept) == 2
-    assert training_threads(1, "numpy") == 1 and training_threads(None, "cupy") == training_threads(1, "cupy") == 1
-    with pytest.raises(ValueError, match="2 threads with backend 'cupy'.* one part"):
-        training_threads(2, "cupy")
-    monkeypatch.setattr("minilora.training.threads.cores", lambda: 1)
-    assert training_threads(None, "numpy") == 1
-    monkeypatch.setattr("minilora.training.threads.cores", lambda: 8)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert training_threads(None, "numpy") == 1
-    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
-    with pytest.raises(ImportError, match=r"minilora\[fast\]"):
-        training_threads(2, "numpy")
-    assert len(kept) == 2
+@pytest.mark.parametrize("n_cores, asked, given", [
+    (8, (None, None), (2, 2)), (1, (None, None), (2, 1)), (8, (None, 1), (2, 1)), (8, (None, 3), (3, 3)),
+    (8, (1, None), (1, 1)), (8, (4, None), (4, 4)), (2, (4, None), (4, 2)), (2, (4, 3), (4, 3)),
+])
+def test_parts_do_not_depend_on_the_machine_and_threads_do(n_cores, asked, given, monkeypatch):
+    monkeypatch.setattr("minilora.training.threads.cores", lambda: n_cores)
+    assert parts_and_threads(*asked, "numpy") == given
+
+
+def test_a_gpu_computes_one_part_after_the_other():
+    assert parts_and_threads(None, None, "cupy") == (1, 1) and parts_and_threads(2, None, "cupy") == (2, 1)
+    with pytest.raises(ValueError, match="2 threads with backend 'cupy'.* one part at a time"):
+        parts_and_threads(2, 2, "cupy")
+
+
+def test_more_threads_than_parts_are_refused():
+    with pytest.raises(ValueError, match="3 threads for 2 parts: give 1 to 2 threads"):
+        parts_and_threads(2, 3, "numpy")
 
 
 COUNT_PAGES = """
@@ -118,5 +112,5 @@ def test_where_the_threshold_is_refused_a_smaller_one_is_tried_or_nothing_is_don
 def test_an_array_module_by_its_name(monkeypatch):
     assert array_module("numpy") is np
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match=r"minilora\[cuda12\]"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[cuda12\]'"):
         array_module("cupy")

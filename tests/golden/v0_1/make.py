@@ -21,11 +21,12 @@ from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
+import minilora.finetune as finetuning
 import ml_dtypes
 import numpy as np
+from minilora.train import Interrupted
 
 import minilora
-import minilora.finetune as finetuning
 from minilora import (
     GPT,
     GPTConfig,
@@ -42,7 +43,6 @@ from minilora import (
     save_merged,
     save_model,
 )
-from minilora.train import Interrupted
 
 HERE = Path(__file__).resolve().parent
 MODULES = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.up_proj", "mlp.down_proj")

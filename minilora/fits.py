@@ -1,0 +1,72 @@
+"""Does this adapter belong on this base? Every reason why not, at once. Knows layers, not LoRA.
+
+An adapter is whatever offers `fit_errors(modules, fingerprint)`: lines that say what does not fit.
+"""
+
+from .nn import Linear
+from .tensor import check_same
+
+# How many reasons a message shows.
+MOST_LINES = 8
+
+
+def check_fits(who, base, adapter, check_base=True):
+    """Raise ValueError with every reason why `adapter` does not belong on the model `base`.
+
+    With check_base=False shapes are compared and the fingerprint is not.
+    Raises: TypeError for something that is no adapter, another dtype or another backend.
+    """
+    if not hasattr(adapter, "fit_errors"):
+        raise TypeError(
+            f"{who}: expected an Adapter or a stack of them, got {type(adapter).__name__}"
+        )
+    modules = dict(base.named_modules())
+    fingerprint = base.fingerprint() if check_base else None
+    errors = adapter.fit_errors(modules, fingerprint)
+    if not errors:
+        return
+    lines = errors[:MOST_LINES]
+    if len(errors) > MOST_LINES:
+        lines.append(f"... and {len(errors) - MOST_LINES} more")
+    raise ValueError(
+        f"{who}: this adapter does not fit this base; give the one it was trained on:\n  "
+        + "\n  ".join(lines)
+    )
+
+
+def pair_errors(pairs, modules):
+    """Which of `pairs`, {module name: pair}, cannot stand beside their modules, and why."""
+    errors = []
+    for name, pair in pairs.items():
+        module = modules.get(name)
+        if module is not None and module.transparent:
+            errors.append(f"{name} already carries LoRA; merge first, or use stack")
+        elif not isinstance(module, Linear):
+            errors.append(
+                f"{name} is adapted, but the base has {type(module).__name__} there, not Linear"
+            )
+        elif (module.out_features, module.in_features) != (pair.out_features, pair.in_features):
+            errors.append(
+                f"{name}: weight {(module.out_features, module.in_features)}, "
+                f"but lora_A {pair.lora_A.shape} and lora_B {pair.lora_B.shape}"
+            )
+        else:
+            who = f"attaching an adapter to {name}"
+            check_same(who, module.weight, pair.lora_A, pair.lora_B)
+    return errors
+
+
+def base_errors(expected, fingerprint):
+    """In which tensors two fingerprints differ, as lines. Either may be None: not known."""
+    if expected is None or fingerprint is None:
+        return []
+    both = expected.keys() & fingerprint.keys()
+    one_sided = expected.keys() ^ fingerprint.keys()
+    errors = []
+    # Tensors that only one side has come first: they say most.
+    for name in [*sorted(one_sided), *sorted(both)]:
+        ours = expected.get(name, "absent")
+        theirs = fingerprint.get(name, "absent")
+        if ours != theirs:
+            errors.append(f"{name}: made for {ours}, this base has {theirs}")
+    return errors

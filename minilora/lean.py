@@ -1,0 +1,186 @@
+"""The same functions as in functional.py, in less memory and time. A first reading passes over it.
+
+Each computes what its textbook form computes; a test proves both equal, values and gradients.
+Their ways: make arrays block by block instead of whole, write in place into arrays of one's own,
+and compute again for the gradient what would be large to keep.
+
+Shapes: as in functional.py: B batch, T time, S positions attended to, C channels, H heads,
+D = C / H, V vocabulary.
+"""
+
+import math
+
+from .backend import get_array_module, to_device
+from .functional import check_attention, rows_with_loss
+from .graph import is_recording
+from .tensor import check_same, record
+
+# How many queries have scores at a time, and how many rows have logits.
+QUERY_BLOCK = 64
+LOGIT_ROWS = 256
+
+
+def gelu(x):
+    """`functional.gelu`, in place, and with nothing kept for the gradient but the derivative.
+
+    As sigmoid(2u) = (1 + tanh u) / 2, with u = c (x + a x³) and s = (1 + tanh u) / 2:
+
+        y = x s        dy/dx = s + 2 c x (1 + 3 a x²) s (1 - s)
+    """
+    c = math.sqrt(2 / math.pi)
+    a = 0.044715
+    X = x.data
+    xp = get_array_module(X)
+    # Half the time of this op would go into fresh memory: two arrays are made, and written over.
+    square = xp.square(X, out=xp.empty_like(X))
+    s = xp.multiply(square, c * a, out=xp.empty_like(X))
+    s += c
+    s *= X  # u
+    xp.tanh(s, out=s)
+    s += 1
+    s *= 0.5  # s
+    y = X * s
+    if not _needs_gradient(x):
+        return record(y)
+    # The derivative is made now, from x², y and s, so that neither x nor s is kept.
+    # As y = x s it is 2 c (1 + 3 a x²) y (1 - s) + s, and s = 1 - (1 - s).
+    d = square
+    d *= 6 * c * a
+    d += 2 * c  # 2 c (1 + 3 a x²)
+    d *= y
+    xp.subtract(1, s, out=s)  # 1 - s
+    d *= s
+    d -= s
+    d += 1
+    return record(y, (x, lambda dy: dy * d))
+
+
+def attention(q, k, v, n_head):
+    """`functional.attention` in blocks of queries; the gradient computes the probabilities again.
+
+    In memory are the scores of QUERY_BLOCK queries, not of T, and of those only with the keys that
+    the last of them sees. Of the softmax are kept the largest score and the sum of each row.
+    Source: Dao et al. 2022, "FlashAttention", algorithms 1 and 4.
+    """
+    check_attention(q, k, v, n_head)
+    B, T, C = q.shape
+    S = k.shape[1]
+    D = C // n_head
+    scale = 1 / math.sqrt(D)
+    xp = get_array_module(q.data)
+    split = lambda a: a.reshape(B, -1, n_head, D).swapaxes(1, 2)  # (B, T, C) -> (B, H, T, D)
+    join = lambda a: a.swapaxes(1, 2).reshape(B, -1, C)  # (B, H, T, D) -> (B, T, C)
+    Q = split(q.data * scale)
+    K = split(k.data)  # (B, H, S, D)
+    V = split(v.data)
+    O = xp.empty_like(Q)
+    row_max = xp.empty((B, n_head, 1, T), Q.dtype)
+    row_sum = xp.empty((B, n_head, 1, T), Q.dtype)
+
+    # The queries of each block, and the keys up to the last that one of them sees.
+    blocks = []
+    for start in range(0, T, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, T)
+        blocks.append((slice(start, stop), slice(0, S - T + stop)))
+
+    def scores(queries, keys):
+        # Keys come first, (B, H, keys, queries): NumPy takes a maximum over the last axis but one
+        # several times faster than over the last.
+        block = K[:, :, keys] @ Q[:, :, queries].swapaxes(-1, -2)
+        n = block.shape[-1]
+        if n > 1:
+            # The last n keys are the block's own positions: below the diagonal lies the future.
+            block[:, :, -n:] += xp.tril(xp.full((n, n), -math.inf, Q.dtype), -1)
+        return block
+
+    for queries, keys in blocks:
+        E = scores(queries, keys)
+        row_max[..., queries] = E.max(axis=-2, keepdims=True)
+        E -= row_max[..., queries]
+        xp.exp(E, out=E)
+        row_sum[..., queries] = xp.ones((1, E.shape[-2]), E.dtype) @ E
+        O[:, :, queries] = E.swapaxes(-1, -2) @ V[:, :, keys]
+    # P = E / row_sum. The sum divides a row of the output, D numbers, not a row of E, S of them.
+    O /= row_sum.swapaxes(-1, -2)
+
+    def dqkv(dy):
+        # Divided by row_sum, dO turns E into P wherever the two are multiplied below.
+        dO = split(dy) / row_sum.swapaxes(-1, -2)
+        dQ = xp.zeros_like(Q)
+        dK = xp.zeros_like(K)
+        dV = xp.zeros_like(V)
+        # Σ dP P over the keys is Σ dO O over the channels.
+        along = _row_dot(dO, O).swapaxes(-1, -2)
+        for queries, keys in blocks:
+            E = scores(queries, keys)
+            E -= row_max[..., queries]
+            xp.exp(E, out=E)
+            dV[:, :, keys] += E @ dO[:, :, queries]
+            dS = V[:, :, keys] @ dO[:, :, queries].swapaxes(-1, -2)
+            dS -= along[..., queries]
+            dS *= E
+            dQ[:, :, queries] = (dS.swapaxes(-1, -2) @ K[:, :, keys]) * scale
+            dK[:, :, keys] += dS @ Q[:, :, queries]
+        return join(dQ), join(dK), join(dV)
+
+    return record(join(O), ((q, k, v), dqkv))
+
+
+def linear_cross_entropy(x, weight, targets):
+    """`functional.linear_cross_entropy` in blocks of rows, with the gradients made on the way.
+
+    Logits exist for LOGIT_ROWS rows at a time, and for no row without a loss. Where a gradient is
+    needed, it is made while they exist: only a factor is missing then, the gradient of the loss.
+    """
+    check_same("linear_cross_entropy", x, weight)
+    shape = x.shape
+    W = weight.data
+    if W.ndim != 2 or shape[-1:] != W.shape[1:]:
+        raise ValueError(f"linear_cross_entropy: x {shape} does not fit weight {W.shape}")
+    xp = get_array_module(x.data)
+    rows, columns = rows_with_loss(targets, shape[:-1], len(W))
+    n = rows.size
+    rows = to_device(rows, xp)
+    columns = to_device(columns, xp)
+    X = x.data.reshape(-1, shape[-1])
+    ones = xp.ones((len(W), 1), W.dtype)
+    loss = 0
+    dX = None
+    dW = None
+    if _needs_gradient(x):
+        dX = xp.zeros_like(X)
+    if _needs_gradient(weight):
+        dW = xp.zeros_like(W)
+
+    for start in range(0, n, LOGIT_ROWS):
+        block = slice(start, start + LOGIT_ROWS)
+        X_block = X[rows[block]]
+        E = X_block @ W.T  # the logits, (at most LOGIT_ROWS, V)
+        at_target = (xp.arange(len(E)), columns[block])
+        E -= E.max(axis=-1, keepdims=True)
+        target_logit = E[at_target]
+        xp.exp(E, out=E)
+        row_sum = E @ ones
+        loss += (xp.log(row_sum[:, 0]) - target_logit).sum()
+        # E / row_sum is now the softmax minus one at the target. The division is left to the thin
+        # arrays below: X and dX have C columns, E has V.
+        E[at_target] -= row_sum[:, 0]
+        if dX is not None:
+            dX[rows[block]] = (E @ W) / row_sum
+        if dW is not None:
+            dW += E.T @ (X_block / row_sum)
+
+    return record(
+        xp.asarray(loss / n),
+        (x, lambda dy: (dX * (dy / n)).reshape(shape)),
+        (weight, lambda dy: dW * (dy / n)),
+    )
+
+
+def _needs_gradient(t):
+    return is_recording() and t.requires_grad
+
+
+def _row_dot(a, b):
+    """Σ a b over the last axis, which stays: (..., C) and (..., C) -> (..., 1)."""
+    return get_array_module(a).einsum("...i,...i->...", a, b)[..., None]
