@@ -176,7 +176,8 @@ def times_a_condition(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             for literal, factor in ((node.left, node.right), (node.right, node.left)):
-                several = isinstance(literal, ast.Constant) and isinstance(literal.value, str) and len(literal.value) > 1
+                is_text = isinstance(literal, ast.Constant) and isinstance(literal.value, str)
+                several = is_text and len(literal.value) > 1
                 condition = isinstance(factor, (ast.Compare, ast.BoolOp)) or (
                     isinstance(factor, ast.UnaryOp) and isinstance(factor.op, ast.Not)) or (
                     isinstance(factor, ast.Call) and ast.unparse(factor.func) in ("bool", "isinstance", "any", "all"))

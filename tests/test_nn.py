@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from strategies import contents, tiny_mlp
+from strategies import TinyMLP, contents, tiny_mlp
 
 from minilora.backend import to_device
 from minilora.nn import Embedding, LayerNorm, Linear, Module
@@ -104,6 +104,90 @@ def test_a_fingerprint_names_every_tensor_and_changes_with_any_value_or_shape_bu
     assert {name for name, p in changed.fingerprint().items() if p != prints[name]} == {"layers.1.bias"}
     flat = model.rebuild(lambda name, t: Tensor(t.data.reshape(-1, 2)) if name == "layers.1.weight" else None)
     assert flat.fingerprint()["layers.1.weight"] != prints["layers.1.weight"]
+
+
+# --- a layer that wraps another ----------------------------------------------------------------------------------
+
+
+class Doubled(Module):
+    """A wrapper: twice what the wrapped layer computes."""
+
+    transparent = ("inner",)
+
+    def __init__(self, inner, gain):
+        self.inner, self.gain = inner, gain
+
+    def __call__(self, x, rng=None):
+        return self.inner(x, rng) * self.gain
+
+
+def wrapped():
+    rng = np.random.default_rng(0)
+    gain = Tensor(np.array(2.0, "float32"), requires_grad=True)
+    return TinyMLP([Doubled(Linear.init(3, 4, rng), gain), Linear.init(4, 2, rng)])
+
+
+def test_a_wrapped_layer_keeps_its_names_and_is_no_module_of_its_own():
+    names = [name for name, _ in wrapped().named_parameters()]
+    assert names == ["layers.0.weight", "layers.0.bias", "layers.0.gain", "layers.1.weight", "layers.1.bias"]
+    kinds = {name: type(module) for name, module in wrapped().named_modules()}
+    assert kinds == {"": TinyMLP, "layers.0": Doubled, "layers.1": Linear}
+
+
+def test_rebuild_asks_for_the_wrapper_and_the_parts_of_what_it_wraps_but_not_for_that_itself():
+    model, asked = wrapped(), []
+    new = model.rebuild(lambda name, child: asked.append((name, type(child))))
+    assert asked == [
+        ("", TinyMLP), ("layers.0", Doubled), ("layers.0.weight", Tensor), ("layers.0.bias", Tensor),
+        ("layers.0.gain", Tensor), ("layers.1", Linear), ("layers.1.weight", Tensor), ("layers.1.bias", Tensor),
+    ]  # fmt: skip
+    assert new.layers[0].inner is not model.layers[0].inner, "a new layer, over the same tensors"
+    assert all(ours is theirs for ours, theirs in zip(new.parameters(), model.parameters(), strict=True))
+    frozen = model.frozen()
+    assert not any(p.requires_grad for p in frozen.parameters()) and contents(frozen) == contents(model)
+
+
+# --- state -------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_dict_holds_the_arrays_themselves_by_the_names_of_the_parameters():
+    tree = Tree()
+    state = tree.state_dict()
+    assert list(state) == [name for name, _ in tree.named_parameters()]
+    assert all(state[name] is p.data for name, p in tree.named_parameters())
+
+
+def test_a_loaded_state_is_written_into_the_modules_own_arrays(xp):
+    model = tiny_mlp(3, 4, 2).to_device(xp)
+    state = {name: p.data for name, p in tiny_mlp(3, 4, 2, seed=1).named_parameters()}
+    arrays = model.state_dict()
+    model.load_state_dict(state)
+    assert contents(model) == contents(tiny_mlp(3, 4, 2, seed=1))
+    assert all(model.state_dict()[name] is array for name, array in arrays.items())
+    assert not any(np.shares_memory(to_device(arrays[name], np), state[name]) for name in state if xp is np)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda state: state.pop("layers.0.bias"), ["layers.0.bias", "absent"]),
+    (lambda state: state.update(more=np.zeros(2, "float32")), ["more", "absent"]),
+    (lambda state: state.update({"layers.0.bias": np.zeros(3, "float32")}), ["layers.0.bias", "(3,)", "(4,)"]),
+    (lambda state: state.update({"layers.0.bias": np.zeros(4)}), ["layers.0.bias", "float64", "float32"]),
+], ids=["absent", "superfluous", "shape", "dtype"])  # fmt: skip
+def test_a_state_that_does_not_fit_is_refused_with_both_sides_and_nothing_changes(change, says):
+    model = tiny_mlp(3, 4, 2)
+    before, state = contents(model), {name: a + 1 for name, a in model.state_dict().items()}
+    change(state)
+    with pytest.raises(ValueError) as caught:
+        model.load_state_dict(state)
+    assert all(part in str(caught.value) for part in says) and contents(model) == before
+
+
+def test_a_state_is_not_loaded_into_frozen_tensors_whose_arrays_others_share():
+    base = tiny_mlp(3, 4, 2)
+    before = contents(base)
+    with pytest.raises(ValueError, match=r"layers\.0\.weight is frozen.*trainable_copy"):
+        base.frozen().load_state_dict({name: a + 1 for name, a in base.state_dict().items()})
+    assert contents(base) == before
 
 
 # --- the layers --------------------------------------------------------------------------------------------------
