@@ -181,6 +181,12 @@ def agree(xp, ours, numpys):
     return ours.dtype == numpys.dtype and np.array_equal(ours, numpys)
 
 
+def close(a, b, margin=1e-11):
+    """Equal to within `margin` of the largest logit: a margin, not a bound, some 500 times the error measured on GPTs
+    (a layer's bound does not pass through layer norm and softmax without their condition numbers)."""
+    return np.abs(a - b).max() <= margin * np.abs(b).max()
+
+
 class Watch:
     """What every `linear` of a model is given, seen through a patched `F.linear` and held by weak references only.
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import agree, contents, gpt_shapes, hunt, rngs, seeds
+from strategies import agree, close, contents, gpt_shapes, hunt, rngs, seeds
 
 from minilora import functional as F
 from minilora import gpt
@@ -147,13 +147,13 @@ def test_the_head_is_the_embedding_table_and_is_counted_once():
 def test_training_lowers_the_loss():
     model, ids = small_gpt("rope", dtype="float32").trainable_copy(), np.array([[1, 2, 3, 4, 5, 6, 0]])
     adam, losses = Adam(model.parameters(), lr=0.01), []
-    for _ in range(30):
+    for _ in range(40):
         adam.zero_grad()
         loss = model.loss(ids[:, :-1], ids[:, 1:])
         loss.backward()
         adam.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.2 * losses[0]
+    assert losses[-1] < 0.2 * losses[0]  # 0.03 to 0.10 over seeds 0 to 5, the same under four processors' kernels
 
 
 # --- who sees what -----------------------------------------------------------------------------------------------
@@ -210,15 +210,37 @@ def test_positions_are_seen_at_all(positions):
     assert not np.allclose(y[0, -1], y[1, -1])  # the same tokens in another order
 
 
-@given(prompts("float32"), st.data())
-def test_batch_rows_know_nothing_of_each_other(case, data):
+def other_rows_change_nothing(case):
+    """At its place in the batch a row is given the same products, in the same order, whatever the others hold."""
     model, ids = case
-    order = data.draw(st.permutations(range(len(ids))))
-    y = outputs(model, ids)
-    assert np.array_equal(outputs(model, ids[order]), y[order])
     changed = ids.copy()
     changed[0] = (ids[0] + 1) % model.config.vocab_size
-    assert np.array_equal(outputs(model, changed)[1:], y[1:])
+    assert np.array_equal(outputs(model, changed)[1:], outputs(model, ids)[1:])
+
+
+@given(prompts("float32"))
+def test_batch_rows_know_nothing_of_each_other_bit_for_bit(case):
+    other_rows_change_nothing(case)
+
+
+@st.composite
+def moved_rows(draw):
+    """A small GPT, the token ids of some rows, and another order of these rows."""
+    model, ids = draw(prompts())
+    return model, ids, draw(st.permutations(range(len(ids))))
+
+
+def a_row_may_lie_anywhere(case):
+    """Not to the bit: in what order a product is summed depends on the processor, and there on the row's place."""
+    model, ids, order = case
+    y = outputs(model, ids)
+    assert close(outputs(model, ids[order]), y[order])
+    assert close(np.concatenate([outputs(model, row[None]) for row in ids]), y)
+
+
+@given(moved_rows())
+def test_a_row_is_the_same_at_another_place_in_the_batch_and_alone(case):
+    a_row_may_lie_anywhere(case)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -265,6 +287,11 @@ def sees_one_token_ahead(attention):
     return wrong
 
 
+def sees_the_first_row(attention):
+    """A billionth of the first row's values in those of every row."""
+    return lambda q, k, v, n_head: attention(q, k, Tensor(v.data + 1e-9 * v.data[:1]), n_head)
+
+
 def angles_grow_with_the_square(rope):
     return lambda self, positions: rope(self, positions * positions)
 
@@ -286,6 +313,8 @@ def one_position_behind(extend):
 
 PLANTED = {
     "a mask off by one": (gpt, "attention", sees_one_token_ahead, prompts(), later_tokens_change_nothing_earlier),
+    "a row that others see": (gpt, "attention", sees_the_first_row, prompts(), other_rows_change_nothing),
+    "a row that others see, moved": (gpt, "attention", sees_the_first_row, moved_rows(), a_row_may_lie_anywhere),
     "angles not proportional": (GPT, "_rope", angles_grow_with_the_square, rotary_prompts, only_distances_matter),
     "keys turned the wrong way": (F, "rotary", keys_turned_backwards, rotary_prompts, only_distances_matter),
     "a cache one position behind": (KeyValueCache, "extend", one_position_behind, prompts(), reads_the_same_by_cache),

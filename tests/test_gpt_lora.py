@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Watch, agree, contents, float_dtypes, gpt_shapes, hunt, learned, rngs, seeds, sides
+from strategies import Watch, agree, close, contents, float_dtypes, gpt_shapes, hunt, learned, rngs, seeds, sides
 
 from minilora import lora
 from minilora.compose import stack
@@ -35,12 +35,6 @@ def new_adapter(base, r=2, targets="all-linear", seed=0, **options):
 def outputs(model, ids=IDS):
     with no_grad():
         return model(ids).data
-
-
-def close(a, b, margin=1e-11):
-    """Equal to within `margin` of the largest logit: a margin, not a bound, some 500 times the error measured on GPTs
-    (a layer's bound does not pass through layer norm and softmax without their condition numbers)."""
-    return np.abs(a - b).max() <= margin * np.abs(b).max()
 
 
 targets = st.sampled_from(["all-linear", ["q_proj", "v_proj"], ["mlp.down_proj"], r"h\.0\..*", ["h.0.attn.o_proj"]])
@@ -159,7 +153,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_was_to_the_bit():
     adapter = new_adapter(base)
     model = attach(base, adapter)
     first = model.loss(IDS, TARGETS).item()
-    assert train(model, 20) < 0.8 * first
+    assert train(model, 20) < 0.8 * first  # 0.29 to 0.36 over seeds 0, 1, 2 and four processors' kernels
     merge(model)
     del model
     assert contents(base) == before and np.array_equal(outputs(base), logits)
