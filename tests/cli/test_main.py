@@ -52,7 +52,7 @@ def test_the_quick_demo_runs_through_and_learns_something(quick):
     _, code, out, _ = quick
     assert code == 0
     first, last = map(float, re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", out).groups())
-    assert last < 0.8 * first
+    assert last < 0.8 * first  # 0.60 to 0.63 over seeds 0, 1, 2 and four processors' kernels
 
 
 def test_attaching_changes_nothing_and_detaching_gives_the_base_back(quick):

@@ -108,13 +108,15 @@ def test_a_run_leaves_an_adapter_that_fits_its_base_and_nothing_else(inputs, who
 
 
 def test_it_learns_the_answers_and_the_model_says_them(inputs, tmp_path):
+    """At this rate, seeds 0, 1, 2 and 7 under four processors' kernels all end at 0.043 of the first loss, with every
+    right character ahead of any other by 3.6 at least. At four times the rate the last bit decides what is learned."""
     base = gpt(n_embd=48)
     save_model(base, tmp_path / "base")
     result, _ = run(settings(inputs, tmp_path / "out", base=str(tmp_path / "base"), steps=160, batch=8, r=16, alpha=32,
-                             target="all-linear", lr=2e-2, dropout=0.0, eval_split=0))  # fmt: skip
+                             target="all-linear", lr=5e-3, dropout=0.0, eval_split=0))  # fmt: skip
     assert result.losses[-1] < 0.1 * result.losses[0] and result.before is result.after is None
     model = attach(base, result.adapter)
-    for prompt, answer in ROWS[:3]:
+    for prompt, answer in ROWS:
         ids = encode(prompt)[None]
         assert decode(generate(model, ids, len(answer) + 1)[0, ids.size :]) == answer + "\n"
 
