@@ -47,6 +47,7 @@ def test_switching_a_trick_off_changes_the_way_and_not_the_numbers(monkeypatch, 
         off = [run() for run in [ablations.prepare(task, trick, nano)] for _ in range(3)]
     finally:
         sys.setprofile(None)
+    # 1e-5 is a margin, of float32: 1e-7 was measured. No token is chosen by less than 0.05.
     assert off == (on if task == "generate" or trick in EXACT else pytest.approx(on, rel=1e-5))
     used = {name: getattr(place, name) for place, name, _ in TRICKS[trick].off}  # of two, the last
     for name, replacement in used.items():
