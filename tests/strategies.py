@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from minilora import functional as F
 from minilora.backend import get_array_module, to_numpy
 from minilora.gpt import GPT, GPTConfig
+from minilora.graph import no_grad
 from minilora.lora import Adapter, LoRALinear, LoRAPair, init_adapter
 from minilora.lora_config import LoRAConfig
 from minilora.nn import Linear, Module
@@ -96,6 +97,11 @@ def tiny_mlp(*sizes, seed=0, dtype="float32"):
     return TinyMLP(Linear.init(n, m, rng, dtype) for n, m in pairwise(sizes))
 
 
+def new_adapter(base, r=2, alpha=4, targets="all-linear", seed=0, **options):
+    """A new adapter, whose B is zero."""
+    return init_adapter(base, LoRAConfig(r, alpha, targets, **options), np.random.default_rng(seed))
+
+
 def learned(adapter, seed=1, size=0.5):
     """`adapter`, with random numbers written into every lora_B, as if it had learned something."""
     rng = np.random.default_rng(seed)
@@ -160,6 +166,28 @@ gpt_shapes = st.fixed_dictionaries(
         "positions": st.sampled_from(["learned", "rope"]),
     }
 )
+
+
+def tiny_gpt(positions="learned", seed=0, dtype="float64", **changes):
+    """A GPT of two layers over 7 tokens and 8 positions, as it is drawn."""
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 7, "block_size": 8}
+    shape |= {"positions": positions, **changes}
+    return GPT(GPTConfig(**shape), np.random.default_rng(seed), dtype)
+
+
+def gpt_logits(model, ids, cache=None):
+    """The logits of ids (B, T), as an array."""
+    with no_grad():
+        return F.linear(model.hidden(np.asarray(ids), cache), model.wte.weight).data
+
+
+@st.composite
+def gpts_and_ids(draw, dtype="float64"):
+    """A small GPT in one of many shapes, and token ids (B, T) for it, T at least 2."""
+    config = GPTConfig(**draw(gpt_shapes))
+    T = draw(st.integers(2, config.block_size))
+    ids = draw(rngs).integers(0, config.vocab_size, (draw(st.integers(1, 3)), T))
+    return GPT(config, draw(rngs), dtype), ids
 
 
 def hunt(cases, holds, examples=200):

@@ -19,7 +19,7 @@ from minilora.tensor import Tensor
 X = np.random.default_rng(7).standard_normal((3, 2, 6)).astype(np.float32)
 
 
-def new_adapter(base, r=2, targets="all-linear", seed=0, **options):
+def learned_adapter(base, r=2, targets="all-linear", seed=0, **options):
     return learned(init_adapter(base, LoRAConfig(r, 4, targets, **options), np.random.default_rng(seed)), seed)
 
 
@@ -146,7 +146,7 @@ def test_an_adapter_in_several_rows_collects_the_sum_of_their_gradients(case, da
 
 def test_adapters_of_different_ranks_scalings_and_targets_share_one_batch():
     base = tiny_mlp(6, 5, 4, dtype="float64")
-    adapters = [new_adapter(base, 1, ["0"]), None, new_adapter(base, 3, ["1"], seed=1, use_rslora=True)]
+    adapters = [learned_adapter(base, 1, ["0"]), None, learned_adapter(base, 3, ["1"], seed=1, use_rslora=True)]
     x = X.astype(np.float64)
     y = outputs(attach(base, stack(adapters)), x)
     for i, adapter in enumerate(adapters):
@@ -156,7 +156,7 @@ def test_adapters_of_different_ranks_scalings_and_targets_share_one_batch():
 
 def test_a_stacked_model_holds_each_tensor_once_and_trains_its_adapters_and_no_other():
     base = tiny_mlp(6, 5, 4)
-    one, two, other = (new_adapter(base, seed=s) for s in range(3))
+    one, two, other = (learned_adapter(base, seed=s) for s in range(3))
     model = attach(base, stack([one, two, one]))
     before = [contents(a) for a in (one, two, other, base)]
     assert parameter_report(model).trainable == parameter_report(one).trainable + parameter_report(two).trainable
@@ -168,14 +168,14 @@ def test_a_stacked_model_holds_each_tensor_once_and_trains_its_adapters_and_no_o
 
 def test_rows_of_none_learn_nothing_and_compute_the_base():
     base = tiny_mlp(6, 5, 4)
-    y = outputs(attach(base, stack([new_adapter(base), None, new_adapter(base, seed=1)])))
+    y = outputs(attach(base, stack([learned_adapter(base), None, learned_adapter(base, seed=1)])))
     assert np.array_equal(y[1], outputs(base)[1])
     assert not np.array_equal(y[0], outputs(base)[0])
 
 
 def test_an_adapter_that_went_wrong_spoils_its_own_row_only():
     base = tiny_mlp(6, 5, 4)
-    good, bad = new_adapter(base), new_adapter(base, r=3, seed=1)
+    good, bad = learned_adapter(base), learned_adapter(base, r=3, seed=1)
     expected = outputs(attach(base, stack([None, good, bad])))[:2]
     bad.pairs["layers.0"].lora_B.data[:] = np.nan
     y = outputs(attach(base, stack([None, good, bad])))
@@ -184,7 +184,7 @@ def test_an_adapter_that_went_wrong_spoils_its_own_row_only():
 
 def test_a_stacked_model_converts_to_float64_like_any_other():
     base = tiny_mlp(6, 5, 4)
-    model = attach(base, stack([new_adapter(base, use_rslora=True), None, new_adapter(base, seed=1)]))
+    model = attach(base, stack([learned_adapter(base, use_rslora=True), None, learned_adapter(base, seed=1)]))
     exact = outputs(model.astype("float64"), X.astype(np.float64))
     assert exact.dtype == np.float64
     assert np.allclose(exact, outputs(model), rtol=1e-5, atol=1e-5)
@@ -194,7 +194,7 @@ def test_every_backend_computes_what_numpy_does(xp):
     results = {}
     for module in (np, xp):
         base = tiny_mlp(6, 5, 4).to_device(module)
-        adapters = [new_adapter(base, 1), None, new_adapter(base, 3, ["1"], seed=1, dropout=0.5)]
+        adapters = [learned_adapter(base, 1), None, learned_adapter(base, 3, ["1"], seed=1, dropout=0.5)]
         model = attach(base, stack(adapters))
         y = model(Tensor(to_device(X, module)), rng=np.random.default_rng(0))
         (y * y).sum().backward()
@@ -208,7 +208,7 @@ def test_every_backend_computes_what_numpy_does(xp):
 
 def test_each_row_has_the_dropout_of_its_adapter():
     base = tiny_mlp(6, 5)
-    adapters = [new_adapter(base), None, new_adapter(base, dropout=0.9)]
+    adapters = [learned_adapter(base), None, learned_adapter(base, dropout=0.9)]
     model = attach(base, stack(adapters))
     thinned, still = model(Tensor(X), rng=np.random.default_rng(0)).data, outputs(model)
     assert np.array_equal(model(Tensor(X)).data, still), "without a generator nothing drops out, graph or no graph"
@@ -223,8 +223,8 @@ def test_each_row_has_the_dropout_of_its_adapter():
     ([None, None], ValueError, ["2 rows", "at least one Adapter"]),
     (["english"], TypeError, ["Adapters or None", "str"]),
     ([tiny_mlp(6, 5), None], TypeError, ["Adapters or None", "TinyMLP"]),
-    ([new_adapter(tiny_mlp(6, 5)), 1], TypeError, ["Adapters or None", "int"]),
-    (new_adapter(tiny_mlp(6, 5)), TypeError, ["Adapter"]),
+    ([learned_adapter(tiny_mlp(6, 5)), 1], TypeError, ["Adapters or None", "int"]),
+    (learned_adapter(tiny_mlp(6, 5)), TypeError, ["Adapter"]),
 ])
 def test_a_stack_takes_adapters_and_none_and_says_what_else_it_got(rows, error, says):
     with pytest.raises(error) as caught:
@@ -235,7 +235,7 @@ def test_a_stack_takes_adapters_and_none_and_says_what_else_it_got(rows, error, 
 @pytest.mark.parametrize("x", [X[:2], X[0], X[:, :, None], np.concatenate([X, X])], ids=lambda x: str(x.shape))
 def test_a_batch_with_another_number_of_rows_is_refused_with_both_numbers(x):
     base = tiny_mlp(6, 5)
-    model = attach(base, stack([new_adapter(base), None, None]))
+    model = attach(base, stack([learned_adapter(base), None, None]))
     with pytest.raises(ValueError) as caught:
         model(Tensor(x))
     assert "stacks 3 adapters" in str(caught.value) and str(x.shape) in str(caught.value)
@@ -243,7 +243,7 @@ def test_a_batch_with_another_number_of_rows_is_refused_with_both_numbers(x):
 
 def test_merging_a_stacked_model_is_refused_and_nothing_has_changed():
     base = tiny_mlp(6, 5, 4)
-    adapter = new_adapter(base)
+    adapter = learned_adapter(base)
     model, before = attach(base, stack([adapter, None])), (contents(base), contents(adapter))
     with pytest.raises(ValueError, match="rows of a stacked model carry different adapters; merge one of them"):
         merge(model)
@@ -252,15 +252,15 @@ def test_merging_a_stacked_model_is_refused_and_nothing_has_changed():
 
 def test_a_stack_is_refused_as_a_whole_if_one_of_its_adapters_does_not_fit():
     base = tiny_mlp(6, 5, 4)
-    stranger = new_adapter(tiny_mlp(6, 7, 4))
+    stranger = learned_adapter(tiny_mlp(6, 7, 4))
     with pytest.raises(ValueError, match=r"layers\.0: weight \(5, 6\), but lora_A \(2, 6\) and lora_B \(7, 2\)"):
-        attach(base, stack([new_adapter(base), stranger]))
+        attach(base, stack([learned_adapter(base), stranger]))
 
 
 @pytest.mark.parametrize("first", ["one", "stack"])
 def test_a_stack_cannot_be_put_on_a_model_that_carries_an_adapter_nor_the_reverse(first):
     base = tiny_mlp(6, 5)
-    adapter = new_adapter(base)
+    adapter = learned_adapter(base)
     several = stack([adapter, None])
     lower, upper = (adapter, several) if first == "one" else (several, adapter)
     with pytest.raises(ValueError, match=r"layers\.0 already carries LoRA"):

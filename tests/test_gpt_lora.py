@@ -1,11 +1,24 @@
 """LoRA on a whole GPT: attached, trained, merged, stacked and taken off again. Needs both rooms."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Watch, agree, close, contents, float_dtypes, gpt_shapes, hunt, learned, rngs, seeds, sides
+from strategies import (
+    Watch,
+    agree,
+    close,
+    contents,
+    float_dtypes,
+    gpt_shapes,
+    hunt,
+    learned,
+    new_adapter,
+    rngs,
+    seeds,
+    sides,
+    tiny_gpt,
+)
 
 from minilora import lora
 from minilora.compose import stack
@@ -21,15 +34,6 @@ from minilora.optim import Adam
 IDS = np.array([[1, 2, 3, 4], [4, 0, 6, 6], [5, 5, 2, 1]])
 TARGETS = np.array([[2, 3, 4, -100], [0, 6, 6, 1], [5, 2, 1, 0]])
 POSITIONS = ["learned", "rope"]
-
-
-def small_gpt(positions="learned", seed=0, dtype="float32", n_layer=2):
-    config = GPTConfig(n_layer=n_layer, n_head=2, n_embd=8, vocab_size=7, block_size=8, positions=positions)
-    return GPT(config, np.random.default_rng(seed), dtype)
-
-
-def new_adapter(base, r=2, targets="all-linear", seed=0, **options):
-    return init_adapter(base, LoRAConfig(r, 4, targets, **options), np.random.default_rng(seed))
 
 
 def outputs(model, ids=IDS):
@@ -64,7 +68,7 @@ def test_a_new_adapter_changes_no_bit_of_any_logit(case):
 
 def only_B_has_a_gradient_at_first(case):
     seed, names, positions = case
-    base = small_gpt(positions, seed)
+    base = tiny_gpt(positions, seed, dtype="float32")
     adapter = lora.init_adapter(base, LoRAConfig(2, 4, names), np.random.default_rng(seed))
     attach(base, adapter).loss(IDS, TARGETS).backward()
     for pair in adapter.pairs.values():
@@ -117,7 +121,7 @@ def test_each_planted_start_that_is_not_random_A_and_zero_B_is_killed(monkeypatc
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_the_gradient_of_every_A_and_B_is_right_once_B_is_not_zero(positions):
-    base = small_gpt(positions, dtype="float64", n_layer=1)
+    base = tiny_gpt(positions, dtype="float64", n_layer=1)
     model = attach(base, learned(new_adapter(base, use_rslora=True)))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
@@ -148,7 +152,7 @@ def train(model, steps=3):
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_as_it_was_to_the_bit():
-    base = small_gpt()
+    base = tiny_gpt(dtype="float32")
     before, logits, names = contents(base), outputs(base), [name for name, _ in base.named_parameters()]
     adapter = new_adapter(base)
     model = attach(base, adapter)
@@ -162,7 +166,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_was_to_the_bit():
 
 
 def test_an_adapted_model_generates_as_its_merged_one_does_through_the_cache():
-    base = small_gpt("rope", dtype="float64")
+    base = tiny_gpt("rope", dtype="float64")
     model = attach(base, learned(new_adapter(base)))
     text = generate(model, IDS[:, :2], 6)
     assert np.array_equal(text, generate(merge(model), IDS[:, :2], 6))
@@ -170,8 +174,8 @@ def test_an_adapted_model_generates_as_its_merged_one_does_through_the_cache():
 
 
 def test_each_row_of_a_stack_is_what_its_adapter_gives_alone():
-    base = small_gpt("rope", dtype="float64")
-    one = learned(new_adapter(base, 1, ["q_proj", "v_proj"]))
+    base = tiny_gpt("rope", dtype="float64")
+    one = learned(new_adapter(base, 1, targets=["q_proj", "v_proj"]))
     two = learned(new_adapter(base, 3, seed=2, use_rslora=True), seed=2)
     model = attach(base, stack([one, None, two]))
     alone = [outputs(attach(base, one), IDS[:1]), outputs(base, IDS[1:2]), outputs(attach(base, two), IDS[2:])]
@@ -191,7 +195,7 @@ LINEARS = ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.up_p
     ("all-linear", set(LINEARS)),
 ], ids=["q, v", "down", "all"])
 def test_only_the_inputs_of_adapted_layers_stay_in_memory(monkeypatch, no_garbage_collector, names, kept):
-    base = small_gpt("rope")
+    base = tiny_gpt("rope", dtype="float32")
     model = attach(base, new_adapter(base, targets=names))
     watch = Watch(model, monkeypatch)
     loss = model.loss(IDS, TARGETS)
@@ -201,14 +205,14 @@ def test_only_the_inputs_of_adapted_layers_stay_in_memory(monkeypatch, no_garbag
 
 
 def test_full_fine_tuning_keeps_the_input_of_every_linear(monkeypatch, no_garbage_collector):
-    model = small_gpt("rope")
+    model = tiny_gpt("rope", dtype="float32")
     watch = Watch(model, monkeypatch)
     loss = model.loss(IDS, TARGETS)
     assert loss.requires_grad and all(watch.alive(f"h.{i}.{name}") for i in range(2) for name in LINEARS)
 
 
 def test_below_the_lowest_adapter_there_is_no_graph(monkeypatch):
-    base = small_gpt()
+    base = tiny_gpt(dtype="float32")
     model = attach(base, new_adapter(base, targets=["h.1.mlp.up_proj"]))
     watch = Watch(model, monkeypatch)
     model.loss(IDS, TARGETS)
@@ -217,7 +221,7 @@ def test_below_the_lowest_adapter_there_is_no_graph(monkeypatch):
 
 
 def test_only_lora_A_and_lora_B_have_gradients_after_backward():
-    base = small_gpt()
+    base = tiny_gpt(dtype="float32")
     model = attach(base, learned(new_adapter(base, targets=["q_proj", "v_proj"])))
     model.loss(IDS, TARGETS).backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -241,7 +245,7 @@ def test_every_backend_computes_what_numpy_does(xp, positions):
     """Logits, gradients, a training step, a merge, a stack and text: to the bit on the strict stand-in."""
     results = {}
     for module in (np, xp):
-        base = small_gpt(positions).to_device(module)
+        base = tiny_gpt(positions, dtype="float32").to_device(module)
         adapter = learned(new_adapter(base, dropout=0.2))
         model = attach(base, adapter)
         logits = [outputs(model), outputs(attach(base, stack([None, adapter, adapter]))), outputs(merge(model))]
@@ -258,13 +262,13 @@ def test_every_backend_computes_what_numpy_does(xp, positions):
 
 def test_a_misspelt_module_is_refused_with_every_kind_of_linear_there_is():
     with pytest.raises(ValueError) as caught:
-        new_adapter(small_gpt(), targets=["q_proj", "value_proj"])
+        new_adapter(tiny_gpt(dtype="float32"), targets=["q_proj", "value_proj"])
     assert "value_proj" in str(caught.value)
     assert all(str(caught.value).count(f"h.*.{name}") == 1 for name in LINEARS)
 
 
 def test_an_adapter_of_one_gpt_is_refused_on_another_and_both_stay_as_they_are():
-    base, other = small_gpt(), small_gpt(seed=1)
+    base, other = tiny_gpt(dtype="float32"), tiny_gpt(seed=1, dtype="float32")
     adapter = learned(new_adapter(base))
     before = contents(adapter), contents(other)
     with pytest.raises(ValueError, match=r"h\.0\.attn\.k_proj\.weight: made for \w{16}, this base has \w{16}"):
@@ -273,4 +277,4 @@ def test_an_adapter_of_one_gpt_is_refused_on_another_and_both_stay_as_they_are()
 
 
 def test_the_head_is_not_a_linear_layer_and_carries_no_adapter():
-    assert all(name.startswith("h.") for name in new_adapter(small_gpt()).pairs)
+    assert all(name.startswith("h.") for name in new_adapter(tiny_gpt(dtype="float32")).pairs)
