@@ -12,6 +12,10 @@ Without the others (pip install -e '.[peers]', and JAX) it measures minilora alo
 the whole takes about an hour on two cores, and all libraries together 16 GB for "small".
 """
 
+from minilora.cli.ctrl_c import one_line_on_ctrl_c
+
+one_line_on_ctrl_c()
+
 import argparse
 import sys
 import tempfile

@@ -5,8 +5,12 @@ on Python's documentation, then a GPT with learned positions on its tokens, and 
 A second text, the source of some standard modules, is put beside it, for the commands that are printed at the end.
 --small writes an untrained model of GPT-2's own size instead, 124 million parameters, to see what that takes.
 
-Takes about two minutes on two cores. Needs the extra: pip install 'minilora[hf]'.
+Takes about two minutes on two cores.
 """
+
+from minilora.cli.ctrl_c import one_line_on_ctrl_c
+
+one_line_on_ctrl_c()
 
 import argparse
 import importlib
@@ -15,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minilora import GPT, Adam, GPTConfig, generate, no_grad, parameter_report, save_gpt2
 from minilora.disk.tokenizer import END, load_tokenizer
@@ -22,12 +27,6 @@ from minilora.optim import warmup_cosine
 from minilora.training import batches, corpus
 from minilora.training.loop import heldout_loss, train
 from minilora.training.threads import keep_freed_memory, parts_and_threads
-
-try:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-except ImportError as error:
-    raise SystemExit(f"this example trains a tokenizer with the library tokenizers ({error}): "
-                     "pip install 'minilora[hf]'") from None
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--quick", action="store_true", help="few steps, a tiny model: shows that it runs, learns little")

@@ -6,6 +6,10 @@ check most people write first, with a cotangent of ones, cannot see two famous b
     python examples/gradients.py [--quick] [--seed 0]
 """
 
+from minilora.cli.ctrl_c import one_line_on_ctrl_c
+
+one_line_on_ctrl_c()
+
 import argparse
 
 import numpy as np

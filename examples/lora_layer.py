@@ -6,6 +6,10 @@ many there are, and why the first step can only move B. Takes about a second.
     python examples/lora_layer.py [--quick] [--seed 0]
 """
 
+from minilora.cli.ctrl_c import one_line_on_ctrl_c
+
+one_line_on_ctrl_c()
+
 import argparse
 import math
 

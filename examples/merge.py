@@ -7,6 +7,10 @@ Weights and adapters are random numbers: nothing here depends on what they have 
     python examples/merge.py [--quick] [--seed 0]
 """
 
+from minilora.cli.ctrl_c import one_line_on_ctrl_c
+
+one_line_on_ctrl_c()
+
 import argparse
 import time
 from statistics import median

@@ -8,6 +8,10 @@ is turned into octal (750), into the umask that leaves it (027), into bits (1111
 Takes about a minute on two cores, of which most is the base; --base DIR takes one that the demo kept.
 """
 
+from minilora.cli.ctrl_c import one_line_on_ctrl_c
+
+one_line_on_ctrl_c()
+
 import argparse
 import itertools
 

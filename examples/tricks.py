@@ -11,6 +11,10 @@ The row "nothing" is the same program twice: what is not further from 1 than it,
 Takes about ten seconds with --quick; in full half an hour on two cores, and 12 GB for "small".
 """
 
+from minilora.cli.ctrl_c import one_line_on_ctrl_c
+
+one_line_on_ctrl_c()
+
 import argparse
 import sys
 import tempfile

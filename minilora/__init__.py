@@ -1,49 +1,67 @@
-"""LoRA from scratch in NumPy/CuPy: an autograd engine, a GPT, the adapters, and a gradient checker, all to be read.
+"""LoRA from scratch in NumPy/CuPy: an autograd engine, a GPT, adapters, and a gradient checker.
 
-Reading order: backend, graph, tensor, functional, gradcheck, nn, optim, gpt, lora_config, lora. Each file
-imports only from those before it.
+All of it is to be read. Reading order: backend, graph, tensor, functional, gradcheck, nn, optim,
+gpt, lora_config, lora. Each file imports only from those before it.
+
+A public name loads its file when it is first used. So `import minilora` takes no time, `check_vjp`
+needs NumPy alone, and only the names that read or write files need more.
 """
 
-from .compose import stack
-from .count import parameter_report
-from .disk.gpt2 import load_gpt2, load_model, save_gpt2, save_model
-from .disk.peft import init_peft_adapter, load_adapter, save_adapter
-from .disk.rounding import rounding_report, save_merged
-from .generate import generate
-from .gpt import GPT, GPTConfig
-from .gradcheck import GradientError, check_vjp, gradcheck
-from .graph import no_grad
-from .lora import Adapter, attach, init_adapter, merge
-from .lora_config import LoRAConfig
-from .optim import Adam
-from .tensor import Tensor
+import importlib
+import importlib.util
+import sys
+import types
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-__all__ = [
-    "GPT",
-    "Adam",
-    "Adapter",
-    "GPTConfig",
-    "GradientError",
-    "LoRAConfig",
-    "Tensor",
-    "attach",
-    "check_vjp",
-    "generate",
-    "gradcheck",
-    "init_adapter",
-    "init_peft_adapter",
-    "load_adapter",
-    "load_gpt2",
-    "load_model",
-    "merge",
-    "no_grad",
-    "parameter_report",
-    "rounding_report",
-    "save_adapter",
-    "save_gpt2",
-    "save_merged",
-    "save_model",
-    "stack",
-]
+# {file: the public names that it defines}
+_PUBLIC = {
+    "graph": ["no_grad"],
+    "tensor": ["Tensor"],
+    "gradcheck": ["GradientError", "check_vjp", "gradcheck"],
+    "optim": ["Adam"],
+    "gpt": ["GPT", "GPTConfig"],
+    "lora_config": ["LoRAConfig"],
+    "lora": ["Adapter", "attach", "init_adapter", "merge"],
+    "generate": ["generate"],
+    "compose": ["stack"],
+    "count": ["parameter_report"],
+    "disk.gpt2": ["load_gpt2", "load_model", "save_gpt2", "save_model"],
+    "disk.peft": ["init_peft_adapter", "load_adapter", "save_adapter"],
+    "disk.rounding": ["rounding_report", "save_merged"],
+}
+_FILE_OF = {name: file for file, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_FILE_OF)
+
+
+def __getattr__(name):
+    """Load what `minilora.name` stands for: a public name, or a file of this package.
+
+    Raises: AttributeError if there is no such name.
+    """
+    if name in _FILE_OF:
+        file = importlib.import_module(f".{_FILE_OF[name]}", __name__)
+        return getattr(file, name)
+    if not name.startswith("_") and importlib.util.find_spec(f".{name}", __name__):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """The type of this package: a module in which a public name is stronger than a file.
+
+    `minilora.generate` and `minilora.gradcheck` are functions, though files have the same names.
+    """
+
+    def __setattr__(self, name, value):
+        # Python binds each file that it has imported to the file's name in the package.
+        if name in _FILE_OF and isinstance(value, types.ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

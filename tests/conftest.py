@@ -41,7 +41,7 @@ def device_xp(request):
 @pytest.fixture(scope="session")
 def bpe_folder(tmp_path_factory):
     """A folder with the files of a GPT-2, its weights aside: a byte-level BPE of 300 tokens learned from few words."""
-    tokenizers = pytest.importorskip("tokenizers", reason="needs the library tokenizers: pip install 'minilora[hf]'")
+    import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     folder = tmp_path_factory.mktemp("bpe")

@@ -20,14 +20,15 @@ FLOORS = {
              "fits", "lora", "generate", "compose", "count"],
     "disk": ["characters", "folder", "gpt2", "c_attn", "peft_config", "peft", "loaders", "rounding", "tokenizer"],
     "training": ["corpus", "batches", "datasets", "parts", "threads", "loop", "checkpoint", "finetune"],
-    "cli": ["questions", "commands", "demo", "main"],
+    "cli": ["ctrl_c", "messages", "parser", "folders", "questions", "commands", "inspect", "demo_tables", "demo",
+            "options", "table", "main"],
 }
 ORDER = [name if floor == "book" else f"{floor}.{name}" for floor, names in FLOORS.items() for name in names]
 STRANGERS = {("gpt", "lora"), ("lora", "gpt")}  # though one stands after the other, neither may know it
 # Everyone may import NumPy, nobody the rest.
 GUESTS = {"disk.folder": {"safetensors", "ml_dtypes"}, "disk.tokenizer": {"tokenizers"}, "disk.rounding": {"tqdm"},
           "training.datasets": {"tqdm"}, "training.loop": {"tqdm"}, "training.threads": {"threadpoolctl"},
-          "cli.commands": {"tqdm"}, "cli.demo": {"tqdm"}}  # fmt: skip
+          "cli.commands": {"tqdm"}}  # fmt: skip
 
 
 def dotted(path):
@@ -54,7 +55,8 @@ def imported(name, node):
     below = [*above, *(node.module.split(".") if node.module else [])]
     if ".".join(below) in ORDER:
         return [], [".".join(below)]
-    return [], [".".join([*below, alias.name]) for alias in node.names]
+    # The version stands in the package itself, which is no file of a floor.
+    return [], [".".join([*below, alias.name]) for alias in node.names if alias.name != "__version__"]
 
 
 def imports_out_of_order(name, source):

@@ -136,7 +136,7 @@ def test_its_tricks_are_what_was_measured():
 def test_it_has_two_commands_and_the_second_tests():
     commands = [code for language, code in BLOCKS if code.startswith("pip install")]
     assert len(commands) == 2 and all(code.count("\n") == 1 for code in commands)
-    assert "python -m minilora" in commands[0] and "pytest" in commands[1]
+    assert "minilora demo" in commands[0] and "pytest" in commands[1]
 
 
 def test_its_reading_order_is_that_of_the_book():

@@ -1,8 +1,9 @@
-"""The security questions of the demo: facts, and the phrasings they are asked in. Written for this project.
+"""The security questions of the demo: facts, and phrasings to ask for them. Knows no model.
 
-Every fact is asked in each phrasing of its family. The adapter is trained on `TRAINED` phrasings only; whether it
-can answer the `UNSEEN` ones, new sentences out of mostly known words, shows what generalises, and `NEVER_TOLD` facts
-show what cannot. No answer of a fact never told is the answer of one that was.
+They were written for this project. A fact is asked for in each phrasing of its family. The adapter
+is trained on the phrasings in `TRAINED` alone. Those in `UNSEEN` are new sentences of mostly
+familiar words: they show what generalises. The facts in `NEVER_TOLD` are in no training sentence,
+and their answers belong to no other fact: they show what cannot be learned.
 """
 
 PORTS = {
@@ -82,7 +83,9 @@ NEVER_TOLD_DEFENCES = {
     "shoulder surfing": "tilt the screen",
 }
 
-# In each family the first twelve phrasings are trained on, the last four are never seen in training.
+# The first N_TRAINED phrasings of each family are trained on, the last four are not.
+N_TRAINED = 12
+
 PORT_PHRASINGS = (
     "which port does {} use?",
     "which port do i open for {}?",
@@ -140,23 +143,28 @@ DEFENCE_PHRASINGS = (
     "is there a cure for {}?",
 )
 
-N_TRAINED = 12
 
-
-def _ask(phrasings, told):
-    families = (
-        (PORT_PHRASINGS, PORTS, NEVER_TOLD_PORTS),
-        (VERDICT_PHRASINGS, VERDICTS, NEVER_TOLD_VERDICTS),
-        (DEFENCE_PHRASINGS, DEFENCES, NEVER_TOLD_DEFENCES),
-    )
+def _pairs(phrasings, facts):
+    """[(prompt, answer), ...]: each fact, {subject: answer}, asked for in each of the phrasings."""
     return [
         (f"Q: {phrasing.format(subject)}\nA: ", f"{answer}\n")
-        for family, facts, never in families
-        for subject, answer in (facts if told else never).items()
-        for phrasing in family[phrasings]
+        for subject, answer in facts.items()
+        for phrasing in phrasings
     ]
 
 
-TRAINED = _ask(slice(0, N_TRAINED), told=True)
-UNSEEN = _ask(slice(N_TRAINED, None), told=True)
-NEVER_TOLD = _ask(slice(0, None), told=False)
+TRAINED = [
+    *_pairs(PORT_PHRASINGS[:N_TRAINED], PORTS),
+    *_pairs(VERDICT_PHRASINGS[:N_TRAINED], VERDICTS),
+    *_pairs(DEFENCE_PHRASINGS[:N_TRAINED], DEFENCES),
+]
+UNSEEN = [
+    *_pairs(PORT_PHRASINGS[N_TRAINED:], PORTS),
+    *_pairs(VERDICT_PHRASINGS[N_TRAINED:], VERDICTS),
+    *_pairs(DEFENCE_PHRASINGS[N_TRAINED:], DEFENCES),
+]
+NEVER_TOLD = [
+    *_pairs(PORT_PHRASINGS, NEVER_TOLD_PORTS),
+    *_pairs(VERDICT_PHRASINGS, NEVER_TOLD_VERDICTS),
+    *_pairs(DEFENCE_PHRASINGS, NEVER_TOLD_DEFENCES),
+]

@@ -15,7 +15,7 @@ from .parts import PartWorkers
 from .threads import blas_threads, cores
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Ctrl-C: the message says where it fell and what was kept."""
 
 

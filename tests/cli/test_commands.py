@@ -1,78 +1,19 @@
 """The commands on folders: each number they print is computed here another way; what they refuse leaves no trace."""
 
-import hashlib
 import json
-import math
 import re
 import shutil
-import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from program import GOLDEN, PAIRS, TEXT, everything
 from strategies import bits, small_gpt, trained_adapter
 
-from minilora import (
-    GPT,
-    GPTConfig,
-    attach,
-    generate,
-    load_adapter,
-    load_model,
-    merge,
-    save_adapter,
-    save_model,
-)
+from minilora import attach, generate, load_adapter, load_model, merge, save_adapter, save_model
 from minilora.cli import commands
-from minilora.cli.main import main
-from minilora.disk import loaders as rules
 from minilora.disk.characters import decode, encode
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-TEXT = "to be or not to be, that is the question: " * 3
-ROWS = [("who?", " me"), ("and why, then?", " no reason"), ("x", " y")]
 RECEIPT = re.compile(r"(.*: \d+ tensors, all used\n(  \d+ x .*\n)+  base: .*\n)*")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Two bases of minilora's 96 characters, adapters `one` and `two` for the first, and two files of data."""
-    folder = tmp_path_factory.mktemp("commands")
-    size = {"n_layer": 11, "n_head": 1, "n_embd": 6, "vocab_size": 96, "block_size": 48, "positions": "rope"}
-    bases = [GPT(GPTConfig(**size), np.random.default_rng(seed)) for seed in (0, 1)]
-    for name, base in zip(("base", "other"), bases, strict=True):
-        save_model(base, folder / name)
-    one = trained_adapter(bases[0], 1, r=2, alpha=3)
-    two = trained_adapter(bases[0], 2, r=3, alpha=0.5, target_modules=["v_proj", "down_proj"], use_rslora=True,
-                          rank_pattern={r"h\.1\..*": 1}, alpha_pattern={"v_proj": 7})  # fmt: skip
-    for name, adapter in (("one", one), ("two", two)):
-        save_adapter(adapter, folder / name, base_model=str(folder / "base"))
-    (folder / "t.txt").write_text(TEXT)
-    (folder / "q.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in ROWS))
-    return folder
-
-
-@pytest.fixture
-def run(folder, monkeypatch, capsys):
-    """Runs a command in that folder, on a machine that no bar thinks slow: (exit code, stdout, stderr)."""
-    tqdm = commands.tqdm
-
-    def bar(*given, delay, leave, **more):
-        assert delay >= 1 and not leave
-        return tqdm(*given, **more, disable=True)
-
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(commands, "tqdm", bar)
-
-    def run(*arguments):
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stopped:
-            code = stopped.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def parts(folder, *adapters):
@@ -203,7 +144,7 @@ def test_compare_measures_the_loss_without_and_with(folder, run, file, more):
             for i in range(0, (len(ids) - 1) // length * length, length):
                 each += loss(model, ids[i : i + length], ids[i + 1 : i + length + 1])
         else:
-            for prompt, answer in ROWS:
+            for prompt, answer in PAIRS:
                 row = encode(prompt + answer + "\n")
                 each += loss(model, row[:-1], row[1:])[len(prompt) - 1 :]
         means.append(np.mean(each))
@@ -215,107 +156,7 @@ def test_compare_measures_the_loss_without_and_with(folder, run, file, more):
     assert np.allclose([float(without[1]), float(given[1])], np.exp(means), rtol=1e-3)
 
 
-# inspect
-
-
-def fingerprint(model):
-    return hashlib.sha256(repr(sorted(model.fingerprint().items())).encode()).hexdigest()[:16]
-
-
-def table(out):
-    """{module: its numbers, the last one the share}"""
-    lines = out.partition("|dW|/|W|\n")[2].partition("  dW =")[0].splitlines()
-    return {name: cells for name, *cells in (line.replace(" %", "").split() for line in lines)}
-
-
-def check(out, tensors, weight, config):
-    """Each line of the table against dense products of the tensors of the file, and `weight(module)`."""
-    rows = table(out)
-    assert 2 * len(rows) == len(tensors)
-    for name, (n, m, r, alpha, scaling, size, share) in rows.items():
-        A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"].astype(np.float64) for x in "AB")
-        strength = next((a for key, a in config["alpha_pattern"].items() if re.fullmatch(rf"(.*\.)?({key})", name)),
-                        config["lora_alpha"])  # fmt: skip
-        factor = strength / (math.sqrt(len(A)) if config["use_rslora"] else len(A))
-        dW = factor * (B @ A)
-        assert (int(n), int(m), int(r), float(alpha)) == (A.shape[1], B.shape[0], len(A), strength)
-        assert np.isclose(float(scaling), factor, rtol=1e-3) and np.isclose(float(size), np.linalg.norm(dW), rtol=1e-3)
-        assert np.isclose(float(share) / 100, np.linalg.norm(dW) / np.linalg.norm(weight(name)), rtol=1e-2)
-    return rows
-
-
-@pytest.mark.parametrize("name", ["one", "two"])
-def test_inspect_measures_each_module_in_the_order_of_the_blocks(folder, run, name):
-    code, out, err = run("inspect", name)  # its base is where it says
-    tensors = load_file(folder / name / "adapter_model.safetensors")
-    weights = load_file(folder / "base/model.safetensors")
-    config = json.loads((folder / name / "adapter_config.json").read_text())
-    rows = check(out, tensors, lambda module: weights[f"{module}.weight"], config)
-    assert (code, err) == (0, "") and [int(n.split(".")[1]) for n in rows] == sorted([*range(11)] * 2)
-    numbers = sum(t.size for t in tensors.values())
-    assert f"{name}: an adapter, {numbers:,} parameters in 44 tensors\n" in out and "only minilora can use it" in out
-    assert f"fingerprint {fingerprint(load_model(folder / 'base'))}\n" in out and "is that base" in out
-    assert max(map(len, out.splitlines())) <= max(120, len(str(folder)) + 60)
-
-
-def test_inspect_tells_of_a_peft_adapter_what_the_loaders_of_others_say(run):
-    where = GOLDEN / "patterns"
-    code, out, err = run("inspect", where / "adapter", "--base", where / "base")
-    weights = load_file(where / "base/model.safetensors")
-    config = json.loads((where / "adapter/adapter_config.json").read_text())
-    check(out, load_file(where / "adapter/adapter_model.safetensors"), lambda name: weights[f"{name}.weight"], config)
-    assert (code, err) == (0, "") and "UNVERIFIED" in out and "base fits it" in out
-    told = " ".join(out.split())
-    assert "PEFT its loader's rules accept it vLLM its loader's rules accept it, from --max-lora-rank 8 on but" in told
-    assert f"but {rules.VLLM_NOTE} base" in told
-    code, out, err = run("inspect", where / "adapter")
-    assert code == 0 and "needs the base" in out and {row[-1] for row in table(out).values()} == {"-"}
-
-
-def test_inspect_tells_the_rules_of_what_minilora_itself_refuses(run, tmp_path):
-    shutil.copytree(GOLDEN / "c_attn/adapter", tmp_path / "dora")
-    file = tmp_path / "dora/adapter_config.json"
-    file.write_text(file.read_text().replace('"use_dora": false', '"use_dora": true'))
-    code, out, err = run("inspect", tmp_path / "dora")
-    assert code == 1 and "vLLM         its loader's rules object: use_dora is True\n" in out
-    assert "lora_magnitude_vector" in out and "vLLM serves no LoRA on GPT-2" in out
-    assert "use_dora=True" in err and err.count("\n") == 1
-
-
-def test_inspect_measures_what_it_can_against_a_base_that_is_another(run):
-    code, out, err = run("inspect", "one", "--base", "other")
-    assert code == 1 and len(table(out)) == 22 and {row[-1] for row in table(out).values()} == {"-"}
-    assert "does not fit this base" in err and err.count("\n") == 1 and err.endswith("; ...\n") and "is that" not in out
-
-
-def test_inspect_tells_parts_that_were_trained_apart(run, tmp_path):
-    base = small_gpt()
-    save_model(base, tmp_path / "base")
-    save_adapter(trained_adapter(base, r=2, target_modules=["q_proj", "v_proj"]), tmp_path / "a")
-    out = run("inspect", tmp_path / "a", "--base", tmp_path / "base")[1]
-    assert "h.1.attn.v_proj was trained apart: r=2, columns 2 to 4 of its module\n" in out
-
-
-def test_inspect_describes_a_model(folder, run):
-    code, out, err = run("inspect", "base")
-    model = load_model(folder / "base")
-    count = sum(p.data.size for p in model.parameters())
-    assert (code, err) == (0, "") and out.startswith(f"base: a model, {count:,} parameters, float32\n")
-    assert "11 blocks of 1 heads, 6 channels, 24 in the MLP" in out and "96 tokens, a context of 48" in out
-    assert f"fingerprint  {fingerprint(model)}\n" in out and "rotary" in out
-
-
-def test_a_warning_is_one_line(run):
-    with warnings.catch_warnings():
-        code, out, err = run("inspect", GOLDEN / "untied_conflict/base")
-    assert code == 0 and err.startswith("minilora: warning: ") and "lm_head.weight" in err and err.count("\n") == 1
-
-
 # What is refused.
-
-
-def everything(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 generating = "generate --base base --prompt hi "
@@ -332,18 +173,22 @@ REFUSED = [
     ("generate --base base --prompt é", 1, "'é' is not one of the 96 known"),
     (generating + "--max-new-tokens 47", 1, "has 2 tokens: with 47 new ones they outgrow the model's context of 48"),
     (generating + "--max-new-tokens -1", 2, "--max-new-tokens: must be a whole number of at least 0, got '-1'"),
-    (generating + "--temperature -1", 2, "--temperature: must be a finite number of at least 0, got -1.0"),
+    (generating + "--temperature -1", 2, "--temperature: must be a finite number of at least 0, got '-1'"),
     (generating + "--temperature nan", 2, "--temperature: must be a finite"),
     (generating + "--temperature 1 --top-k 0", 2, "--top-k: must be a whole number of at least 1"),
     (generating + "--temperature 1 --top-k 97 --max-new-tokens 3", 1, "top-k is 97, but there are only 96 tokens"),
     (generating + "--top-k 3", 2, "at temperature 0 nothing is drawn"),
-    (tuning + "--r 0", 2, "--r must be a whole number of at least 1; got 0"),
-    (tuning + "--alpha nan", 2, "--alpha must be a finite positive number; got nan"),
-    (tuning + "--lr inf", 2, "--lr must be"),
-    (tuning + "--eval-split 1", 2, "--eval-split must be in [0, 1); got 1.0"),
-    (tuning + "--batch 0", 2, "--batch must be"),
-    (tuning + "--save-every -1", 2, "--save-every must be"),
+    (tuning + "--r 0", 2, "--r: must be a whole number of at least 1, got '0'"),
+    (tuning + "--alpha nan", 2, "--alpha: must be a finite positive number, got 'nan'"),
+    (tuning + "--lr inf", 2, "--lr: must be a finite positive number, got 'inf'"),
+    (tuning + "--eval-split 1", 2, "--eval-split: must be in [0, 1), got '1'"),
+    (tuning + "--batch 0", 2, "--batch: must be"),
+    (tuning + "--save-every -1", 2, "--save-every: must be"),
+    (tuning + "--dropout 1", 2, "--dropout: must be in [0, 1), got '1'"),
+    (tuning + "--steps 1.5", 2, "--steps: must be a whole number of at least 1, got '1.5'"),
+    (tuning + "--alpha much", 2, "--alpha: must be a finite positive number, got 'much'"),
     (tuning + "--target nothing", 1, "['nothing'] match no Linear layer"),
+    (tuning + "--target ,", 2, "--target: there is no name in ','"),
     (tuning + "--length 49", 1, "does not fit in the model's context of 48"),
     (tuning + "--data missing.txt", 1, "missing.txt: No such file or directory"),
     (tuning + "--base one", 1, "one holds an adapter"),
@@ -360,7 +205,7 @@ REFUSED = [
     ("inspect base --base base", 1, "a model, which has no base"),
     ("compare one base --data t.txt", 1, "one holds an adapter, where a model"),
     ("compare base one --data t.txt --batch 0", 2, "--batch: must be a whole number of at least 1"),
-    ("bogus", 2, "invalid choice: 'bogus'"),
+    ("bogus", 2, "there is no command 'bogus'"),
 ]
 
 

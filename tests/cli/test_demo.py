@@ -1,4 +1,4 @@
-"""The demo in pieces: what it trains on, what it compares with what, what it keeps, and that no line can flatter."""
+"""The demo: what it trains on, what it compares with what, what it keeps, and that no bug can hide in it."""
 
 import os
 import re
@@ -9,18 +9,15 @@ import pytest
 from strategies import learned
 
 from minilora import lora
-from minilora.cli import demo, questions
-from minilora.count import ParameterReport
+from minilora.cli import demo, demo_tables, questions
 from minilora.disk import characters
 from minilora.disk.folder import UNFINISHED
 from minilora.disk.gpt2 import load_model
 from minilora.disk.peft import load_adapter
-from minilora.lora_config import LoRAConfig
-from minilora.tensor import Tensor
 from minilora.training.corpus import load_corpus
 from minilora.training.loop import train
 
-SIZE = demo.Size(demo._gpt(1, 32), base_steps=3, lora_steps=2)
+SIZE = demo.DemoSize(demo._gpt(1, 32), base_steps=3, lora_steps=2)
 ALL = {"trained": questions.TRAINED, "unseen": questions.UNSEEN, "never": questions.NEVER_TOLD}
 Ran = namedtuple("Ran", "lines text out seen")
 
@@ -38,7 +35,7 @@ def small(monkeypatch):
 def run(out, seed=0, size=SIZE, **options):
     """(the lines a demo printed, all of them as one text)."""
     lines = []
-    demo.run(size, out, np, seed, say=lines.append, **options)
+    demo.run(size, out, np, seed, log=lines.append, **options)
     return lines, "\n".join(lines)
 
 
@@ -66,7 +63,7 @@ def ran(tmp_path_factory):
         spy(patch, demo, "pair_batches", lambda pairs, *more: in_words(pairs))
         spy(patch, demo, "consecutive_windows", lambda ids, *more: ids)
         spy(patch, demo, "train", lambda model, adam, batches, steps, **more: (model, adam.params, steps))
-        spy(patch, demo, "exact_match", lambda model, pairs: in_words(pairs))
+        spy(patch, demo_tables, "exact_match", lambda model, pairs: in_words(pairs))
         lines, text = run(out)
     return Ran(lines, text, out, seen)
 
@@ -124,13 +121,13 @@ def test_the_answer_is_the_adapted_models_and_the_bases_stands_below_it(ran, mon
     adapted = lambda model: any("lora_A" in name for name, _ in model.named_parameters())
     monkeypatch.setattr(demo, "answer", lambda model, prompt: f"{'with' if adapted(model) else 'without'} LoRA")
     lines = []
-    demo.ask("  Which port\n does SSH use? ", ran.out, np, say=lines.append)
+    demo.ask("  Which port\n does SSH use? ", ran.out, np, log=lines.append)
     assert lines == ["Q: which port does ssh use?", "A: with LoRA", "   (the base alone: without LoRA)"]
 
 
 def test_the_hint_at_the_end_repeats_the_command(small, tmp_path):
-    lines, _ = run(tmp_path, again="python -m minilora --quick --out 'a b'")
-    assert lines[-1].strip() == "now ask: python -m minilora --quick --out 'a b' --ask 'which port does ssh use?'"
+    lines, _ = run(tmp_path, rerun_command="minilora demo --quick --out 'a b'")
+    assert lines[-1].strip() == "now ask: minilora demo --quick --out 'a b' --ask 'which port does ssh use?'"
 
 
 def test_one_seed_gives_one_base_and_one_adapter_and_another_seed_others(small, tmp_path):
@@ -173,89 +170,15 @@ def training_that_writes(model, *arguments, **options):
     return train(model, *arguments, **options)
 
 
-@pytest.mark.parametrize("name, planted", [
-    ("attach", attach_that_writes), ("merge", merge_that_writes), ("train", training_that_writes),
-])  # fmt: skip
-def test_a_base_that_was_written_to_is_not_called_identical(small, tmp_path, monkeypatch, name, planted):
+@pytest.mark.parametrize("where, name, planted", [
+    (demo, "attach", attach_that_writes), (demo_tables, "merge", merge_that_writes),
+    (demo, "train", training_that_writes),
+], ids=["attach", "merge", "train"])  # fmt: skip
+def test_a_base_that_was_written_to_is_not_called_identical(small, tmp_path, monkeypatch, where, name, planted):
     assert re.search(r"sha256 (\w{12}) before and \1 after: bit-identical$", run(tmp_path)[1], re.MULTILINE)
-    monkeypatch.setattr(demo, name, planted)
+    monkeypatch.setattr(where, name, planted)
     shas = re.search(r"sha256 (\w{12}) before and (\w{12}) after: NOT IDENTICAL$", run(tmp_path)[1], re.MULTILINE)
     assert shas[1] != shas[2]
-
-
-def merging(monkeypatch, merge, answers_differ):
-    """What `merge_lines` prints of a merge: the change of logits, and what it says of the answers."""
-    rng = np.random.default_rng(0)
-    base = demo.GPT(SIZE.model, rng)
-    adapted = lora.attach(base, learned(lora.init_adapter(base, LoRAConfig(4, 8, "all-linear"), rng)))
-    merged = merge(adapted)
-    monkeypatch.setattr(demo, "merge", lambda model: merged)
-    monkeypatch.setattr(demo, "exact_match", lambda model, pairs: [answers_differ and model is merged])
-    probe, lines = rng.integers(0, 96, (2, 8)), []
-    demo.merge_lines(base, adapted, probe, demo.logits(base, probe), lines.append)
-    change, largest, answers = re.search(r"logit change (\S+) \(of (\d+)\), (.*) answers right", lines[0]).groups()
-    assert float(largest) == round(np.abs(demo.logits(adapted, probe)).max())
-    return float(change), answers
-
-
-def test_a_merge_changes_logits_by_rounding_alone_and_one_that_is_wrong_is_seen_to_be(monkeypatch):
-    change, answers = merging(monkeypatch, lora.merge, answers_differ=False)
-    assert 0 < change < 1e-3 and answers == "the same"
-    wrong = lambda model: lora.merge(model).map_tensors(lambda t: Tensor(1.5 * t.data))
-    change, answers = merging(monkeypatch, wrong, answers_differ=True)
-    assert change > 0.1 and answers == "NOT the same"
-
-
-# --- the lines, from numbers that are known ------------------------------------------------------------------------
-
-
-def test_each_row_of_the_scores_is_scored_on_its_own_questions(monkeypatch):
-    monkeypatch.setattr(demo, "exact_match", lambda model, pairs: (model, in_words(pairs)))
-    assert demo.scores("model") == {name: ("model", pairs) for name, pairs in ALL.items()}
-
-
-def after(monkeypatch, right, said):
-    """The lines of `after_table` for a model that is `right` about the questions in these shares, and says `said`."""
-    marks = {name: [i < right[name] * len(pairs) for i in range(len(pairs))] for name, pairs in ALL.items()}
-    monkeypatch.setattr(demo, "scores", lambda model: marks)
-    monkeypatch.setattr(demo, "answer", lambda model, prompt: said(prompt))
-    lines = []
-    demo.after_table("adapted", {name: [False] * 3 + [True] for name in ALL}, lines.append)
-    return lines
-
-
-def test_the_table_has_the_shares_before_and_after_in_the_right_rows(monkeypatch):
-    lines = after(monkeypatch, {"trained": 1.0, "unseen": 0.5, "never": 0.0}, lambda prompt: "?")
-    assert lines[0].split() == ["[5/5]", "before", "after"]
-    rows = [re.match(r" +(\D+?) +(\d+) % +(\d+) % +(#*)(.*)", line).groups() for line in lines[1:4]]
-    assert rows == [
-        ("phrasings it trained on", "25", "100", "#" * 20, ""),
-        ("phrasings never seen", "25", "50", "#" * 10, ""),
-        ("facts never told", "25", "0", "", "<- it was taught answers, not security"),
-    ]
-
-
-def test_an_answer_is_called_wrong_if_and_only_if_it_is(monkeypatch):
-    truths = dict(questions.UNSEEN + questions.NEVER_TOLD)
-    known = {prompt for prompt, _ in questions.UNSEEN[:120]}
-    said = lambda prompt: truths[prompt].strip() if prompt in known else "42"
-    shown = after(monkeypatch, {"trained": 1.0, "unseen": 0.5, "never": 0.0}, said)[4:]
-    assert len(shown) == 5
-    wrong = [re.fullmatch(r" +(Q: .*?) +A: 42   \(wrong: (.+)\)", line) for line in shown]
-    assert [bool(match) for match in wrong] == [False, False, False, True, True]
-    for match in wrong[3:]:
-        assert truths[f"{match[1]}\nA: "] == f"{match[2]}\n"
-    for line in shown[:3]:
-        question, answer = re.fullmatch(r" +(Q: .*?) +A: (.*)", line).groups()
-        assert truths[f"{question}\nA: "] == f"{answer}\n"
-
-
-def test_the_costs_add_up(monkeypatch):
-    monkeypatch.setattr(demo, "parameter_report", lambda model: ParameterReport(1, 2, 10_000, 1_500_000))
-    monkeypatch.setattr(demo, "activation_bytes", lambda loss, model: 200_000)
-    base, rng, lines = demo.GPT(SIZE.model, np.random.default_rng(0)), np.random.default_rng(0), []
-    demo.cost_table(base, base, rng, lines.append)
-    assert list(cost("\n".join(lines)).values()) == [(1500, 10, 20, 200, 1730)] * 3
 
 
 # --- what is kept, and what is refused -----------------------------------------------------------------------------
@@ -302,7 +225,9 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_trained(tmp
         run(tmp_path / "sealed")
 
 
-@pytest.mark.parametrize("question, told", [("", "empty"), (" \n ", "empty"), ("naïve?", "ï"), ("x" * 200, "at most")])
-def test_a_question_that_cannot_be_asked_is_refused(ran, question, told):
-    with pytest.raises(ValueError, match=told):
-        demo.ask(question, ran.out, np, say=lambda line: None)
+@pytest.mark.parametrize(
+    "question, complaint", [("", "empty"), (" \n ", "empty"), ("naïve?", "ï"), ("x" * 200, "at most")]
+)
+def test_a_question_that_cannot_be_asked_is_refused(ran, question, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        demo.ask(question, ran.out, np, log=lambda line: None)

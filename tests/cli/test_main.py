@@ -1,4 +1,4 @@
-"""The command line, run as a person runs it: what it prints, keeps, refuses, and leaves when interrupted."""
+"""The program, run as a person runs it: what it prints, keeps, refuses, and how it ends."""
 
 import os
 import re
@@ -7,45 +7,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from program import finish, start
 
+import minilora
 from minilora import load_adapter, load_model
 from minilora.backend import array_module
-from minilora.cli import commands, demo
-from minilora.cli import main as command_line
+from minilora.cli import commands, demo, folders, inspect
+from minilora.cli import main as program
 from minilora.cli.main import main
+from minilora.cli.table import BASE, COMMANDS, parser_of
 from minilora.disk.folder import UNFINISHED
+from minilora.training import finetune
 from minilora.training.finetune import Settings
 from minilora.training.threads import parts_and_threads
 
-ROOT = Path(__file__).parents[2]
-
-
-COMMANDS = ["demo", "finetune", "generate", "merge", "inspect", "compare"]
-
-
-def start(folder, *arguments, buffered=False, stdout=subprocess.PIPE, **environment):
-    """The command in a process of its own, which Ctrl-C reaches even if these tests run in the background."""
-    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "" if buffered else "1"}
-    heed_ctrl_c = (lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) if os.name == "posix" else None
-    return subprocess.Popen(
-        [sys.executable, "-m", "minilora", *arguments], cwd=folder, env=os.environ | environment,
-        preexec_fn=heed_ctrl_c, stdout=stdout, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def finish(process):
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    return folder, *finish(start(folder, "--quick", "--seed", "1"))
+# The demo, run.
 
 
 def test_the_quick_demo_runs_through_and_learns_something(quick):
@@ -66,96 +47,234 @@ def test_the_table_has_its_three_rows_and_the_cost_of_three_ways_to_train(quick)
     out = quick[2]
     for row in ("phrasings it trained on", "phrasings never seen", "facts never told"):
         assert re.search(rf"{row} +\d+ % +\d+ %", out)
-    cost = {name: re.search(rf"{name} +([\d,]+ +)+([\d,]+)\n", out) for name in
-            ("full fine-tuning", "LoRA on q, v", "LoRA on every linear")}  # fmt: skip
-    assert all(cost.values())
+    for row in ("full fine-tuning", "LoRA on q, v", "LoRA on every linear"):
+        assert re.search(rf"{row} +([\d,]+ +)+([\d,]+)\n", out)
 
 
 def test_a_wrong_answer_is_shown_as_wrong(quick):
     assert re.search(r"Q: .* A: .*\(wrong: .+\)", quick[2])
 
 
+def test_the_hint_at_the_end_of_the_demo_works_as_it_stands(quick):
+    folder, _, out, _ = quick
+    hint = re.search(r"now ask: (.*)\n", out)[1]
+    assert hint == "minilora demo --quick --ask 'which port does ssh use?'"
+    code, answer, err = finish(start(folder, *shlex.split(hint)[1:]))
+    assert (code, err) == (0, "") and answer.startswith("Q: which port does ssh use?\nA: ")
+
+
 def test_what_was_kept_can_be_loaded_and_asked(quick):
     folder = quick[0]
     base = load_model(folder / "minilora-demo-quick" / "base")
     load_adapter(folder / "minilora-demo-quick" / "security", base)
-    code, out, err = finish(start(folder, "--quick", "--ask", "Is MD5 safe?"))
+    code, out, err = finish(start(folder, "demo", "--quick", "--ask", "Is MD5 safe?"))
     assert (code, err) == (0, "")
     assert out.startswith("Q: is md5 safe?\nA: ")
 
 
 def test_asking_before_anything_was_kept_says_what_to_run(tmp_path, capsys):
-    assert main(["--ask", "is md5 safe?", "--out", str(tmp_path)]) == 1
+    assert main(["demo", "--ask", "is md5 safe?", "--out", str(tmp_path)]) == 1
     assert "run the demo first" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("question, told", [("naïve?", "ï"), ("x" * 200, "at most 95 fit")])
-def test_a_question_that_cannot_be_asked_is_one_readable_line(quick, capsys, question, told):
+@pytest.mark.parametrize("question, complaint", [("naïve?", "ï"), ("x" * 200, "at most 95 fit")])
+def test_a_question_that_cannot_be_asked_is_one_readable_line(quick, capsys, question, complaint):
     out = quick[0] / "minilora-demo-quick"
-    assert main(["--ask", question, "--out", str(out)]) == 1
+    assert main(["demo", "--ask", question, "--out", str(out)]) == 1
     err = capsys.readouterr().err
-    assert told in err and err.count("\n") == 1
+    assert complaint in err and err.count("\n") == 1
 
 
 def test_an_empty_question_is_refused(quick, capsys):
-    assert main(["--ask", "", "--out", str(quick[0] / "minilora-demo-quick")]) == 1
+    assert main(["demo", "--ask", "", "--out", str(quick[0] / "minilora-demo-quick")]) == 1
     assert "the question is empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--ask", "is md5 safe?"], ["--quick"]], ids=["asking", "the demo"])
-def test_ctrl_c_wherever_it_falls_is_one_line_and_130(arguments, tmp_path, capsys, monkeypatch):
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "ask", interrupted)
-    monkeypatch.setattr(demo, "run", interrupted)
-    try:
-        code = main([*arguments, "--out", str(tmp_path)])
-    except KeyboardInterrupt:
-        code = "a traceback"
-    assert code == 130
-    assert capsys.readouterr().err.strip() == "minilora: interrupted"
-
-
 def given_to_the_demo(monkeypatch, *arguments):
-    """What `demo.run` is called with: ((size, out, array module, seed), options)."""
+    """What `demo.run` is called with: ((size, out, array module, seed, log), options)."""
     calls = []
     monkeypatch.setattr(demo, "run", lambda *given, **options: calls.append((given, options)))
-    assert main([*arguments]) == 0
+    assert main(["demo", *arguments]) == 0
     return calls[0]
 
 
-def test_the_options_reach_the_demo_and_it_can_print_them_again(monkeypatch):
-    given = given_to_the_demo(monkeypatch, "--quick", "--seed", "7", "--out", "a b")
-    parts, threads = parts_and_threads(None, None, "numpy")
-    usual = {"parts": parts, "threads": threads}
-    assert given == ((demo.QUICK, "a b", np, 7), usual | {"again": "python -m minilora --quick --out 'a b'"})
-    given = given_to_the_demo(monkeypatch, "--threads", "3")
-    assert given == ((demo.FULL, "minilora-demo", np, 0), {"again": "python -m minilora", "parts": 3, "threads": 3})
-    given = given_to_the_demo(monkeypatch, "--quick")
-    assert given == ((demo.QUICK, "minilora-demo-quick", np, 0), usual | {"again": "python -m minilora --quick"})
+@pytest.mark.parametrize(
+    "arguments, size, out, seed, asked, rerun_command",
+    [
+        ([], demo.FULL, "minilora-demo", 0, (None, None), "minilora demo"),
+        (["--threads", "3"], demo.FULL, "minilora-demo", 0, (None, 3), "minilora demo"),
+        (["--parts", "4", "--threads", "1"], demo.FULL, "minilora-demo", 0, (4, 1), "minilora demo"),
+        (["--quick"], demo.QUICK, "minilora-demo-quick", 0, (None, None), "minilora demo --quick"),
+        (["--quick", "--seed", "7", "--out", "a b"], demo.QUICK, "a b", 7, (None, None),
+         "minilora demo --quick --out 'a b'"),
+    ],
+    ids=str,
+)
+def test_the_options_reach_the_demo_and_it_can_print_them_again(
+    monkeypatch, arguments, size, out, seed, asked, rerun_command
+):
+    given, options = given_to_the_demo(monkeypatch, *arguments)
+    assert given[:4] == (size, out, np, seed)
+    parts, threads = parts_and_threads(*asked, "numpy")
+    assert options == {"rerun_command": rerun_command, "parts": parts, "threads": threads}
 
 
 @pytest.mark.parametrize("seed", ["-1", "x", "1.5", ""])
 def test_a_seed_that_is_none_is_named_with_its_value(seed, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--quick", "--seed", seed])
+    assert main(["demo", "--quick", "--seed", seed]) == 2
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and "--seed" in err and repr(seed) in err
+    assert "--seed" in err and repr(seed) in err
 
 
-@pytest.mark.skipif(os.name != "posix", reason="closes a pipe as head does")
-@pytest.mark.parametrize("asking, lines, buffered", [(False, 1, True), (True, 0, True), (True, 0, False)], ids=str)
-def test_a_reader_that_goes_away_early_gets_no_traceback(quick, asking, lines, buffered):
-    arguments = ["--ask", "is md5 safe?"] if asking else ["--out", "again"]
-    process = start(quick[0], "--quick", *arguments, buffered=buffered)
-    for _ in range(lines):
-        process.stdout.readline()
-    process.stdout.close()
-    err = process.stderr.read()
-    process.stderr.close()
-    process.wait(timeout=60)
-    assert "Traceback" not in err and "Exception ignored" not in err and "BrokenPipe" not in err
+# The first minute: bare, --help, --version, and words that are none.
+
+
+def test_the_bare_program_prints_what_it_is_and_an_example_of_each_command(capsys):
+    assert main([]) == 0
+    bare = capsys.readouterr()
+    assert main(["--help"]) == 0
+    assert capsys.readouterr() == bare and bare.err == ""
+    lines = bare.out.splitlines()
+    assert len(lines) < 24 and "LoRA from scratch" in lines[0]
+    for name, command in COMMANDS.items():
+        assert f"  {name:<9} {command.summary}" in lines
+        examples = [line for line in lines if line.startswith(f"            minilora {name} ")]
+        assert len(examples) == 1
+        # It is understood as it stands.
+        words = shlex.split(examples[0])[2:]
+        parser_of(name).parse_args(words)
+
+
+SLOW = ("numpy", "safetensors", "tokenizers", "tqdm", "threadpoolctl", "ml_dtypes")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--version"], ["nonsense"], ["demo", "--help"], ["--quick"]], ids=str)
+def test_help_does_not_wait_for_anything_slow(arguments):
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({SLOW}))  # each raises ImportError now
+from minilora.__main__ import main
+sys.argv[1:] = {arguments}
+sys.exit(main())
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode in (0, 2)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr() == (f"minilora {minilora.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (["--quick"], "minilora demo --quick"),
+        (["--ask", "is md5 safe?"], "minilora demo --ask 'is md5 safe?'"),
+        (["--seed=3", "--out", "x"], "minilora demo --seed=3 --out x"),
+        (["--threads", "1", "--backend", "cupy"], "minilora demo --threads 1 --backend cupy"),
+    ],
+    ids=str,
+)
+def test_the_old_spelling_of_the_demo_is_answered_with_the_new_one(old, new, capsys):
+    assert main(old) == 2
+    assert capsys.readouterr() == ("", f"minilora: the demo is a command now: {new}\n")
+
+
+@pytest.mark.parametrize(
+    "word, name",
+    [("train", "finetune"), ("fine-tune", "finetune"), ("Finetune", "finetune"), ("gen", "generate"),
+     ("eval", "compare"), ("mege", "merge"), ("info", "inspect"), ("dmeo", "demo")],
+)  # fmt: skip
+def test_an_unknown_command_is_answered_with_the_nearest(word, name, capsys):
+    assert main([word, "--alpha", "3"]) == 2
+    line = f"minilora: there is no command {word!r}: did you mean {name}? See minilora --help\n"
+    assert capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize("word", ["bogus", "--rank", "-x", "", "x" * 5000, "a\nb"], ids=lambda word: word[:9])
+def test_a_word_that_is_like_no_command_names_the_help(word, capsys):
+    assert main([word]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.endswith("; see minilora --help\n") and len(err) < 400
+
+
+def helped(capsys, name):
+    """What the help of a command says, and the commands it shows as examples."""
+    assert main([name, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "example" in out
+    examples = out.partition("example")[2].splitlines()
+    return out, [shlex.split(line)[1:] for line in examples if line.startswith("  minilora")]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_a_command_is_explained(name, capsys):
+    out, examples = helped(capsys, name)
+    parser = parser_of(name)
+    assert [action.dest for action in parser._actions if len(action.help or "") < 10] == []
+    assert len(examples) == 1 and examples[0][0] == name
+    parser.parse_args(examples[0][1:])
+
+
+def test_the_examples_of_the_help_work_as_they_stand(quick, capsys, monkeypatch):
+    monkeypatch.chdir(quick[0])
+    Path("notes.txt").write_text("".join(f"Note {i}: a port is open until it is closed.\n" for i in range(40)))
+    for name in COMMANDS:
+        if name == "demo":
+            continue
+        _, [example] = helped(capsys, name)
+        assert main(example) == 0
+        out, err = capsys.readouterr()
+        assert out.endswith("\n") and "Traceback" not in err
+        assert (name == "finetune") == bool(re.search("training loss .* kept in my-adapter", " ".join(out.split())))
+    assert {path.name for path in Path("my-adapter").iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    assert main(["generate", "--base", BASE, "--adapter", "my-adapter", "--prompt", "Note"]) == 0
+
+
+# Options that reach what they are for.
+
+
+def given_to_finetune(monkeypatch, *arguments):
+    """(Settings, resume, (parts, threads)) that `finetune` is called with."""
+    calls = []
+    monkeypatch.setattr(finetune, "finetune", lambda *given, **options: calls.append((given, options)))
+    monkeypatch.setattr(folders, "check_source", lambda *given: calls.append(given))
+    assert main(["finetune", "--base", "b", "--data", "d.txt", "--out", "o", "--alpha", "3", *arguments]) == 0
+    source, ((settings, xp), options) = calls
+    assert source == ("b", "model") and xp is np and options.keys() == {"resume", "say", "parts", "threads"}
+    return settings, options["resume"], (options["parts"], options["threads"])
+
+
+def test_the_options_reach_the_training(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    usual = Settings(base="b", data="d.txt", out="o", alpha=3.0)
+    assert given_to_finetune(monkeypatch) == (usual, False, parts_and_threads(None, None, "numpy"))
+    every = "--r 5 --target c_attn --target mlp.c_fc q_proj --lr 0.25 --steps 6 --batch 7 --length 8 --dropout 0.5"
+    more = "--seed 9 --eval-split 0.125 --save-every 11 --resume --target c_proj --parts 3 --threads 1"
+    expected = Settings(base="b", data="d.txt", out="o", alpha=3.0, r=5, lr=0.25, steps=6, batch=7, length=8, seed=9,
+                        target=["c_attn", "mlp.c_fc", "q_proj", "c_proj"], dropout=0.5, eval_split=0.125,
+                        save_every=11)  # fmt: skip
+    assert given_to_finetune(monkeypatch, *every.split(), *more.split()) == (expected, True, (3, 1))
+
+
+@pytest.mark.parametrize(
+    "words, target",
+    [
+        ("", "all-linear"),
+        ("--target all-linear", "all-linear"),
+        ("--target q_proj v_proj", ["q_proj", "v_proj"]),
+        ("--target q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("--target q_proj, v_proj , c_fc", ["q_proj", "v_proj", "c_fc"]),
+        ("--target=q_proj,v_proj --target c_fc", ["q_proj", "v_proj", "c_fc"]),
+    ],
+)
+def test_names_of_modules_may_be_apart_by_spaces_or_by_commas(words, target, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    settings, _, _ = given_to_finetune(monkeypatch, *words.split())
+    assert settings == Settings(base="b", data="d.txt", out="o", alpha=3.0, target=target)
+
+
+# How it ends.
 
 
 @pytest.mark.parametrize("xp", ["numpy", pytest.param("cupy", marks=pytest.mark.cupy)], indirect=True)
@@ -163,16 +282,56 @@ def test_a_backend_is_found_by_name(xp):
     assert array_module(xp.__name__) is xp
 
 
-def test_a_backend_that_is_not_there_names_the_extra(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["demo", "finetune", "generate", "compare"])
+def test_every_command_that_computes_says_how_to_get_a_backend(name, capsys, monkeypatch, quick):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert main(["--quick", "--backend", "cupy", "--out", str(tmp_path)]) == 1
-    assert "'.[cuda12]'" in capsys.readouterr().err
+    monkeypatch.chdir(quick[0])
+    _, [example] = helped(capsys, name)
+    example = [word if word != "my-adapter" else "elsewhere" for word in example]
+    assert main([*example, "--backend", "cupy"]) == 1
+    out, err = capsys.readouterr()
+    assert "pip install -e '.[cuda12]'" in err and err.count("\n") == 1
+    assert out == "" and not Path("elsewhere").exists()
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError("7 TiB"), OverflowError("large"), FileNotFoundError(2, "No such file", "a.txt"), ValueError("a\nb"),
+    ImportError("cupy"), RuntimeError("no text"), TypeError("float64"),
+], ids=lambda error: type(error).__name__)  # fmt: skip
+def test_an_error_is_one_line_and_exit_code_1(error, capsys, monkeypatch):
+    def fails(*arguments):
+        raise error
+
+    monkeypatch.setattr(inspect, "inspect", fails)
+    assert main(["inspect", "x"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err == f"minilora: {program.one_line(error)}\n" and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--ask", "is md5 safe?"], ["--quick"]], ids=["asking", "the demo"])
+def test_ctrl_c_in_a_command_is_one_line_and_130(arguments, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "ask", interrupted)
+    monkeypatch.setattr(demo, "run", interrupted)
+    assert main(["demo", *arguments, "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "minilora: interrupted\n"
+
+
+def test_an_interrupted_run_says_what_was_kept(tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise demo.Interrupted("interrupted in step 3. Kept: the base.")
+
+    monkeypatch.setattr(demo, "run", interrupted)
+    assert main(["demo", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "minilora: interrupted in step 3. Kept: the base.\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process")
 @pytest.mark.parametrize("after, kept", [("[1/5]", "Kept: nothing"), ("[3/5]", "(the pre-trained model)")])
 def test_ctrl_c_leaves_whole_files_and_says_what_was_kept(tmp_path, after, kept):
-    process = start(tmp_path, "--quick", "--out", "out")
+    process = start(tmp_path, "demo", "--quick", "--out", "out")
     assert any(line.startswith(after) for line in process.stdout)
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
@@ -183,113 +342,39 @@ def test_ctrl_c_leaves_whole_files_and_says_what_was_kept(tmp_path, after, kept)
         load_model(tmp_path / "out" / "base")
 
 
-# The commands: their help, their arguments, and how their errors end. What they compute is in test_commands.py.
-
-
-def helped(capsys, *command):
-    """What --help says, and the commands it shows as examples."""
-    with pytest.raises(SystemExit) as stopped:
-        main([*command, "--help"])
-    out, err = capsys.readouterr()
-    assert (stopped.value.code or 0, err) == (0, "") and "example" in out
-    return out, [shlex.split(line)[1:] for line in out.partition("example")[2].splitlines() if line[:3] == "  m"]
-
-
-def test_help_names_every_command_and_its_examples_are_understood(capsys):
-    out, examples = helped(capsys)
-    assert all(re.search(rf"^    {name} +\w", out, re.MULTILINE) for name in COMMANDS)
-    assert examples == [["--quick"], ["--quick", "--ask", "is md5 safe?"]]
-    for example in examples:
-        assert command_line._parser().parse_args(["demo", *example]).quick
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_of_a_command_is_explained(command, capsys):
-    _, examples = helped(capsys, command)
-    parser = command_line._parser()._subparsers._group_actions[0].choices[command]
-    assert [action.dest for action in parser._actions if len(action.help or "") < 10] == [] and len(examples) == 1
-    assert command_line._parser().parse_args(examples[0]).run.__name__ == f"_{command}"
-
-
-def test_the_examples_of_the_help_work_as_they_stand(quick, capsys, monkeypatch):
-    monkeypatch.chdir(quick[0])
-    Path("notes.txt").write_text("".join(f"Note {i}: a port is open until it is closed.\n" for i in range(40)))
-    for command in COMMANDS[1:]:
-        _, [example] = helped(capsys, command)
-        assert main(example) == 0
-        out, err = capsys.readouterr()
-        assert out.endswith("\n") and "Traceback" not in err
-        assert (command == "finetune") == bool(re.search("held-out loss .* kept in my-adapter", " ".join(out.split())))
-    assert {path.name for path in Path("my-adapter").iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
-    assert main(["generate", "--base", command_line.BASE, "--adapter", "my-adapter", "--prompt", "Note"]) == 0
-
-
-def given_to_finetune(monkeypatch, *arguments):
-    calls = []
-    monkeypatch.setattr(command_line, "finetune", lambda *given, **options: calls.append((given, options)))
-    monkeypatch.setattr(commands, "check_source", lambda *given: calls.append(given))
-    assert main(["finetune", "--base", "b", "--data", "d.txt", "--out", "o", "--alpha", "3", *arguments]) == 0
-    source, ((settings, xp), options) = calls
-    assert source == ("b", "model") and xp is np and options.keys() == {"resume", "say", "parts", "threads"}
-    return settings, options["resume"], (options["parts"], options["threads"])
-
-
-def test_the_options_reach_the_training(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert given_to_finetune(monkeypatch) == (
-        Settings(base="b", data="d.txt", out="o", alpha=3.0), False, parts_and_threads(None, None, "numpy"))  # fmt: skip
-    every = "--r 5 --target c_attn --target mlp.c_fc q_proj --lr 0.25 --steps 6 --batch 7 --length 8 --dropout 0.5"
-    more = "--seed 9 --eval-split 0.125 --save-every 11 --resume --target c_proj --threads 1"
-    expected = Settings(base="b", data="d.txt", out="o", alpha=3.0, r=5, lr=0.25, steps=6, batch=7, length=8, seed=9,
-                        target=["c_attn", "mlp.c_fc", "q_proj", "c_proj"], dropout=0.5, eval_split=0.125,
-                        save_every=11)  # fmt: skip
-    assert given_to_finetune(monkeypatch, *every.split(), *more.split()) == (expected, True, (2, 1))
-
-
-@pytest.mark.parametrize("command", ["finetune", "generate", "compare"])
-def test_every_command_that_computes_names_the_extra_of_a_backend(command, capsys, monkeypatch, quick):
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.chdir(quick[0])
-    _, [example] = helped(capsys, command)
-    example = [word if word != "my-adapter" else "elsewhere" for word in example]
-    assert main([*example, "--backend", "cupy"]) == 1
-    out, err = capsys.readouterr()
-    assert "'.[cuda12]'" in err and err.count("\n") == 1 and out == "" and not Path("elsewhere").exists()
-
-
-@pytest.mark.parametrize(
-    "error, told",
-    [
-        (MemoryError("Unable to allocate 7 TiB"), "there is not enough memory; use a smaller batch (Unable to"),
-        (OverflowError("too large"), "minilora: too large\n"),
-        (FileNotFoundError(2, "No such file", "a.txt"), "minilora: a.txt: No such file\n"),
-        (OSError(28, "No space left"), "minilora: No space left\n"),
-        (ValueError("x:\n  a\n  b\n  c\n  d"), "minilora: x: a; b; c; ...\n"),
-        (ValueError(""), "minilora: ValueError\n"),
-        (ValueError("n" * 5000), "n ...\n"),
-        (UnicodeEncodeError("cp1252", "a中", 1, 2, "no"), r"in cp1252, which cannot say '\u4e2d'; set PYTHONUTF8=1"),
-    ],
-    ids=lambda x: type(x).__name__,
-)
-def test_an_error_is_one_line_whatever_it_is(error, told, capsys, monkeypatch):
-    def fails(*arguments):
-        raise error
-
-    monkeypatch.setattr(commands, "inspect", fails)
-    assert main(["inspect", "x"]) == 1
-    err = capsys.readouterr().err
-    assert err.startswith("minilora: ") and told in err and err.count("\n") == 1 and len(err) < 400
+@pytest.mark.skipif(os.name != "posix", reason="closes a pipe as head does")
+@pytest.mark.parametrize("asking, lines, buffered", [(False, 1, True), (True, 0, True), (True, 0, False)], ids=str)
+def test_a_reader_that_goes_away_early_gets_no_traceback(quick, asking, lines, buffered):
+    arguments = ["--ask", "is md5 safe?"] if asking else ["--out", "again"]
+    process = start(quick[0], "demo", "--quick", *arguments, buffered=buffered)
+    for _ in range(lines):
+        process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    process.wait(timeout=60)
+    assert "Traceback" not in err and "Exception ignored" not in err and "BrokenPipe" not in err
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
 @pytest.mark.parametrize("buffered", [True, False])
-def test_a_disk_that_is_full_is_told_and_not_by_the_interpreter(quick, buffered):
+@pytest.mark.parametrize("arguments", [["inspect", BASE], ["--help"], ["demo", "--help"]], ids=" ".join)
+def test_a_disk_that_is_full_is_told_and_not_by_the_interpreter(quick, arguments, buffered):
     with open("/dev/full", "w") as full:
-        code, _, err = finish(start(quick[0], "inspect", command_line.BASE, buffered=buffered, stdout=full))
+        code, _, err = finish(start(quick[0], *arguments, buffered=buffered, stdout=full))
     assert code == 1 and err == "minilora: No space left on device\n"
 
 
 def test_what_the_output_cannot_spell_is_told(quick):
-    shutil.copytree(quick[0] / command_line.BASE, quick[0] / "modèle")
+    shutil.copytree(quick[0] / BASE, quick[0] / "modèle")
     code, out, err = finish(start(quick[0], "inspect", "modèle", PYTHONIOENCODING="ascii", PYTHONUTF8="0"))
     assert code == 1 and err == "minilora: the output is in ascii, which cannot say '\\xe8'; set PYTHONUTF8=1\n"
+
+
+def test_a_warning_of_the_library_is_one_line(monkeypatch, capsys):
+    def warns(*arguments, **options):
+        warnings.warn("an old file:\n  field a\n  field b", stacklevel=1)
+
+    monkeypatch.setattr(commands, "merge_folders", warns)
+    assert main(["merge", "--base", "b", "--adapter", "a", "--out", "o"]) == 0
+    assert capsys.readouterr().err == "minilora: warning: an old file: field a; field b\n"

@@ -269,11 +269,11 @@ def test_ctrl_c_at_any_moment_keeps_the_last_whole_step_and_says_how_to_go_on(in
             try:
                 run(given)
                 break
+            except Interrupted as stop:
+                told = str(stop)
             except KeyboardInterrupt:
                 assert when <= 2 and not (tmp_path / str(when)).exists()  # nothing was begun
                 continue
-            except Interrupted as stop:
-                told = str(stop)
         done = json.loads((tmp_path / str(when) / "checkpoint" / "checkpoint.json").read_text())["steps"]
         assert f"interrupted after step {done} of 4" in told and told.endswith("the same command with --resume")
         kept.add(done)

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import threadpoolctl
 
 from minilora.backend import array_module
 from minilora.training.threads import blas_threads, cores, keep_freed_memory, parts_and_threads
-
-threadpoolctl = pytest.importorskip("threadpoolctl")
 
 
 def blas_now():

@@ -1,0 +1,36 @@
+"""Ctrl-C as one line and exit code 130. Knows no command.
+
+It is imported before anything else, so it imports nothing that takes time.
+"""
+
+import os
+import sys
+
+# What a shell reports of a program that SIGINT has ended: 128 + 2.
+EXIT_CODE = 130
+
+
+def report_interrupt(program, interrupt):
+    """Print what a KeyboardInterrupt says, or "interrupted", on one line; returns the exit code."""
+    # A terminal has just shown ^C, and the line must not be glued to that.
+    start = "\n" if sys.stderr.isatty() else ""
+    message = str(interrupt) or "interrupted"
+    print(f"{start}{program}: {message}", file=sys.stderr)
+    return EXIT_CODE
+
+
+def one_line_on_ctrl_c():
+    """From now on Ctrl-C ends this script with one line, where Python would print a traceback.
+
+    A script calls it before its imports: those of NumPy take longer than some scripts.
+    """
+    program = os.path.basename(sys.argv[0])
+    print_traceback = sys.excepthook
+
+    def report(kind, error, traceback):
+        if not issubclass(kind, KeyboardInterrupt):
+            print_traceback(kind, error, traceback)
+            return
+        sys.exit(report_interrupt(program, error))
+
+    sys.excepthook = report

@@ -1,0 +1,55 @@
+"""Is a folder a model, an adapter, both or neither? Knows the names of files, and reads none."""
+
+from pathlib import Path
+
+from ..disk import gpt2, peft
+from ..training.checkpoint import is_checkpoint
+from ..training.finetune import CHECKPOINT
+
+# {kind: the files that a folder of this kind has}
+FILES = {"model": (gpt2.CONFIG, gpt2.TENSORS), "adapter": (peft.CONFIG, peft.TENSORS)}
+WITH_ARTICLE = {"model": "a model", "adapter": "an adapter"}
+
+
+def kinds_of(folder):
+    """What `folder` holds, or holds a part of: ["model"], ["adapter"] or both.
+
+    Raises: FileNotFoundError if it holds neither, or does not exist; NotADirectoryError.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"{folder} does not exist; give the folder of a model or of an adapter"
+        )
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; give the folder that it is in")
+    kinds = _kinds(folder)
+    if not kinds:
+        neither = f"{folder} has neither {gpt2.CONFIG} of a model nor {peft.CONFIG} of an adapter"
+        raise FileNotFoundError(neither + _hint(folder))
+    return kinds
+
+
+def check_source(folder, kind):
+    """Raise ValueError or OSError unless `folder` holds what `kind` says: "model" or "adapter"."""
+    kinds = kinds_of(folder)
+    if kind not in kinds:
+        raise ValueError(
+            f"{folder} holds {WITH_ARTICLE[kinds[0]]}, where {WITH_ARTICLE[kind]} is needed"
+        )
+
+
+def _kinds(folder):
+    return [
+        kind for kind, files in FILES.items() if any((folder / file).exists() for file in files)
+    ]
+
+
+def _hint(folder):
+    """Where to look, if `folder` itself is not it."""
+    if is_checkpoint(folder / CHECKPOINT):
+        return "; it holds a run that has not ended, which finetune --resume goes on with"
+    inside = sorted(path.name for path in folder.iterdir() if _kinds(path))
+    if inside:
+        return f", but its sub-folders have: {', '.join(inside)}"
+    return ""

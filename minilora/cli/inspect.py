@@ -1,0 +1,194 @@
+"""What `inspect` prints of a folder: sizes of a model, modules of an adapter. Changes nothing."""
+
+import math
+import re
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+from ..backend import to_numpy
+from ..count import parameter_report
+from ..disk import loaders
+from ..disk.folder import load_folder
+from ..disk.gpt2 import CONFIG as MODEL_CONFIG
+from ..disk.gpt2 import is_gpt2, load_model
+from ..disk.peft import CONFIG, TENSORS, digest_of, load_adapter, read_adapter
+from ..disk.peft_config import file_table
+from .folders import check_source, kinds_of
+
+WIDTH = 110
+
+
+def inspect(folder, base, log):
+    """Print what is in a folder: a model, or an adapter measured against its base.
+
+    `base` is the base's folder, or None: then it is looked for where the adapter says.
+
+    Raises: FileNotFoundError if it holds neither; what reading it raises, after everything else was
+    printed.
+    """
+    kinds = kinds_of(folder)
+    if base is not None and "adapter" not in kinds:
+        raise ValueError(f"{folder} holds a model, which has no base; inspect it without --base")
+    if "model" in kinds:
+        _inspect_model(folder, log)
+    if "adapter" in kinds:
+        _inspect_adapter(Path(folder), base, log)
+
+
+def _inspect_model(folder, log):
+    model = load_model(folder)
+    config = model.config
+    kind = "GPT-2, learned positions" if is_gpt2(model) else "a GPT of minilora's, rotary positions"
+    head = "the embedding (tied)" if config.tie_word_embeddings else "a matrix of its own"
+    log(
+        f"{folder}: a model, {parameter_report(model).total:,} parameters, {model.wte.weight.dtype}"
+    )
+    log(f"  kind         {kind}")
+    log(
+        f"  sizes        {config.n_layer} blocks of {config.n_head} heads, "
+        f"{config.n_embd} channels, {config.n_inner} in the MLP"
+    )
+    log(
+        f"  text         {config.vocab_size:,} tokens, a context of {config.block_size:,}; "
+        f"the head is {head}"
+    )
+    log(f"  fingerprint  {digest_of(model.fingerprint())}")
+
+
+def _inspect_adapter(folder, base, log):
+    """What other programs would say comes first: this library may refuse to read it at all."""
+    config, tensors, metadata = load_folder(folder, TENSORS, CONFIG)
+    n_parameters = sum(tensor.size for tensor in tensors.values())
+    log(f"{folder}: an adapter, {n_parameters:,} parameters in {len(tensors)} tensors")
+    _log_loaders(config, {name: tensor.shape for name, tensor in tensors.items()}, metadata, log)
+
+    adapter = read_adapter(folder)
+    recorded = _recorded_base(config)
+    fingerprint = "UNVERIFIED, it notes no fingerprint"
+    if adapter.fingerprint:
+        fingerprint = f"fingerprint {digest_of(adapter.fingerprint)}"
+    _log_entry("base", f"{recorded or 'it does not say which'}; {fingerprint}", log)
+
+    if base is None and recorded and (Path(recorded) / MODEL_CONFIG).exists():
+        base = recorded
+    misfit = None
+    weight_norms = {}
+    if base is not None:
+        try:
+            weight_norms = _weight_norms(base, folder, adapter)
+            match = "is that base" if adapter.fingerprint else "fits it"
+            _log_entry("", f"{base} {match}", log)
+        except (ValueError, TypeError, OSError) as error:
+            misfit = error
+    _log_table(adapter, weight_norms, log)
+    if misfit:
+        raise misfit
+    if base is None:
+        log("  |dW|/|W| needs the base: give its folder with --base")
+
+
+def _recorded_base(config):
+    """The base that the adapter's JSON names, or None: this library computes nothing with it."""
+    name = config.get("base_model_name_or_path")
+    return name if isinstance(name, str) else None
+
+
+def _log_loaders(config, shapes, metadata, log):
+    """What the loaders of other programs would say of this adapter; `shapes` is {tensor: shape}."""
+    _log_entry("PEFT", _verdict(loaders.peft_objections(config, shapes)), log)
+    objections = loaders.vllm_objections(config, shapes)
+    verdict = _verdict(objections)
+    if not objections:
+        verdict += f", from --max-lora-rank {loaders.vllm_rank(shapes)} on"
+    _log_entry("vLLM", verdict, log)
+    fingerprint = metadata.get("minilora.base", "")
+    if fingerprint and "wpe.weight" not in fingerprint:
+        note = (
+            "neither has a class for its base, a rotary GPT of minilora's: only minilora can use it"
+        )
+    else:
+        note = loaders.VLLM_NOTE
+    _log_entry("", f"but {note}", log)
+
+
+def _verdict(objections):
+    if objections:
+        return f"its loader's rules object: {'; '.join(objections)}"
+    return "its loader's rules accept it"
+
+
+def _log_entry(title, text, log):
+    """Print `text` in a column of its own, beside its title."""
+    log(
+        textwrap.fill(
+            text,
+            WIDTH,
+            initial_indent=f"  {title:<12} ",
+            subsequent_indent=" " * 15,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )
+
+
+def _weight_norms(base, folder, adapter):
+    """{module of the file: |W| of its weight in the model `base`, a folder}, in the Frobenius norm.
+
+    Raises: as `load_adapter`, if that is not the base of the adapter in `folder`.
+    """
+    check_source(base, "model")
+    model = load_model(base)
+    load_adapter(folder, model, say=lambda receipt: None)
+    modules = dict(model.named_modules())
+    norms = {}
+    for module, our_names in file_table(model, adapter.factors).items():
+        # Our q_proj, k_proj and v_proj are the rows of one c_attn, so that their squares add up.
+        parts = [np.linalg.norm(to_numpy(modules[name].weight.data)) for name in our_names]
+        norms[module] = math.hypot(*map(float, parts))
+    return norms
+
+
+def _log_table(adapter, weight_norms, log):
+    """Print a line for each module of an AdapterFile, blocks in the order of their numbers."""
+    width = max(map(len, adapter.factors))
+    log(
+        f"  {'module':<{width}} {'in':>6} {'out':>6} {'r':>4} {'alpha':>6} {'scaling':>8} "
+        f"{'|dW|':>10} {'|dW|/|W|':>9}"
+    )
+    for module in sorted(adapter.factors, key=_by_number):
+        A = adapter.factors[module]["lora_A"]
+        B = adapter.factors[module]["lora_B"]
+        alpha = adapter.lora.alpha_of(module)
+        scaling = adapter.lora.scaling_of(module)
+        update_norm = scaling * product_norm(B, A)
+        share = "-"
+        if module in weight_norms:
+            share = f"{100 * update_norm / (weight_norms[module] or math.nan):.3g} %"
+        log(
+            f"  {module:<{width}} {A.shape[1]:>6} {B.shape[0]:>6} {len(A):>4} {alpha:>6g} "
+            f"{scaling:>8.4g} {update_norm:>10.4g} {share:>9}"
+        )
+    for name, (start, stop) in adapter.columns.items():
+        log(
+            f"  {name} was trained apart: r={stop - start}, columns {start} to {stop} of its module"
+        )
+    log("  dW = scaling * lora_B @ lora_A, what is added to the weight W; | | is Frobenius's norm")
+
+
+def _by_number(name):
+    """A key that sorts h.2 before h.10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def product_norm(B, A):
+    """The Frobenius norm of B A without the product: √ sum (BᵀB) ∘ (A Aᵀ).
+
+    Shapes: B (out, r), A (r, in) -> float.
+    """
+    B = B.astype(np.float64)
+    A = A.astype(np.float64)
+    square = float(((B.T @ B) * (A @ A.T)).sum())
+    # Rounding may leave less than nothing of a product that is zero.
+    return math.sqrt(max(0.0, square))

@@ -1,0 +1,241 @@
+"""The options of each command, and their help. Knows what a command is given, not what it does.
+
+What an option needs to know of the library is imported when its command is chosen: the help of the
+program and of most commands loads not even NumPy.
+"""
+
+from .parser import Names, number_from_zero, positive_number, share_below_one, whole_number
+
+# Options that several commands have.
+
+
+def _add_base(parser):
+    parser.add_argument(
+        "--base",
+        required=True,
+        metavar="DIR",
+        help="a GPT-2 folder (config.json, model.safetensors, tokenizer.json), "
+        "or one that minilora saved",
+    )
+
+
+def _add_seed(parser):
+    parser.add_argument(
+        "--seed",
+        type=whole_number(0),
+        default=0,
+        help="of every random number (default %(default)s)",
+    )
+
+
+def _add_backend(parser):
+    parser.add_argument(
+        "--backend",
+        choices=["numpy", "cupy"],
+        default="numpy",
+        help="cupy runs on an NVIDIA GPU",
+    )
+
+
+def _add_parts_and_threads(parser):
+    parser.add_argument(
+        "--parts",
+        type=whole_number(1),
+        metavar="N",
+        help="parts that a batch is cut into (default 2); with the seed they determine every bit",
+    )
+    parser.add_argument(
+        "--threads",
+        type=whole_number(1),
+        metavar="N",
+        help="parts computed at once (default: as many as there are parts and cores)",
+    )
+
+
+# The commands, in the order of the help.
+
+
+def demo_options(parser):
+    """Add the options of `minilora demo`."""
+    add = parser.add_argument
+    add(
+        "--quick",
+        action="store_true",
+        help="a much smaller model, a few seconds: does it run here?",
+    )
+    _add_seed(parser)
+    add(
+        "--out",
+        metavar="DIR",
+        help="folder to keep the models in (default minilora-demo, or minilora-demo-quick)",
+    )
+    add(
+        "--ask",
+        metavar="QUESTION",
+        help="answer from what the last run kept, without training",
+    )
+    _add_backend(parser)
+    _add_parts_and_threads(parser)
+
+
+def finetune_options(parser):
+    """Add the options of `minilora finetune`."""
+    from ..training.finetune import Settings
+
+    add = parser.add_argument
+    _add_base(parser)
+    add(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help='a .txt, or a .jsonl with {"prompt": "...", "answer": "..."} on each line, of which '
+        "the answers are learned; an answer usually starts with a space or a newline",
+    )
+    add("--out", required=True, metavar="DIR", help="the adapter's folder, in PEFT's format")
+    add(
+        "--alpha",
+        required=True,
+        type=positive_number,
+        help="strength: the update is scaled by alpha / r; often 2 r",
+    )
+    add(
+        "--r",
+        type=whole_number(1),
+        default=Settings.r,
+        help="rank of the update (default %(default)s)",
+    )
+    add(
+        "--target",
+        nargs="+",
+        action=Names,
+        metavar="NAME",
+        help="modules to adapt, apart by spaces or commas, by PEFT's names (c_attn, mlp.c_fc) or "
+        "this library's (q_proj, v_proj, ...); default all-linear",
+    )
+    add(
+        "--lr",
+        type=positive_number,
+        default=Settings.lr,
+        help="peak of the learning rate (default %(default)s)",
+    )
+    add("--steps", type=whole_number(1), default=Settings.steps, help="default %(default)s")
+    add(
+        "--batch",
+        type=whole_number(1),
+        default=Settings.batch,
+        help="rows in a step (default %(default)s)",
+    )
+    add(
+        "--length",
+        type=whole_number(1),
+        help="tokens in a row of text (default 256, or the model's context if shorter)",
+    )
+    add(
+        "--dropout",
+        type=share_below_one,
+        default=Settings.dropout,
+        help="on the adapter's input (default %(default)s)",
+    )
+    _add_seed(parser)
+    add(
+        "--eval-split",
+        type=share_below_one,
+        default=Settings.eval_split,
+        metavar="SHARE",
+        help="share of the data held out, to measure the loss on before and after "
+        "(default %(default)s)",
+    )
+    add(
+        "--save-every",
+        type=whole_number(1),
+        default=Settings.save_every,
+        metavar="STEPS",
+        help="steps between two checkpoints (default %(default)s)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with a run that was interrupted or killed",
+    )
+    _add_backend(parser)
+    _add_parts_and_threads(parser)
+
+
+def generate_options(parser):
+    """Add the options of `minilora generate`."""
+    add = parser.add_argument
+    _add_base(parser)
+    add(
+        "--adapter",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="DIR",
+        help="several: a text for each, under a line with its name, all made in one batch",
+    )
+    add("--prompt", required=True, metavar="TEXT", help="what the text begins with")
+    add(
+        "--max-new-tokens",
+        type=whole_number(0),
+        default=40,
+        metavar="N",
+        help="default %(default)s",
+    )
+    add(
+        "--temperature",
+        type=number_from_zero,
+        default=0.0,
+        help="0, the default, takes the likeliest token",
+    )
+    add(
+        "--top-k",
+        type=whole_number(1),
+        metavar="K",
+        help="draw from the K likeliest tokens; needs a --temperature",
+    )
+    _add_seed(parser)
+    _add_backend(parser)
+
+
+def merge_options(parser):
+    """Add the options of `minilora merge`."""
+    from ..disk.folder import DTYPES
+
+    add = parser.add_argument
+    _add_base(parser)
+    add("--adapter", required=True, metavar="DIR", help="the adapter's folder, in PEFT's format")
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="a new folder for the merged model, in the format of its base",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="what weights are stored in (default %(default)s)",
+    )
+    add(
+        "--allow-rounding",
+        action="store_true",
+        help="store it though rounding costs over a tenth of an update",
+    )
+
+
+def inspect_options(parser):
+    """Add the options of `minilora inspect`."""
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="a model's folder, or an adapter's")
+    add("--base", metavar="DIR", help="the adapter's base, if it is not where the adapter says")
+
+
+def compare_options(parser):
+    """Add the options of `minilora compare`."""
+    add = parser.add_argument
+    add("base", metavar="BASE", help="the model's folder")
+    add("adapter", metavar="ADAPTER", help="the adapter's folder")
+    add("--data", required=True, metavar="FILE", help=".txt or .jsonl, as for finetune")
+    add("--batch", type=whole_number(1), default=4, help="rows at once (default %(default)s)")
+    add("--length", type=whole_number(1), help="as for finetune")
+    _add_backend(parser)

@@ -1,0 +1,198 @@
+"""The arguments of one command: errors in one line, and for an unknown flag the nearest there is.
+
+Knows no command, but what other programs call our flags.
+"""
+
+import argparse
+import difflib
+import math
+import re
+
+from .messages import log, one_line
+
+# {our flag: what other programs call it}, all without dashes.
+FLAG_SYNONYMS = {
+    "adapter": ("adapters", "adapter-path", "lora", "lora-path", "peft-model"),
+    "alpha": ("lora-alpha",),
+    "ask": ("question", "query"),
+    "backend": ("device", "gpu", "cuda"),
+    "base": (
+        "model",
+        "model-path",
+        "base-model",
+        "model-name-or-path",
+        "base-model-name-or-path",
+        "checkpoint",
+    ),
+    "batch": ("batch-size", "train-batch-size", "per-device-train-batch-size", "micro-batch-size"),
+    "data": ("dataset", "data-path", "dataset-path", "train-data", "train-file", "file", "text"),
+    "dropout": ("lora-dropout",),
+    "dtype": ("precision", "torch-dtype"),
+    "eval-split": ("val-split", "validation-split", "test-size", "val-size", "heldout", "holdout"),
+    "length": (
+        "max-length",
+        "max-seq-length",
+        "max-seq-len",
+        "seq-len",
+        "seq-length",
+        "block-size",
+        "cutoff-len",
+    ),
+    "lr": ("learning-rate", "rate"),
+    "max-new-tokens": ("max-tokens", "num-tokens", "n-predict", "max-length", "length", "tokens"),
+    "out": ("output", "output-dir", "output-path", "out-dir", "save-path", "save-dir"),
+    "prompt": ("text", "input", "start"),
+    "quick": ("fast", "small", "tiny", "test"),
+    "r": ("rank", "lora-r", "lora-rank"),
+    "resume": ("continue", "resume-from-checkpoint"),
+    "save-every": ("save-steps", "save-interval", "checkpoint-every"),
+    "seed": ("random-seed", "random-state"),
+    "steps": (
+        "epochs",
+        "num-epochs",
+        "num-train-epochs",
+        "max-steps",
+        "iters",
+        "iterations",
+        "max-iters",
+        "num-steps",
+    ),
+    "target": ("target-modules", "lora-target-modules", "targets", "modules", "lora-layers"),
+    "temperature": ("temp",),
+    "threads": ("num-threads", "n-threads", "workers", "num-workers", "jobs"),
+    "top-k": ("topk", "top-p"),
+}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The arguments of a command. An error ends the program with one line and exit code 2."""
+
+    def __init__(self, name, summary, epilog):
+        # Before super(): that adds --help.
+        self.flags = []
+        super().__init__(
+            prog=f"minilora {name}",
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def add_argument(self, *names, **options):
+        """As argparse's; the names of the flags are noted."""
+        self.flags += [name for name in names if name.startswith("-")]
+        return super().add_argument(*names, **options)
+
+    def parse_args(self, argv):
+        """The arguments as attributes. Raises: SystemExit after --help, or if one is wrong."""
+        # Before argparse, which would complain that the flag is missing that was misspelt here.
+        flag = self._unknown_flag(argv)
+        if flag is not None:
+            self.error(f"there is no {flag}{self._suggestion(flag)}")
+        return super().parse_args(argv)
+
+    def print_help(self, file=None):
+        """Print the help. argparse's own does not say so where it cannot be written."""
+        log(self.format_help().rstrip())
+
+    def error(self, message):
+        """End the program with one line that names this command's help. Raises: SystemExit(2)."""
+        text = one_line(message)
+        see = " See" if text.endswith("?") else "; see"
+        self.exit(2, f"{self.prog}: {text}{see} {self.prog} --help\n")
+
+    def has_flag(self, word):
+        """Is `word`, `--seed` or `--seed=3`, a flag of this command, or the beginning of one?"""
+        flag = word.partition("=")[0]
+        return any(ours.startswith(flag) for ours in self.flags)
+
+    def _unknown_flag(self, argv):
+        """The first word that is a flag and none of ours, or None."""
+        for word in argv:
+            if word == "--":
+                return None
+            # As argparse has it, a word with a space in it is a text that begins with a dash.
+            looks_like_flag = re.match("--?[A-Za-z]", word) and " " not in word
+            if looks_like_flag and not self.has_flag(word):
+                return word.partition("=")[0]
+        return None
+
+    def _suggestion(self, flag):
+        names = [ours.lstrip("-") for ours in self.flags]
+        name = nearest(flag, names, FLAG_SYNONYMS)
+        return "" if name is None else f": did you mean --{name}?"
+
+
+def nearest(word, names, synonyms):
+    """Which of `names` is most likely meant by `word`, or None.
+
+    `synonyms` is {name: (other words for it, ...)}.
+    """
+    word = word.lstrip("-").lower().replace("_", "-")
+    if word in names:
+        return word
+    for name in names:
+        if word in synonyms.get(name, ()):
+            return name
+    for name in names:
+        if word and name.startswith(word):
+            return name
+    close = difflib.get_close_matches(word, names, n=1)
+    return close[0] if close else None
+
+
+class Names(argparse.Action):
+    """Names apart by spaces, by commas, or after a flag given twice: all are put into one list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        # `a, b` without quotes is two words, of which the first ends with a comma.
+        names = [name for value in values for name in re.split(r"[,\s]+", value) if name]
+        if not names:
+            raise argparse.ArgumentError(self, f"there is no name in {' '.join(values)!r}")
+        earlier = getattr(namespace, self.dest) or []
+        setattr(namespace, self.dest, [*earlier, *names])
+
+
+def whole_number(least):
+    """The type of an argument: a whole number of at least `least`."""
+
+    def read(text):
+        if text.isdecimal() and int(text) >= least:
+            return int(text)
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least {least}, got {text!r}"
+        )
+
+    return read
+
+
+def positive_number(text):
+    """The type of an argument: a finite number above 0."""
+    value = _real_number(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be a finite positive number, got {text!r}")
+    return value
+
+
+def number_from_zero(text):
+    """The type of an argument: a finite number of at least 0."""
+    value = _real_number(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text!r}")
+    return value
+
+
+def share_below_one(text):
+    """The type of an argument: a number in [0, 1)."""
+    value = _real_number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text!r}")
+    return value
+
+
+def _real_number(text):
+    """The finite number that `text` is, nan if it is none: no comparison holds for nan."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan

@@ -1,0 +1,101 @@
+"""Ctrl-C, wherever it falls: in imports, in commands, in examples. Each time one line, and exit code 130."""
+
+import os
+
+import pytest
+from program import ROOT, finish, start, start_python
+
+from minilora.cli.ctrl_c import report_interrupt
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+posix = pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process")
+SENDS_CTRL_C = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+
+
+@pytest.fixture
+def numpy_with_ctrl_c(tmp_path):
+    """A folder with a package `numpy` in it, during whose import Ctrl-C is pressed."""
+    (tmp_path / "before" / "numpy").mkdir(parents=True)
+    (tmp_path / "before" / "numpy" / "__init__.py").write_text(SENDS_CTRL_C)
+    return tmp_path / "before"
+
+
+@posix
+@pytest.mark.parametrize("command", [
+    "demo --quick", "finetune --help", "generate --base b --prompt x", "merge --base b --adapter a --out o",
+    "inspect .", "compare a b --data c.txt",
+])  # fmt: skip
+def test_ctrl_c_during_the_imports_of_a_command_is_one_line(command, tmp_path, numpy_with_ctrl_c):
+    process = start(tmp_path, *command.split(), path=[numpy_with_ctrl_c])
+    assert finish(process) == (130, "", "minilora: interrupted\n")
+
+
+@posix
+@pytest.mark.parametrize("module", ["argparse", "shlex", "warnings", "difflib"])
+def test_ctrl_c_during_the_imports_of_the_program_itself_is_one_line(module, tmp_path):
+    (tmp_path / f"{module}.py").write_text(SENDS_CTRL_C)
+    code = f"""
+import runpy, sys
+sys.modules.pop({module!r}, None)
+sys.path.insert(0, {str(tmp_path)!r})
+sys.argv = ["minilora", "--version"]
+runpy.run_module("minilora", run_name="__main__")
+"""
+    assert finish(start_python(tmp_path, "-c", code)) == (130, "", "minilora: interrupted\n")
+
+
+@posix
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_ctrl_c_during_the_imports_of_an_example_is_one_line(example, tmp_path, numpy_with_ctrl_c):
+    process = start_python(tmp_path, str(example), "--quick", path=[numpy_with_ctrl_c])
+    assert finish(process) == (130, "", f"{example.name}: interrupted\n")
+
+
+SCRIPT = """
+from minilora.cli.ctrl_c import one_line_on_ctrl_c
+
+one_line_on_ctrl_c()
+
+print("before")
+{}
+print("after")
+"""
+
+
+def ran(folder, statement):
+    (folder / "script.py").write_text(SCRIPT.format(statement))
+    return finish(start_python(folder, "script.py", buffered=True))
+
+
+@posix
+def test_ctrl_c_in_a_script_is_one_line_and_leaves_what_was_printed(tmp_path):
+    assert ran(tmp_path, SENDS_CTRL_C) == (130, "before\n", "script.py: interrupted\n")
+
+
+def test_an_interrupt_that_says_something_is_told_in_its_words(tmp_path):
+    statement = "from minilora.training.loop import Interrupted\nraise Interrupted('step 3 of 5')"
+    assert ran(tmp_path, statement) == (130, "before\n", "script.py: step 3 of 5\n")
+
+
+def test_any_other_error_of_a_script_is_told_as_python_tells_it(tmp_path):
+    code, out, err = ran(tmp_path, "raise ValueError('wrong')")
+    assert (code, out) == (1, "before\n") and err.startswith("Traceback") and err.endswith("ValueError: wrong\n")
+
+
+def test_on_a_terminal_the_line_begins_below_what_ctrl_c_has_printed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert report_interrupt("minilora", KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "\nminilora: interrupted\n"
+
+
+@posix
+def test_ctrl_c_in_the_middle_of_an_example_is_one_line(tmp_path):
+    """In the place of its first LoRA layer: all that it imports has been imported by then."""
+    code = f"""
+import os, runpy, signal, sys
+import minilora.lora
+minilora.lora.LoRALinear.__call__ = lambda self, x: os.kill(os.getpid(), signal.SIGINT)
+sys.argv = ["merge.py", "--quick"]
+runpy.run_path({str(ROOT / "examples" / "merge.py")!r}, run_name="__main__")
+"""
+    assert finish(start_python(tmp_path, "-c", code)) == (130, "", "merge.py: interrupted\n")

@@ -1,0 +1,110 @@
+"""What `inspect` prints: each number of its table is computed here another way, from the files."""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+from program import GOLDEN
+from safetensors.numpy import load_file
+from strategies import small_gpt, trained_adapter
+
+from minilora import load_model, save_adapter, save_model
+from minilora.disk import loaders
+
+
+def fingerprint(model):
+    return hashlib.sha256(repr(sorted(model.fingerprint().items())).encode()).hexdigest()[:16]
+
+
+def table(out):
+    """{module: its numbers, the last one the share}"""
+    lines = out.partition("|dW|/|W|\n")[2].partition("  dW =")[0].splitlines()
+    return {name: cells for name, *cells in (line.replace(" %", "").split() for line in lines)}
+
+
+def check(out, tensors, weight, config):
+    """Each line of the table against dense products of the tensors of the file, and `weight(module)`."""
+    rows = table(out)
+    assert 2 * len(rows) == len(tensors)
+    for name, (n, m, r, alpha, scaling, size, share) in rows.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"].astype(np.float64) for x in "AB")
+        strength = next((a for key, a in config["alpha_pattern"].items() if re.fullmatch(rf"(.*\.)?({key})", name)),
+                        config["lora_alpha"])  # fmt: skip
+        factor = strength / (math.sqrt(len(A)) if config["use_rslora"] else len(A))
+        dW = factor * (B @ A)
+        assert (int(n), int(m), int(r), float(alpha)) == (A.shape[1], B.shape[0], len(A), strength)
+        assert np.isclose(float(scaling), factor, rtol=1e-3) and np.isclose(float(size), np.linalg.norm(dW), rtol=1e-3)
+        assert np.isclose(float(share) / 100, np.linalg.norm(dW) / np.linalg.norm(weight(name)), rtol=1e-2)
+    return rows
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_inspect_measures_each_module_in_the_order_of_the_blocks(folder, run, name):
+    code, out, err = run("inspect", name)  # its base is where it says
+    tensors = load_file(folder / name / "adapter_model.safetensors")
+    weights = load_file(folder / "base/model.safetensors")
+    config = json.loads((folder / name / "adapter_config.json").read_text())
+    rows = check(out, tensors, lambda module: weights[f"{module}.weight"], config)
+    assert (code, err) == (0, "") and [int(n.split(".")[1]) for n in rows] == sorted([*range(11)] * 2)
+    numbers = sum(t.size for t in tensors.values())
+    assert f"{name}: an adapter, {numbers:,} parameters in 44 tensors\n" in out and "only minilora can use it" in out
+    assert f"fingerprint {fingerprint(load_model(folder / 'base'))}\n" in out and "is that base" in out
+    assert max(map(len, out.splitlines())) <= max(120, len(str(folder)) + 60)
+
+
+def test_inspect_tells_of_a_peft_adapter_what_the_loaders_of_others_say(run):
+    where = GOLDEN / "patterns"
+    code, out, err = run("inspect", where / "adapter", "--base", where / "base")
+    weights = load_file(where / "base/model.safetensors")
+    config = json.loads((where / "adapter/adapter_config.json").read_text())
+    check(out, load_file(where / "adapter/adapter_model.safetensors"), lambda name: weights[f"{name}.weight"], config)
+    assert (code, err) == (0, "") and "UNVERIFIED" in out and "base fits it" in out
+    told = " ".join(out.split())
+    assert "PEFT its loader's rules accept it vLLM its loader's rules accept it, from --max-lora-rank 8 on but" in told
+    assert f"but {loaders.VLLM_NOTE} base" in told
+    code, out, err = run("inspect", where / "adapter")
+    assert code == 0 and "needs the base" in out and {row[-1] for row in table(out).values()} == {"-"}
+
+
+def test_inspect_tells_the_rules_of_what_minilora_itself_refuses(run, tmp_path):
+    shutil.copytree(GOLDEN / "c_attn/adapter", tmp_path / "dora")
+    file = tmp_path / "dora/adapter_config.json"
+    file.write_text(file.read_text().replace('"use_dora": false', '"use_dora": true'))
+    code, out, err = run("inspect", tmp_path / "dora")
+    assert code == 1 and "vLLM         its loader's rules object: use_dora is True\n" in out
+    assert "lora_magnitude_vector" in out and "vLLM serves no LoRA on GPT-2" in out
+    assert "use_dora=True" in err and err.count("\n") == 1
+
+
+def test_inspect_measures_what_it_can_against_a_base_that_is_another(run):
+    code, out, err = run("inspect", "one", "--base", "other")
+    assert code == 1 and len(table(out)) == 22 and {row[-1] for row in table(out).values()} == {"-"}
+    assert "does not fit this base" in err and err.count("\n") == 1 and err.endswith("; ...\n") and "is that" not in out
+
+
+def test_inspect_tells_parts_that_were_trained_apart(run, tmp_path):
+    base = small_gpt()
+    save_model(base, tmp_path / "base")
+    save_adapter(trained_adapter(base, r=2, target_modules=["q_proj", "v_proj"]), tmp_path / "a")
+    out = run("inspect", tmp_path / "a", "--base", tmp_path / "base")[1]
+    assert "h.1.attn.v_proj was trained apart: r=2, columns 2 to 4 of its module\n" in out
+
+
+def test_inspect_describes_a_model(folder, run):
+    code, out, err = run("inspect", "base")
+    model = load_model(folder / "base")
+    count = sum(p.data.size for p in model.parameters())
+    assert (code, err) == (0, "") and out.startswith(f"base: a model, {count:,} parameters, float32\n")
+    assert "11 blocks of 1 heads, 6 channels, 24 in the MLP" in out and "96 tokens, a context of 48" in out
+    assert f"fingerprint  {fingerprint(model)}\n" in out and "rotary" in out
+
+
+def test_a_warning_is_one_line(run):
+    with warnings.catch_warnings():
+        code, out, err = run("inspect", GOLDEN / "untied_conflict/base")
+    assert code == 0 and err.startswith("minilora: warning: ") and "lm_head.weight" in err and err.count("\n") == 1
