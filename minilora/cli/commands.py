@@ -1,6 +1,6 @@
 """What the command line does with folders, besides training: generate, merge, compare.
 
-Knows folders and models; of the command line only whom to tell.
+Knows folders and models, and no arguments.
 """
 
 import math
@@ -41,8 +41,7 @@ def continue_prompt(base, adapters, prompt, sampling, xp, warn):
 
     `adapters` are folders: there is a text under each of them, all made in one batch. Without any,
     the base alone writes one text. `sampling` is a Sampling, `xp` the array module to compute with;
-    `warn` is given, line by line, what a user should know beside the
-    texts, line by line.
+    `warn` is given, line by line, what a user should know beside the texts.
     Raises: ValueError if the prompt is empty, too long or not UTF-8, or if top_k exceeds the
     vocabulary.
     """

@@ -17,6 +17,7 @@ from ..disk.peft import CONFIG, TENSORS, digest_of, load_adapter, read_adapter
 from ..disk.peft_config import file_table
 from .folders import check_source, kinds_of
 
+# Of the lines that are wrapped, in characters.
 WIDTH = 110
 
 
@@ -24,7 +25,6 @@ def inspect(folder, base, log):
     """Print what is in a folder: a model, or an adapter measured against its base.
 
     `base` is the base's folder, or None: then it is looked for where the adapter says.
-
     Raises: FileNotFoundError if it holds neither; what reading it raises, after everything else was
     printed.
     """

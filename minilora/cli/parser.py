@@ -117,7 +117,7 @@ class CommandParser(argparse.ArgumentParser):
         return None
 
     def _suggestion(self, flag):
-        names = [ours.lstrip("-") for ours in self.flags]
+        names = [ours.removeprefix("--") for ours in self.flags if ours.startswith("--")]
         name = nearest(flag, names, FLAG_SYNONYMS)
         return "" if name is None else f": did you mean --{name}?"
 

@@ -31,7 +31,7 @@ def test_ctrl_c_during_the_imports_of_a_command_is_one_line(command, tmp_path, n
 
 
 @posix
-@pytest.mark.parametrize("module", ["argparse", "shlex", "warnings", "difflib"])
+@pytest.mark.parametrize("module", ["argparse", "shlex", "difflib"])
 def test_ctrl_c_during_the_imports_of_the_program_itself_is_one_line(module, tmp_path):
     (tmp_path / f"{module}.py").write_text(SENDS_CTRL_C)
     code = f"""
