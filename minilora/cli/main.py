@@ -36,7 +36,7 @@ def main(argv=None):
         warnings.showwarning = _show_warning
         code = _run_to_the_end(argv)
     try:
-        _flush()
+        print(end="", flush=True)
     except OSError:
         # Nobody can read what is left: the interpreter must not flush it once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,10 +46,7 @@ def main(argv=None):
 def _run_to_the_end(argv):
     """Run what `argv` says; whatever happens becomes at most one line, and an exit code."""
     try:
-        code = _run(argv)
-        # A pipe that was closed, or a full disk, shows here at the latest.
-        _flush()
-        return code
+        return _run(argv)
     except SystemExit as end:
         # The help of a command has been printed, or what is wrong with its arguments.
         return end.code or 0
@@ -114,13 +111,9 @@ def _no_command(argv):
         return f"there is no {flag} before a command; see minilora --help"
     name = nearest(word, COMMANDS, COMMAND_SYNONYMS)
     if name is None:
-        return f"there is no command {one_line(word)!r}; see minilora --help"
+        return f"there is no command {word[:80]!r}; see minilora --help"
     return f"there is no command {word!r}: did you mean {name}? See minilora --help"
 
 
 def _show_warning(message, *where):
     warn(f"minilora: warning: {one_line(message)}")
-
-
-def _flush():
-    print(end="", flush=True)

@@ -23,6 +23,7 @@ from minilora.cli.main import main
 from minilora.cli.table import BASE, COMMANDS, parser_of
 from minilora.disk.folder import UNFINISHED
 from minilora.training import finetune
+from minilora.training import threads as process
 from minilora.training.finetune import Settings
 from minilora.training.threads import parts_and_threads
 
@@ -113,9 +114,12 @@ def given_to_the_demo(monkeypatch, *arguments):
 def test_the_options_reach_the_demo_and_it_can_print_them_again(
     monkeypatch, arguments, size, out, seed, asked, rerun_command
 ):
+    kept = []
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: kept.append(True))
     given, options = given_to_the_demo(monkeypatch, *arguments)
     assert given[:4] == (size, out, np, seed)
     parts, threads = parts_and_threads(*asked, "numpy")
+    assert kept == ([True] if threads > 1 else []), "memory is kept for the threads of the next step"
     assert options == {"rerun_command": rerun_command, "parts": parts, "threads": threads}
 
 

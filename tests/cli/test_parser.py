@@ -105,6 +105,10 @@ def test_a_text_that_begins_with_a_dash_is_no_flag(parser, words, prompt):
     assert parser.parse_args(words).prompt == prompt
 
 
+def test_behind_two_dashes_there_are_no_flags():
+    assert parser_of("inspect").parse_args(["--", "--rank"]).folder == "--rank"
+
+
 def test_a_misspelt_flag_is_found_before_one_that_is_missing(capsys):
     refused(parser_of("finetune"), "--bse", "gpt2")
     assert "--bse: did you mean --base?" in capsys.readouterr().err
