@@ -364,9 +364,7 @@ CHECKPOINTS = {
 
 
 def name_of(dtype):
-    """The name by which minilora calls a dtype of torch, once what it needs is known to be here."""
-    if dtype is torch.bfloat16:
-        pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes: pip install -e '.[hf]'")
+    """The name by which minilora calls a dtype of torch."""
     return str(dtype).removeprefix("torch.")
 
 
