@@ -6,7 +6,7 @@ imports only from those before it.
 
 from .compose import stack
 from .count import parameter_report
-from .disk.gpt2 import load_gpt2, load_model, save_gpt2, save_model
+from .disk.models import load_gpt2, load_model, save_gpt2, save_model
 from .disk.peft import init_peft_adapter, load_adapter, save_adapter
 from .disk.rounding import rounding_report, save_merged
 from .generate import generate

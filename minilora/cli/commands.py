@@ -12,12 +12,13 @@ from ..backend import to_numpy
 from ..compose import stack
 from ..count import parameter_report
 from ..disk import loaders as rules
+from ..disk.checks import json_object
 from ..disk.folder import check_unused, load_folder
-from ..disk.gpt2 import CONFIG as MODEL_CONFIG
-from ..disk.gpt2 import TENSORS as MODEL_TENSORS
-from ..disk.gpt2 import is_gpt2, load_model
+from ..disk.models import CONFIG as MODEL_CONFIG
+from ..disk.models import TENSORS as MODEL_TENSORS
+from ..disk.models import families_of, load_model
 from ..disk.peft import CONFIG, TENSORS, digest_of, load_adapter, read_adapter
-from ..disk.peft_config import file_table
+from ..disk.peft_config import module_table
 from ..disk.rounding import save_merged
 from ..disk.tokenizer import load_tokenizer
 from ..generate import generate
@@ -158,9 +159,8 @@ def inspect(folder, base, say):
 def _inspect_model(folder, say):
     model = load_model(folder)
     c = model.config
-    kind = "GPT-2, learned positions" if is_gpt2(model) else "a GPT of minilora's, rotary positions"
     say(f"{folder}: a model, {parameter_report(model).total:,} parameters, {model.wte.weight.dtype}")
-    say(f"  kind         {kind}")
+    say(f"  kind         {families_of(model)[0].title}")
     say(f"  sizes        {c.n_layer} blocks of {c.n_head} heads, {c.n_embd} channels, {c.n_inner} in the MLP")
     say(f"  text         {c.vocab_size:,} tokens, a context of {c.block_size:,}; the head is "
         f"{'the embedding (tied)' if c.tie_word_embeddings else 'a matrix of its own'}")
@@ -175,14 +175,16 @@ def _inspect_adapter(folder, base, say):
     config, tensors, metadata = load_folder(folder, TENSORS, CONFIG)
     shapes, named = {name: t.shape for name, t in tensors.items()}, config.get("base_model_name_or_path")
     named = named if isinstance(named, str) else None  # only people and other programs read it
-    rank, noted = rules.vllm_rank(shapes), metadata.get("minilora.base", "")
+    rank = rules.vllm_rank(shapes)
     say(f"{folder}: an adapter, {sum(t.size for t in tensors.values()):,} parameters in {len(tensors)} tensors")
     found = {"PEFT": rules.peft_objections(config, shapes), "vLLM": rules.vllm_objections(config, shapes)}
     for loader, objections in found.items():
         told = f"its loader's rules object: {'; '.join(objections)}" if objections else "its loader's rules accept it"
         tell(loader, told + f", from --max-lora-rank {rank} on" * (loader == "vLLM" and not objections))
-    rotary = "neither has a class for its base, a rotary GPT of minilora's: only minilora can use it"
-    tell("", f"but {rotary if noted and 'wpe.weight' not in noted else rules.VLLM_NOTE}")
+    tensors_of_base = json_object(f"{Path(folder) / TENSORS}: its minilora.base", metadata.get("minilora.base"))
+    note = rules.note_on_base(shapes, tensors_of_base)
+    if note:
+        tell("", f"but {note}")
     file = read_adapter(folder)
     known = f"fingerprint {digest_of(file.fingerprint)}" if file.fingerprint else "UNVERIFIED, it notes no fingerprint"
     tell("base", f"{named or 'it does not say which'}; {known}")
@@ -194,7 +196,7 @@ def _inspect_adapter(folder, base, say):
             check_source(base, "model")
             model = load_model(base)
             load_adapter(folder, model, say=lambda receipt: None)
-            table = file_table(model, file.factors)
+            table = module_table(model, file.factors)
             tell("", f"{base} {'is that base' if file.fingerprint else 'fits it'}")
         except (ValueError, TypeError, OSError) as error:
             model, misfit = None, error
@@ -211,7 +213,7 @@ def _table(file, model, table, say):
     wide = max(map(len, names))
     say(f"  {'module':<{wide}} {'in':>6} {'out':>6} {'r':>4} {'alpha':>6} {'scaling':>8} {'|dW|':>10} {'|dW|/|W|':>9}")
     for name in names:
-        A, B, lora = file.factors[name]["lora_A"], file.factors[name]["lora_B"], file.lora
+        A, B, lora = file.factors[name]["lora_A"], file.factors[name]["lora_B"], file.config
         size = lora.scaling_of(name) * product_norm(B, A)
         share = "-" if model is None else f"{100 * size / (_weight_norm(model, table[name]) or math.nan):.3g} %"
         say(f"  {name:<{wide}} {A.shape[1]:>6} {B.shape[0]:>6} {len(A):>4} {lora.alpha_of(name):>6g} "

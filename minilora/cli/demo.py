@@ -16,7 +16,7 @@ import numpy as np
 from ..backend import to_numpy
 from ..count import activation_bytes, parameter_report
 from ..disk import characters
-from ..disk.gpt2 import load_model, save_model
+from ..disk.models import load_model, save_model
 from ..disk.peft import load_adapter, save_adapter
 from ..generate import generate
 from ..gpt import GPT, GPTConfig

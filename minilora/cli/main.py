@@ -9,7 +9,7 @@ import sys
 import warnings
 
 from ..backend import array_module
-from ..disk.folder import DTYPES
+from ..disk.tensor_file import DTYPES
 from ..training.finetune import Settings, finetune
 from ..training.loop import Interrupted
 from ..training.threads import keep_freed_memory, parts_and_threads

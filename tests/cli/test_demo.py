@@ -13,7 +13,7 @@ from minilora.cli import demo, questions
 from minilora.count import ParameterReport
 from minilora.disk import characters
 from minilora.disk.folder import UNFINISHED
-from minilora.disk.gpt2 import load_model
+from minilora.disk.models import load_model
 from minilora.disk.peft import load_adapter
 from minilora.lora_config import LoRAConfig
 from minilora.tensor import Tensor
