@@ -159,9 +159,10 @@ def inspect(folder, base, say):
 def _inspect_model(folder, say):
     model = load_model(folder)
     c = model.config
-    say(f"{folder}: a model, {parameter_report(model).total:,} parameters, {model.wte.weight.dtype}")
-    say(f"  kind         {families_of(model)[0].title}")
-    say(f"  sizes        {c.n_layer} blocks of {c.n_head} heads, {c.n_embd} channels, {c.n_inner} in the MLP")
+    family = families_of(model)[0]
+    say(f"{folder}: a model, {parameter_report(model).total:,} parameters, {model.parameters()[0].dtype}")
+    say(f"  kind         {family.title}")
+    say(f"  sizes        {family.describe(c)}")
     say(f"  text         {c.vocab_size:,} tokens, a context of {c.block_size:,}; the head is "
         f"{'the embedding (tied)' if c.tie_word_embeddings else 'a matrix of its own'}")
     say(f"  fingerprint  {digest_of(model.fingerprint())}")

@@ -19,7 +19,7 @@ class Family:
 
     title: what `inspect` says of such a model.
     model_types: what its `config.json` may have as model_type, None for nothing.
-    model: the class of its models here; `model(config, None)` holds every tensor, zeros all.
+    model: the class of its models here; `model(config, None)` holds every tensor, all zero.
     marks: tensors, by our names, that tell its models from others of that class.
 
     Names. "h.0.attn.q_proj", a module of ours, is a block, "h.0.", and a part, "attn.q_proj".
@@ -34,8 +34,9 @@ class Family:
     {name without prefix: array}, out of which it may take what only repeats another tensor.
     write_config(model, fields, dtype): the fields of `config.json`; `fields` are those of the
     folder that the model came from, {} for none, and `dtype` is the one that is written.
-    size(config): how many numbers such a model holds, roughly: no giant is built by mistake.
+    count(config): how many numbers such a model holds, roughly: no giant is built by mistake.
 
+    describe(config): the shape of a model in words, for `inspect`.
     note: what other programs make of its adapters, for `inspect`.
     knows_characters: without files of a tokenizer, a model of 96 tokens knows 96 characters.
     """
@@ -45,13 +46,15 @@ class Family:
     model: type
     read_config: Callable
     write_config: Callable
-    size: Callable
+    count: Callable
+    describe: Callable
     parts: dict
     block: str
     prefix: str = ""
     head: str = "lm_head"
     marks: tuple = ()
     transposed: bool = False
+    # This one matches nothing.
     unused: str = r"(?!)"
     note: str = ""
     knows_characters: bool = False

@@ -70,11 +70,19 @@ def _write_config(model, fields, dtype):
     }
 
 
-def gpt_size(config):
+def count_gpt(config):
     """How many numbers a GPT of this configuration holds, but for biases and norms."""
     C = config.n_embd
     block = 4 * C * C + 2 * C * config.n_inner
     return config.n_layer * block + C * (config.vocab_size + config.block_size)
+
+
+def describe_gpt(config):
+    """The shape of a GPT, for people."""
+    return (
+        f"{config.n_layer} blocks of {config.n_head} heads, {config.n_embd} channels, "
+        f"{config.n_inner} in the MLP"
+    )
 
 
 GPT2 = Family(
@@ -96,7 +104,8 @@ GPT2 = Family(
     unused=r"h\.\d+\.attn\.(bias|masked_bias)",
     read_config=_read_config,
     write_config=_write_config,
-    size=gpt_size,
+    count=count_gpt,
+    describe=describe_gpt,
     note="vLLM serves no LoRA on GPT-2 (GPT2LMHeadModel), whatever the format: merge the adapter, "
     "and serve the merged folder",
 )

@@ -12,15 +12,18 @@ from ..backend import to_numpy
 from ..lora import adapted_names
 from ..tensor import Tensor
 from .checks import check_same_tensors, errors_name
-from .family import check_fields
 from .folder import load_config, load_folder, save_folder
 from .gpt2 import GPT2
 from .own import OWN
 from .tensor_file import rounded
 
-# In this order they are asked. The last one leaves every name as it is: also for the modules of a
+# Another kind of model is a record in a file of its own, as gpt2.py has it, and a row here.
+# The families are asked in this order. The last one leaves every name as it is, also the names in a
 # model that no family holds.
-FAMILIES = (GPT2, OWN)
+FAMILIES = (
+    GPT2,
+    OWN,
+)
 TENSORS = "model.safetensors"
 CONFIG = "config.json"
 # Files that a saved model takes along from the folder it came from.
@@ -58,8 +61,12 @@ def family_of_file(their_modules, tensors=None):
 
 def family_of_fields(fields):
     """The family of a folder with these fields in its `config.json`; None if there is none."""
-    for family in FAMILIES:
-        if fields.get("model_type") in family.model_types:
+    return _with_model_type(FAMILIES, fields.get("model_type"))
+
+
+def _with_model_type(families, model_type):
+    for family in families:
+        if model_type in family.model_types:
             return family
     return None
 
@@ -135,7 +142,7 @@ def _layout(family, model):
     for kind in modules:
         for theirs, ours in family.module_table(modules[kind]).items():
             turned = family.transposed and kind == "weight" and family.is_part(ours[0])
-            layout[f"{theirs}.{kind}"] = [f"{module}.{kind}" for module in ours], turned
+            layout[f"{theirs}.{kind}"] = ([f"{module}.{kind}" for module in ours], turned)
     return layout
 
 
@@ -178,14 +185,18 @@ def _load(folder, families):
     """The model in `folder`, which must be of one of `families`."""
     fields, tensors, _ = load_folder(folder, TENSORS, CONFIG)
     where = Path(folder) / CONFIG
-    model_types = tuple(name for family in families for name in family.model_types)
-    with errors_name(where):
-        check_fields(fields, {"model_type": model_types})
-    family = next(f for f in families if fields.get("model_type") in f.model_types)
+    model_type = fields.get("model_type")
+    family = _with_model_type(families, model_type)
+    if family is None:
+        known = [repr(name) for family in families for name in family.model_types]
+        raise ValueError(
+            f"{where}: model_type={model_type!r} is another kind of model; only "
+            f"{' or '.join(known)} is implemented"
+        )
     _take_prefix_off(folder, family, tensors)
     with errors_name(where):
         config = family.read_config(folder, fields, tensors)
-        _check_size(family.size(config), tensors)
+        _check_size(family.count(config), tensors)
     blank = family.model(config, None)
     return _filled(folder, family, blank, tensors)
 
@@ -213,15 +224,8 @@ def _check_size(implied, tensors):
         )
 
 
-def _filled(folder, family, blank, tensors):
-    """`blank` with `tensors`, by their names without prefix, in the place of its own.
-
-    `tensors` is emptied on the way: there is never a second copy of the whole model.
-    """
-    shapes = {name: p.shape for name, p in blank.named_parameters()}
-    layout = {
-        name.removeprefix(family.prefix): place for name, place in _layout(family, blank).items()
-    }
+def _check_tensors(folder, tensors, layout, shapes):
+    """Raise ValueError unless `tensors` are those of `layout`; `shapes` are our tensors'."""
     expected = {}
     for name, (parts, turned) in layout.items():
         rows = sum(shapes[part][0] for part in parts)
@@ -234,6 +238,18 @@ def _filled(folder, family, blank, tensors):
             raise ValueError(
                 f"{folder}: {name} ({array.dtype}) must hold floats, and no inf or nan"
             )
+
+
+def _filled(folder, family, blank, tensors):
+    """`blank` with `tensors`, by their names without prefix, in the place of its own.
+
+    `tensors` is emptied on the way: there is never a second copy of the whole model.
+    """
+    shapes = {name: p.shape for name, p in blank.named_parameters()}
+    layout = {
+        name.removeprefix(family.prefix): place for name, place in _layout(family, blank).items()
+    }
+    _check_tensors(folder, tensors, layout, shapes)
     dtype = np.result_type(np.float32, *(array.dtype for array in tensors.values()))
     loaded = {}
     for name, (parts, turned) in layout.items():

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from ..gpt import GPT, GPTConfig
 from .family import Family
-from .gpt2 import gpt_size
+from .gpt2 import count_gpt, describe_gpt
 
 MODEL_TYPE = "minilora-gpt"
 
@@ -37,7 +37,8 @@ OWN = Family(
     parts={name: (name,) for name in LINEARS},
     read_config=_read_config,
     write_config=_write_config,
-    size=gpt_size,
+    count=count_gpt,
+    describe=describe_gpt,
     note="neither has a class for its base, a rotary GPT of minilora's: only minilora can use it",
     knows_characters=True,
 )

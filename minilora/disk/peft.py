@@ -125,10 +125,11 @@ def load_adapter(folder, base, *, say=print):
     modules = chosen_modules(Path(folder) / CONFIG, file.fields, list(table))
     check_same_tensors(f"{folder}, modules of the file and target_modules", file.factors, modules)
     used = {module: table[module] for module in modules}
+    like = base.parameters()[0]
     pairs = {}
     with errors_name(where):
         for module, names in used.items():
-            pairs |= _read_pairs(file, module, names, base.parameters()[0])
+            pairs |= _read_pairs(file, module, names, like)
         config = file.our_config
         if config is None:
             config = config_in_our_names(file.config, used, table)

@@ -89,7 +89,8 @@ GATED = Family(
     unused=r"layers\.\d+\.steps",
     read_config=read_config,
     write_config=write_config,
-    size=lambda config: config.depth * 3 * config.width**2 + 2 * config.vocab_size * config.width,
+    count=lambda config: config.depth * 3 * config.width**2 + 2 * config.vocab_size * config.width,
+    describe=lambda config: f"{config.depth} layers of {config.width} channels",
     note="nobody else reads gated models",
 )
 PAIR = "net.layers.0.pair.weight"
@@ -157,7 +158,7 @@ def test_what_files_of_it_vary_in_is_read_too(tmp_path):
     (lambda f, t: f.update(activation="relu"), "config.json: activation='relu' changes what the model computes"),
     (lambda f, t: f.update(num_layers=3), "absent: layers.2.blend.weight, layers.2.pair.weight"),
     (lambda f, t: f.update(d_model=10**6), "config.json: it describes a model of"),
-    (lambda f, t: f.update(model_type="other"), "'other' changes .* only 'gated' or 'gpt2' or None or 'minilora-gpt'"),
+    (lambda f, t: f.update(model_type="other"), "'other' is another kind .* only 'gated' or 'gpt2' or None or 'minil"),
     (lambda f, t: t.update({PAIR: t[PAIR].T}), r"is \(8, 4\), not \(4, 8\)"),
     (lambda f, t: t.update({"embed.weight": t["net.embed.weight"]}), "twice, with and without net.; keep one"),
 ], ids=["a field", "deeper", "a giant", "of no family", "the other way round", "twice"])  # fmt: skip
@@ -171,7 +172,7 @@ def test_what_it_cannot_read_is_refused_by_the_same_rules(change, shown, tmp_pat
 
 def test_a_loader_of_one_family_refuses_another(tmp_path):
     save_model(gated(), tmp_path)
-    with pytest.raises(ValueError, match="model_type='gated' changes what the model computes; only 'gpt2' or None"):
+    with pytest.raises(ValueError, match="model_type='gated' is another kind of model; only 'gpt2' or None is"):
         load_gpt2(tmp_path)
 
 
@@ -246,7 +247,7 @@ def test_it_knows_no_characters(tmp_path):
 def test_without_its_row_in_the_table_it_is_refused(tmp_path, monkeypatch):
     save_model(gated(), tmp_path)
     monkeypatch.setattr(models, "FAMILIES", models.FAMILIES[1:])
-    with pytest.raises(ValueError, match="model_type='gated' changes"):
+    with pytest.raises(ValueError, match="model_type='gated' is another kind"):
         load_model(tmp_path)
     with pytest.raises(TypeError, match="save_model: expected GPT, got Gated"):
         save_model(gated(), tmp_path / "again")

@@ -194,7 +194,7 @@ def test_incomplete_or_foreign_shards_are_refused(change, error, shown, tmp_path
 # Reading: what computes something else, or nothing at all.
 
 WRONG = {  # what is wrong: (the change, what the message must show)
-    "another model": (put(model_type="llama"), "model_type='llama' changes what the model computes.*'gpt2'"),
+    "another model": (put(model_type="llama"), "model_type='llama' is another kind of model; only 'gpt2' or None"),
     "relu": (put(activation_function="relu"), "activation_function='relu' changes.*'gelu_new'"),
     "the exact gelu": (put(activation_function="gelu"), "activation_function='gelu' changes"),
     "scores not scaled": (put(scale_attn_weights=False), "scale_attn_weights=False changes.*only True"),

@@ -13,9 +13,9 @@ import warnings
 import numpy as np
 import pytest
 
+import minilora.disk.adapter_file
 import minilora.disk.models
 import minilora.disk.peft
-import minilora.functional as F
 from minilora import (
     GPT,
     Adam,
@@ -338,7 +338,8 @@ def test_an_adapter_trained_here_is_the_same_in_peft(tmp_path, rng, make, config
 
 
 def test_a_wrong_scaling_is_noticed(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr(LoRAConfig, "scaling_of", lambda self, name: self.alpha_of(name) / self.r_of(name) ** 0.5)
+    too_small = lambda scaling, r, use_rslora: scaling * r**0.5
+    monkeypatch.setattr("minilora.disk.peft_config.alpha_for", too_small)
     with pytest.raises(AssertionError, match="logits: differ by"):
         check_trained_here(tmp_path, rng, *TRAINED["c_attn as PEFT has it"])
 
@@ -510,9 +511,8 @@ def test_the_gradients_of_every_weight_are_torchs(tmp_path, rng, changes):
 
 
 def test_a_gradient_that_stops_at_an_adapter_is_noticed(tmp_path, rng, monkeypatch):
-    def deaf(self, x):
-        update = F.linear(F.linear(Tensor(x.data), self.lora_A) * self.scaling, self.lora_B)
-        return F.linear(x, self.weight, self.bias) + update
+    def deaf(self, x, rng=None):
+        return self.linear(x, rng) + self.pair(Tensor(x.data))
 
     monkeypatch.setattr(LoRALinear, "__call__", deaf)
     with pytest.raises(AssertionError, match="lora_.*: differ by"):
@@ -637,11 +637,11 @@ def test_a_square_update_is_the_right_way_round(tmp_path, rng):
 
 @pytest.mark.parametrize("way", ["reading", "writing"])
 def test_a_square_update_the_wrong_way_round_is_noticed(tmp_path, rng, monkeypatch, way):
-    factors, join = minilora.disk.peft._factors, minilora.disk.peft.join
+    factors, join = minilora.disk.adapter_file._factors, minilora.disk.peft.join
     if way == "reading":  # (B A)ᵀ = Aᵀ Bᵀ, and with r = in = out every shape fits
         turned = lambda pair: {"lora_A": pair["lora_B"].T, "lora_B": pair["lora_A"].T}
         both_turned = lambda *arguments: {name: turned(pair) for name, pair in factors(*arguments).items()}
-        monkeypatch.setattr(minilora.disk.peft, "_factors", both_turned)
+        monkeypatch.setattr(minilora.disk.adapter_file, "_factors", both_turned)
     else:
         monkeypatch.setattr(minilora.disk.peft, "join", lambda *args: (*(x.T for x in join(*args)[1::-1]), {}))
     with pytest.raises(AssertionError, match="logits: differ by"):
