@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -84,6 +85,24 @@ def test_where_the_tensors_are_the_tokenizer_is_too(tmp_path, monkeypatch):
         {"tokenizer.json"}, {"tokenizer.json", "model.safetensors"},
         {"tokenizer.json", "model.safetensors", "config.json"}]  # fmt: skip
     assert (out / "tokenizer.json").read_text() == "{}"
+
+
+def test_saving_takes_one_copy_of_the_numbers_and_loading_two(tmp_path):
+    """What is in memory at once, beside the model: with a model of zeros, made for its names, it would be one more."""
+    model = small_gpt(n_embd=128, vocab_size=300)
+    size = sum(p.data.nbytes for p in model.parameters())
+    peaks = []
+    tracemalloc.start()
+    try:
+        for work in (lambda: save_model(model, tmp_path), lambda: load_model(tmp_path)):
+            work()  # once before, so that what is imported and kept is not counted
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            work()
+            peaks.append((tracemalloc.get_traced_memory()[1] - before) / size)
+    finally:
+        tracemalloc.stop()
+    assert peaks[0] < 1.2 and peaks[1] < 2.4, peaks
 
 
 # Whose is it?
