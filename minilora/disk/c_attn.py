@@ -1,4 +1,4 @@
-"""Several of our linears as one module of a file and back, exactly as strong: GPT-2's c_attn.
+"""GPT-2's c_attn: several of our linears joined to one module of a file, and taken apart again.
 
 One A serves q_proj, k_proj and v_proj, and B has rows for each. Pairs that were trained apart are
 put together block by block: their A's under each other, and in B the columns of each beside its own

@@ -97,7 +97,7 @@ GPT2 = Family(
         "mlp.c_fc": ("mlp.up_proj",),
         "mlp.c_proj": ("mlp.down_proj",),
     },
-    # Where GPT2LMHeadModel keeps all but its head. A bare GPT2Model has none.
+    # GPT2LMHeadModel has it before every name but that of its head, a bare GPT2Model has none.
     prefix="transformer.",
     transposed=True,
     # Causal masks that old files carry. Not every bias: c_attn.bias is none of them.
