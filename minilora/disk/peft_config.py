@@ -108,13 +108,17 @@ def alpha_for(scaling, r, use_rslora):
     scaling = float(scaling)
     divisor = math.sqrt(r) if use_rslora else r
     nearest = scaling * divisor
-    candidates = [float(f"{nearest:.{digits}g}") for digits in range(1, 18)]
-    # Two roundings lie between an alpha and `nearest`, each of at most half a unit.
+    # Two roundings lie between an alpha and `nearest`: it is at most two numbers away.
+    neighbours = [nearest]
     for direction in (-math.inf, math.inf):
         neighbour = math.nextafter(nearest, direction)
-        candidates += [neighbour, math.nextafter(neighbour, direction)]
-    alpha = next((number for number in candidates if number / divisor == scaling), nearest)
-    return int(alpha) if alpha.is_integer() else alpha
+        neighbours += [neighbour, math.nextafter(neighbour, direction)]
+    for digits in range(1, 18):
+        for number in neighbours:
+            alpha = float(f"{number:.{digits}g}")
+            if alpha / divisor == scaling:
+                return int(alpha) if alpha.is_integer() else alpha
+    return nearest
 
 
 def chosen_modules(where, fields, modules):
