@@ -26,7 +26,7 @@ _PUBLIC = {
     "generate": ["generate"],
     "compose": ["stack"],
     "count": ["parameter_report"],
-    "disk.gpt2": ["load_gpt2", "load_model", "save_gpt2", "save_model"],
+    "disk.models": ["load_gpt2", "load_model", "save_gpt2", "save_model"],
     "disk.peft": ["init_peft_adapter", "load_adapter", "save_adapter"],
     "disk.rounding": ["rounding_report", "save_merged"],
 }

@@ -272,9 +272,11 @@ def bits(module):
 
 
 def same_adapter(a, b):
-    """Equal to the bit, of equal configuration, and with the same tensors shared."""
+    """Equal to the bit, also in their scalings, of equal configuration, and with the same tensors shared."""
     sharing = lambda adapter: [list(map(id, adapter.parameters())).index(id(p.lora_A)) for p in adapter.pairs.values()]
-    return bits(a) == bits(b) and a.config == b.config and list(a.pairs) == list(b.pairs) and sharing(a) == sharing(b)
+    scalings = lambda adapter: {name: pair.scaling for name, pair in adapter.pairs.items()}
+    same_pairs = list(a.pairs) == list(b.pairs) and scalings(a) == scalings(b) and sharing(a) == sharing(b)
+    return bits(a) == bits(b) and a.config == b.config and same_pairs
 
 
 def write_tensors(path, arrays, metadata=None, bfloat16=()):

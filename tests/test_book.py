@@ -18,7 +18,8 @@ BOOK = ["backend", "graph", "tensor", "functional", "gradcheck", "nn", "optim", 
 FLOORS = {
     "book": ["backend", "graph", "tensor", "functional", "lean", "gradcheck", "nn", "optim", "gpt", "lora_config",
              "fits", "lora", "generate", "compose", "count"],
-    "disk": ["characters", "folder", "gpt2", "c_attn", "peft_config", "peft", "loaders", "rounding", "tokenizer"],
+    "disk": ["characters", "checks", "tensor_file", "folder", "family", "gpt2", "own", "models", "c_attn",
+             "peft_config", "adapter_file", "peft", "loaders", "rounding", "tokenizer"],
     "training": ["corpus", "batches", "datasets", "parts", "threads", "loop", "checkpoint", "finetune"],
     "cli": ["ctrl_c", "messages", "parser", "folders", "questions", "commands", "inspect", "demo_tables", "demo",
             "options", "table", "main"],
@@ -26,7 +27,7 @@ FLOORS = {
 ORDER = [name if floor == "book" else f"{floor}.{name}" for floor, names in FLOORS.items() for name in names]
 STRANGERS = {("gpt", "lora"), ("lora", "gpt")}  # though one stands after the other, neither may know it
 # Everyone may import NumPy, nobody the rest.
-GUESTS = {"disk.folder": {"safetensors", "ml_dtypes"}, "disk.tokenizer": {"tokenizers"}, "disk.rounding": {"tqdm"},
+GUESTS = {"disk.tensor_file": {"safetensors", "ml_dtypes"}, "disk.tokenizer": {"tokenizers"}, "disk.rounding": {"tqdm"},
           "training.datasets": {"tqdm"}, "training.loop": {"tqdm"}, "training.threads": {"threadpoolctl"},
           "cli.commands": {"tqdm"}}  # fmt: skip
 
@@ -37,7 +38,8 @@ def dotted(path):
 
 
 SOURCES = {dotted(path): path.read_text(encoding="utf-8") for path in sorted((ROOT / "minilora").rglob("*.py"))}
-PLAIN = [*FLOORS["book"], "training.parts", "training.threads", "training.loop", "training.batches"]
+PLAIN = [*FLOORS["book"], *(f"disk.{name}" for name in FLOORS["disk"]), "training.parts", "training.threads",
+         "training.loop", "training.batches"]  # fmt: skip
 MODULES = [name for name in SOURCES if name.rpartition(".")[2] not in ("__init__", "__main__")]
 NOT_OURS = re.compile(r"\.(?!ci$|gitignore$).*|__pycache__|build|dist|shared|out|(minilora|gpt2)-demo.*|.*\.egg-info")
 

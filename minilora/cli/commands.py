@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..compose import stack
 from ..disk.folder import check_unused
-from ..disk.gpt2 import TENSORS, load_model
+from ..disk.models import TENSORS, load_model
 from ..disk.peft import load_adapter
 from ..disk.rounding import save_merged
 from ..disk.tokenizer import load_tokenizer

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..count import parameter_report
 from ..disk import characters
-from ..disk.gpt2 import load_model, save_model
+from ..disk.models import load_model, save_model
 from ..disk.peft import load_adapter, save_adapter
 from ..gpt import GPT, GPTConfig
 from ..lora import attach, init_adapter

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from ..disk import gpt2, peft
+from ..disk import models, peft
 from ..training.checkpoint import is_checkpoint
 from ..training.finetune import CHECKPOINT
 
 # {kind: the files that a folder of this kind has}
-FILES = {"model": (gpt2.CONFIG, gpt2.TENSORS), "adapter": (peft.CONFIG, peft.TENSORS)}
+FILES = {"model": (models.CONFIG, models.TENSORS), "adapter": (peft.CONFIG, peft.TENSORS)}
 WITH_ARTICLE = {"model": "a model", "adapter": "an adapter"}
 
 
@@ -25,7 +25,7 @@ def kinds_of(folder):
         raise NotADirectoryError(f"{folder} is a file; give the folder that it is in")
     kinds = _kinds(folder)
     if not kinds:
-        neither = f"{folder} has neither {gpt2.CONFIG} of a model nor {peft.CONFIG} of an adapter"
+        neither = f"{folder} has neither {models.CONFIG} of a model nor {peft.CONFIG} of an adapter"
         raise FileNotFoundError(neither + _hint(folder))
     return kinds
 

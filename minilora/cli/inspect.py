@@ -10,11 +10,12 @@ import numpy as np
 from ..backend import to_numpy
 from ..count import parameter_report
 from ..disk import loaders
+from ..disk.checks import json_object
 from ..disk.folder import load_folder
-from ..disk.gpt2 import CONFIG as MODEL_CONFIG
-from ..disk.gpt2 import is_gpt2, load_model
+from ..disk.models import CONFIG as MODEL_CONFIG
+from ..disk.models import families_of, load_model
 from ..disk.peft import CONFIG, TENSORS, digest_of, load_adapter, read_adapter
-from ..disk.peft_config import file_table
+from ..disk.peft_config import module_table
 from .folders import check_source, kinds_of
 
 # Of the lines that are wrapped, in characters.
@@ -40,16 +41,12 @@ def inspect(folder, base, log):
 def _inspect_model(folder, log):
     model = load_model(folder)
     config = model.config
-    kind = "GPT-2, learned positions" if is_gpt2(model) else "a GPT of minilora's, rotary positions"
+    family = families_of(model)[0]
     head = "the embedding (tied)" if config.tie_word_embeddings else "a matrix of its own"
-    log(
-        f"{folder}: a model, {parameter_report(model).total:,} parameters, {model.wte.weight.dtype}"
-    )
-    log(f"  kind         {kind}")
-    log(
-        f"  sizes        {config.n_layer} blocks of {config.n_head} heads, "
-        f"{config.n_embd} channels, {config.n_inner} in the MLP"
-    )
+    dtype = model.parameters()[0].dtype
+    log(f"{folder}: a model, {parameter_report(model).total:,} parameters, {dtype}")
+    log(f"  kind         {family.title}")
+    log(f"  sizes        {family.describe(config)}")
     log(
         f"  text         {config.vocab_size:,} tokens, a context of {config.block_size:,}; "
         f"the head is {head}"
@@ -62,14 +59,16 @@ def _inspect_adapter(folder, base, log):
     config, tensors, metadata = load_folder(folder, TENSORS, CONFIG)
     n_parameters = sum(tensor.size for tensor in tensors.values())
     log(f"{folder}: an adapter, {n_parameters:,} parameters in {len(tensors)} tensors")
-    _log_loaders(config, {name: tensor.shape for name, tensor in tensors.items()}, metadata, log)
+    where = f"{folder / TENSORS}: its minilora.base"
+    fingerprint = json_object(where, metadata.get("minilora.base"))
+    _log_loaders(config, {name: t.shape for name, t in tensors.items()}, fingerprint, log)
 
     adapter = read_adapter(folder)
     recorded = _recorded_base(config)
-    fingerprint = "UNVERIFIED, it notes no fingerprint"
+    verified = "UNVERIFIED, it notes no fingerprint"
     if adapter.fingerprint:
-        fingerprint = f"fingerprint {digest_of(adapter.fingerprint)}"
-    _log_entry("base", f"{recorded or 'it does not say which'}; {fingerprint}", log)
+        verified = f"fingerprint {digest_of(adapter.fingerprint)}"
+    _log_entry("base", f"{recorded or 'it does not say which'}; {verified}", log)
 
     if base is None and recorded and (Path(recorded) / MODEL_CONFIG).exists():
         base = recorded
@@ -95,22 +94,20 @@ def _recorded_base(config):
     return name if isinstance(name, str) else None
 
 
-def _log_loaders(config, shapes, metadata, log):
-    """What the loaders of other programs would say of this adapter; `shapes` is {tensor: shape}."""
+def _log_loaders(config, shapes, fingerprint, log):
+    """What the loaders of other programs would say of this adapter.
+
+    `shapes` is {tensor: shape}, `fingerprint` that of the base, or None.
+    """
     _log_entry("PEFT", _verdict(loaders.peft_objections(config, shapes)), log)
     objections = loaders.vllm_objections(config, shapes)
     verdict = _verdict(objections)
     if not objections:
         verdict += f", from --max-lora-rank {loaders.vllm_rank(shapes)} on"
     _log_entry("vLLM", verdict, log)
-    fingerprint = metadata.get("minilora.base", "")
-    if fingerprint and "wpe.weight" not in fingerprint:
-        note = (
-            "neither has a class for its base, a rotary GPT of minilora's: only minilora can use it"
-        )
-    else:
-        note = loaders.VLLM_NOTE
-    _log_entry("", f"but {note}", log)
+    note = loaders.note_on_base(shapes, fingerprint)
+    if note:
+        _log_entry("", f"but {note}", log)
 
 
 def _verdict(objections):
@@ -143,7 +140,7 @@ def _weight_norms(base, folder, adapter):
     load_adapter(folder, model, say=lambda receipt: None)
     modules = dict(model.named_modules())
     norms = {}
-    for module, our_names in file_table(model, adapter.factors).items():
+    for module, our_names in module_table(model, adapter.factors).items():
         # Our q_proj, k_proj and v_proj are the rows of one c_attn, so that their squares add up.
         parts = [np.linalg.norm(to_numpy(modules[name].weight.data)) for name in our_names]
         norms[module] = math.hypot(*map(float, parts))
@@ -160,8 +157,8 @@ def _log_table(adapter, weight_norms, log):
     for module in sorted(adapter.factors, key=_by_number):
         A = adapter.factors[module]["lora_A"]
         B = adapter.factors[module]["lora_B"]
-        alpha = adapter.lora.alpha_of(module)
-        scaling = adapter.lora.scaling_of(module)
+        alpha = adapter.config.alpha_of(module)
+        scaling = adapter.config.scaling_of(module)
         update_norm = scaling * product_norm(B, A)
         share = "-"
         if module in weight_norms:

@@ -199,7 +199,7 @@ def generate_options(parser):
 
 def merge_options(parser):
     """Add the options of `minilora merge`."""
-    from ..disk.folder import DTYPES
+    from ..disk.tensor_file import DTYPES
 
     add = parser.add_argument
     _add_base(parser)

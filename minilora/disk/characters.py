@@ -8,11 +8,16 @@ _INDEX = {character: i for i, character in enumerate(ALPHABET)}
 
 
 def encode(text):
-    """Text -> int array of indices into ALPHABET. Raises: ValueError naming the first character outside it."""
+    """Text -> int64 array (N,) of indices into ALPHABET.
+
+    Raises: ValueError that names the first character outside it.
+    """
     try:
-        return np.array([_INDEX[c] for c in text], np.int64)
+        return np.array([_INDEX[character] for character in text], np.int64)
     except KeyError as error:
-        raise ValueError(f"character {error.args[0]!r} is not one of the 96 known; use plain ASCII") from None
+        raise ValueError(
+            f"character {error.args[0]!r} is not one of the 96 known; use plain ASCII"
+        ) from None
 
 
 def decode(ids):
@@ -21,5 +26,5 @@ def decode(ids):
 
 
 def encode_pairs(pairs):
-    """[(prompt, answer)] as texts -> the same as int arrays, which is what `pack` takes. Raises: as `encode`."""
+    """[(prompt, answer)] as texts -> the same as int arrays. Raises: as `encode`."""
     return [(encode(prompt), encode(answer)) for prompt, answer in pairs]

@@ -1,75 +1,171 @@
-"""What the configuration of an adapter says: its fields, and which modules it means. Knows names, opens no file.
+"""What the configuration of an adapter says: its fields, and which modules it means.
 
-Modules go by the names of the class that PEFT would wrap: GPT-2's if the base can be saved as a GPT-2, else their own.
+Modules go by the names of files, unless they are called ours. Knows names, opens no file.
 """
 
+import math
 import re
+from collections import Counter
 
-from ..gpt import GPT
 from ..lora import linear_names
 from ..lora_config import LoRAConfig, find_targets, is_expression
-from .folder import naming
-from .gpt2 import PREFIX, gpt2_modules, gpt2_name, is_gpt2
+from .checks import errors_name, listed
+from .models import families_of
 
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
-_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")  # past history, once factors are saved
-_NEUTRAL = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _STARTS}
-_READ = (*_REQUIRED, "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform",
-         "layers_pattern", "exclude_modules")
-_HARMLESS = ("task_type", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "revision", "megatron_core",
-             "auto_mapping", "peft_version", "qalora_group_size")
+# How the factors were drawn is history once they are saved. Not so with "pissa" and its like, which
+# change the base.
+_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_SUPPORTED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _STARTS}
+_READ = (
+    *_REQUIRED, "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
+    "layers_to_transform", "layers_pattern", "exclude_modules",
+)  # fmt: skip
+_HARMLESS = (
+    "task_type", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "revision",
+    "megatron_core", "auto_mapping", "peft_version", "qalora_group_size",
+)  # fmt: skip
 
 
-def read_config(where, config):
-    """The LoRAConfig, in the names of the file, that an `adapter_config.json` describes; `where` is its path.
+def read_config(where, fields):
+    """The LoRAConfig that the fields of an `adapter_config.json` describe; `where` is its path.
 
-    Raises: ValueError that names the field: absent without a safe default, or set to what is not implemented here.
+    Raises: ValueError that names the field: absent without a safe default, or set to what is not
+    implemented here.
     """
-    missing = [key for key in _REQUIRED if config.get(key) is None]
+    missing = [key for key in _REQUIRED if fields.get(key) is None]
     if missing:
-        raise ValueError(f"{where}: no {', '.join(missing)}; these have no safe default, add what training used")
-    for key, value in config.items():
-        if key in _NEUTRAL and value not in _NEUTRAL[key]:
-            raise ValueError(f"{where}: {key}={value!r} is not supported, only {_NEUTRAL[key][0]!r}")
-        neutral = value is None or value is False or value in ({}, [])
-        if key not in (*_NEUTRAL, *_READ, *_HARMLESS) and not neutral:
-            raise ValueError(f"{where}: {key}={value!r} changes what the adapter computes and is not supported")
-    with naming(where):
-        return LoRAConfig(config["r"], config["lora_alpha"], config["target_modules"], config.get("lora_dropout", 0.0),
-                          config.get("use_rslora", False), config.get("rank_pattern") or {},
-                          config.get("alpha_pattern") or {})
+        raise ValueError(
+            f"{where}: no {', '.join(missing)}; these have no safe default, add what training used"
+        )
+    for key, value in fields.items():
+        if key in _SUPPORTED:
+            if value not in _SUPPORTED[key]:
+                only = _SUPPORTED[key][0]
+                raise ValueError(f"{where}: {key}={value!r} is not supported, only {only!r}")
+        elif key not in _READ and key not in _HARMLESS and not _is_neutral(value):
+            raise ValueError(
+                f"{where}: {key}={value!r} changes what the adapter computes and is not supported"
+            )
+    with errors_name(where):
+        return LoRAConfig(
+            r=fields["r"],
+            alpha=fields["lora_alpha"],
+            target_modules=fields["target_modules"],
+            dropout=fields.get("lora_dropout", 0.0),
+            use_rslora=fields.get("use_rslora", False),
+            rank_pattern=fields.get("rank_pattern") or {},
+            alpha_pattern=fields.get("alpha_pattern") or {},
+        )
 
 
-def chosen_modules(where, config, modules):
-    """Those of `modules`, names as in the file, that an `adapter_config.json` selects.
+def _is_neutral(value):
+    """Does a field of this value ask for nothing? 0 and "" may mean something."""
+    return value is None or value is False or value in ({}, [])
+
+
+def written_fields(config, strengths, *, fan_in_fan_out, base_model, all_modules):
+    """The fields of `adapter_config.json` for an adapter.
+
+    `config` is how it was made, `strengths` {module: (r, scaling)}. `all_modules` are those of the
+    base, adapted or not; none if the base is not known.
+    """
+    ranks = {}
+    alphas = {}
+    for module, (r, scaling) in strengths.items():
+        ranks[module] = r
+        alphas[module] = alpha_for(scaling, r, config.use_rslora)
+    # What most modules have is the default, the others are named one by one.
+    counts = Counter((ranks[module], alphas[module]) for module in strengths)
+    r, alpha = max(counts, key=counts.get)
+    # The first match counts, so that the key of x.y must not come before that of z.x.y.
+    longest_first = sorted(strengths, key=lambda module: -len(module))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": endings(list(strengths), all_modules),
+        "lora_dropout": config.dropout,
+        "use_rslora": config.use_rslora,
+        "rank_pattern": {as_pattern(m): ranks[m] for m in longest_first if ranks[m] != r},
+        "alpha_pattern": {as_pattern(m): alphas[m] for m in longest_first if alphas[m] != alpha},
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def alpha_for(scaling, r, use_rslora):
+    """The alpha that gives `scaling` at rank `r`: alpha / r, or alpha / √r with use_rslora.
+
+    The shortest decimal number that gives it to the bit, as an int if it is whole. Where no number
+    does (not every number is a multiple of 1/r in floating point), the nearest.
+    """
+    scaling = float(scaling)
+    divisor = math.sqrt(r) if use_rslora else r
+    nearest = scaling * divisor
+    # Two roundings lie between an alpha and `nearest`: it is at most two numbers away.
+    neighbours = [nearest]
+    for direction in (-math.inf, math.inf):
+        neighbour = math.nextafter(nearest, direction)
+        neighbours += [neighbour, math.nextafter(neighbour, direction)]
+    for digits in range(1, 18):
+        for number in neighbours:
+            alpha = float(f"{number:.{digits}g}")
+            if alpha / divisor == scaling:
+                return int(alpha) if alpha.is_integer() else alpha
+    return nearest
+
+
+def chosen_modules(where, fields, modules):
+    """Those of `modules` that the fields of an `adapter_config.json` select; `where` is its path.
 
     Raises: ValueError if a pattern matches nothing, or a block is asked for that is not there.
     Source: PEFT 0.21, `check_target_module_exists`.
     """
-    targets, layers = config["target_modules"], config.get("layers_to_transform")
-    patterns, excluded = config.get("layers_pattern") or [], config.get("exclude_modules") or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    with naming(where):
-        chosen = find_targets(modules, targets)
-        _check_expressions("layers_pattern", patterns)
-        _check_expressions("exclude_modules", [excluded] if isinstance(excluded, str) else [])
-        if isinstance(excluded, str):
-            chosen = [name for name in chosen if not re.fullmatch(excluded, name)]
-        else:
-            chosen = [name for name in chosen if not any(name == e or name.endswith(f".{e}") for e in excluded)]
-        if layers is None or layers == []:
-            return chosen
-        if isinstance(targets, str):
-            raise ValueError("layers_to_transform needs target_modules to be a list, not an expression")
-        layers = layers if isinstance(layers, list) else [layers]
-        if not all(type(layer) is int for layer in layers):
-            raise ValueError(f"layers_to_transform must be a number, or a list of them, got {layers}")
-        block = {name: _block(name, patterns) for name in chosen if name not in targets}  # a full name is in as it is
-        absent = [layer for layer in layers if layer not in block.values()]
-        if block and absent:
-            there = sorted(set(block.values()) - {-1}) or "none"
-            raise ValueError(f"layers_to_transform {absent}: of the blocks of the targets, there are {there}")
-        return [name for name in chosen if name not in block or block[name] in layers]
+    with errors_name(where):
+        chosen = find_targets(modules, fields["target_modules"])
+        chosen = _without_excluded(chosen, fields.get("exclude_modules") or [])
+        return _in_layers(chosen, fields)
+
+
+def _without_excluded(modules, excluded):
+    """The modules that `excluded`, an expression or a list of endings, does not name."""
+    if isinstance(excluded, str):
+        _check_expressions("exclude_modules", [excluded])
+        return [name for name in modules if not re.fullmatch(excluded, name)]
+    suffixes = tuple(f".{ending}" for ending in excluded)
+    return [name for name in modules if not f".{name}".endswith(suffixes)]
+
+
+def _in_layers(modules, fields):
+    """The modules in the blocks that layers_to_transform names; all of them if it names none."""
+    layers = fields.get("layers_to_transform")
+    patterns = fields.get("layers_pattern") or []
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    _check_expressions("layers_pattern", patterns)
+    if layers is None or layers == []:
+        return modules
+    if isinstance(fields["target_modules"], str):
+        raise ValueError("layers_to_transform needs target_modules to be a list, not an expression")
+    if not isinstance(layers, list):
+        layers = [layers]
+    if not all(type(layer) is int for layer in layers):
+        raise ValueError(f"layers_to_transform must be a number, or a list of them, got {layers}")
+    # A module named in full is chosen in whatever block it is.
+    block_of = {m: _block(m, patterns) for m in modules if m not in fields["target_modules"]}
+    absent = [layer for layer in layers if layer not in block_of.values()]
+    if block_of and absent:
+        blocks = sorted(set(block_of.values()) - {-1}) or "none"
+        raise ValueError(
+            f"layers_to_transform {absent}: of the blocks of the targets, there are {blocks}"
+        )
+    return [name for name in modules if name not in block_of or block_of[name] in layers]
 
 
 def _check_expressions(field, expressions):
@@ -79,65 +175,75 @@ def _check_expressions(field, expressions):
 
 
 def _block(name, patterns):
-    """The number of the block of a module, -1 for none: the first that follows one of `patterns`."""
+    """The number of a module's block, -1 for none: the first that follows one of `patterns`."""
     for pattern in patterns or [r"[^.]*\.[^.]*"]:
-        found = re.match(rf"(?:.*?\.)??{pattern}\.(?P<block>\d+)\.", name)
-        if found and found["block"]:
-            return int(found["block"])
+        match = re.match(rf"(?:.*?\.)??{pattern}\.(?P<block>\d+)\.", name)
+        if match and match["block"]:
+            return int(match["block"])
     return -1
 
 
-def file_modules(names, gpt2):
-    """{module of a file: our modules}, for the modules `names` of a GPT-2 or of another model."""
-    if not gpt2:
-        return {name: [name] for name in names}
-    return {PREFIX + theirs: ours for theirs, ours in gpt2_modules(names).items()}
+def module_table(base, their_modules):
+    """{module of a file: our modules that it is} for all Linears of `base`.
 
-
-def of_gpt2(adapter):
-    """Does this adapter belong to a model that GPT-2's format can hold? Its names and its base's fingerprint tell."""
-    named = all(gpt2_name(name) != name for name in adapter.pairs)
-    return named and (adapter.base_fingerprint is None or "wpe.weight" in adapter.base_fingerprint)
-
-
-def file_table(base, used):
-    """{module of a file: our modules} for all Linears of `base`, in the names of the modules `used` by a file.
-
-    Raises: ValueError with both sides if no module is known.
+    `their_modules` are those that a file names, in whichever of the base's names: no two names of a
+    base are alike.
+    Raises: ValueError with both sides if none of them is in the base.
     """
-    table = file_modules(linear_names(base), is_gpt2(base))
-    tables = [table]
-    if isinstance(base, GPT):  # whichever of its names the file uses: they cannot be confused
-        gpt2 = file_modules(linear_names(base), True)
-        bare = {file.removeprefix(PREFIX): names for file, names in gpt2.items()}  # PEFT on a GPT2Model without head
-        tables += [gpt2, bare, file_modules(linear_names(base), False)]
-    for names in tables:
-        if names.keys() & set(used):
-            return names
-    raise ValueError(f"none of the file's modules is in the base. The file has {', '.join(list(used)[:4])} ...; the "
-                     f"base has {', '.join(list(table)[:4])} ...")
+    linears = linear_names(base)
+    tables = []
+    for family in families_of(base):
+        table = family.module_table(linears)
+        # PEFT on a model without its head (GPT2Model) leaves the prefix out.
+        bare = {theirs.removeprefix(family.prefix): ours for theirs, ours in table.items()}
+        tables += [table, bare]
+    for table in tables:
+        if table.keys() & set(their_modules):
+            return table
+    raise ValueError(
+        "none of the file's modules is in the base. The file has "
+        f"{listed(their_modules, most=4)}; the base has {listed(tables[0], most=4)}"
+    )
 
 
-def translated(lora, chosen, table):
-    """The configuration `lora`, which is in the names of a file, in our own names."""
-    ours = {name: file for file in chosen for name in table[file]}
-    everything = [name for names in table.values() for name in names]
+def config_in_our_names(config, chosen, table):
+    """`config`, which is in the names of a file, for our modules in the modules `chosen`."""
+    module_of = {name: module for module in chosen for name in table[module]}
+    all_ours = [name for names in table.values() for name in names]
+    rank_pattern = {}
+    alpha_pattern = {}
+    for name, module in module_of.items():
+        if config.r_of(module) != config.r:
+            rank_pattern[as_pattern(name)] = config.r_of(module)
+        if config.alpha_of(module) != config.alpha:
+            alpha_pattern[as_pattern(name)] = config.alpha_of(module)
     return LoRAConfig(
-        lora.r, lora.alpha, endings(ours, everything), lora.dropout, lora.use_rslora,
-        {as_pattern(name): lora.r_of(file) for name, file in ours.items() if lora.r_of(file) != lora.r},
-        {as_pattern(name): lora.alpha_of(file) for name, file in ours.items() if lora.alpha_of(file) != lora.alpha},
-    )  # fmt: skip
+        r=config.r,
+        alpha=config.alpha,
+        target_modules=endings(list(module_of), all_ours),
+        dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+    )
 
 
 def as_pattern(name):
-    """An expression for the module `name`: itself, where that is safe, which is what people like to read."""
-    return name if re.fullmatch(r"[\w.]+", name) else re.escape(name)
+    """An expression for the module `name`: the name itself where that is safe and so readable."""
+    if re.fullmatch(r"[\w.]+", name):
+        return name
+    return re.escape(name)
 
 
-def endings(chosen, everything):
-    """The shortest endings that select exactly the names `chosen` out of `everything`; if there are none, the names."""
-    for length in (1, 2):
-        found = list(dict.fromkeys(".".join(name.split(".")[-length:]) for name in chosen))
-        if set(chosen) <= set(everything) and set(find_targets(list(everything), found)) == set(chosen):
-            return found
+def endings(chosen, modules):
+    """The shortest endings that select exactly the names `chosen` out of `modules`.
+
+    The names themselves, if no ending of one or two parts does.
+    """
+    if set(chosen) <= set(modules):
+        for length in (1, 2):
+            shortened = [".".join(name.split(".")[-length:]) for name in chosen]
+            shortened = list(dict.fromkeys(shortened))
+            if set(find_targets(list(modules), shortened)) == set(chosen):
+                return shortened
     return list(chosen)

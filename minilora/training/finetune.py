@@ -20,7 +20,7 @@ import numpy as np
 
 from ..count import parameter_report
 from ..disk.folder import check_unused
-from ..disk.gpt2 import load_model
+from ..disk.models import load_model
 from ..disk.peft import init_peft_adapter, save_adapter
 from ..disk.tokenizer import load_tokenizer
 from ..lora import attach

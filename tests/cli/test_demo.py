@@ -12,7 +12,7 @@ from minilora import lora
 from minilora.cli import demo, demo_tables, questions
 from minilora.disk import characters
 from minilora.disk.folder import UNFINISHED
-from minilora.disk.gpt2 import load_model
+from minilora.disk.models import load_model
 from minilora.disk.peft import load_adapter
 from minilora.training.corpus import load_corpus
 from minilora.training.loop import train

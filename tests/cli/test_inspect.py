@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from strategies import small_gpt, trained_adapter
 
 from minilora import load_model, save_adapter, save_model
-from minilora.disk import loaders
+from minilora.disk.gpt2 import GPT2
 
 
 def fingerprint(model):
@@ -66,7 +66,7 @@ def test_inspect_tells_of_a_peft_adapter_what_the_loaders_of_others_say(run):
     assert (code, err) == (0, "") and "UNVERIFIED" in out and "base fits it" in out
     told = " ".join(out.split())
     assert "PEFT its loader's rules accept it vLLM its loader's rules accept it, from --max-lora-rank 8 on but" in told
-    assert f"but {loaders.VLLM_NOTE} base" in told
+    assert f"but {GPT2.note} base" in told
     code, out, err = run("inspect", where / "adapter")
     assert code == 0 and "needs the base" in out and {row[-1] for row in table(out).values()} == {"-"}
 

@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import hunt, rngs
 
-from minilora.disk import c_attn as fused
-from minilora.disk.c_attn import join, parts_of, take_apart
-from minilora.lora import Adapter, LoRAPair
-from minilora.lora_config import LoRAConfig
+from minilora.disk import c_attn
+from minilora.disk.c_attn import join, take_apart
+from minilora.lora import LoRAPair
 from minilora.tensor import Tensor
 
 FILE = "transformer.h.0.attn.c_attn"
@@ -19,60 +18,55 @@ NAMES = [f"h.0.attn.{part}" for part in ("q_proj", "k_proj", "v_proj")]
 SUBSETS = [list(names) for n in (1, 2, 3) for names in combinations(NAMES, n)]
 
 
-def scaled_updates(adapter):
-    """{module: scaling · B A}, of whole numbers and so without rounding."""
-    return {name: adapter.pairs[name].scaling * (pair.lora_B.data @ pair.lora_A.data)
-            for name, pair in adapter.pairs.items()}  # fmt: skip
+def number(rng, *shape):
+    """A Tensor of whole numbers, none of them zero."""
+    sizes, signs = rng.integers(1, 5, shape), rng.choice([-1, 1], shape)
+    return Tensor((sizes * signs).astype("f4"), requires_grad=True)
 
 
 @st.composite
-def lattice_adapters(draw):
-    """Pairs of whole numbers for some of q, k and v: ranks of their own, one scaling, and any of the A's shared."""
+def lattice_pairs(draw):
+    """{module: pair of whole numbers} for some of q, k and v: several ranks, one scaling, any of the A's shared."""
     rng, names, scaling = draw(rngs), draw(st.sampled_from(SUBSETS)), draw(st.sampled_from([0.5, 1.0, 2.0]))
     groups = draw(st.lists(st.integers(0, 2), min_size=len(names), max_size=len(names)))
     ranks = draw(st.lists(st.integers(1, 4), min_size=3, max_size=3))
-    number = lambda *shape: Tensor(rng.integers(1, 5, shape).astype("f4") * rng.choice([-1, 1], shape).astype("f4"),
-    True)
-    shared = [number(r, 6) for r in ranks]
-    pairs = {name: LoRAPair(shared[g], number(6, ranks[g]), scaling) for name, g in zip(names, groups, strict=True)}
-    rank = {name: ranks[g] for name, g in zip(names, groups, strict=True)}
-    alpha = {name: scaling * r for name, r in rank.items()}
-    return Adapter(LoRAConfig(1, scaling, tuple(names), 0.0, False, rank, alpha), pairs, None)
+    shared = [number(rng, r, 6) for r in ranks]
+    return {name: LoRAPair(shared[g], number(rng, 6, ranks[g]), scaling) for name, g in zip(names, groups, strict=True)}
 
 
-def is_the_same_update(adapter):
+def is_the_same_update(pairs):
     """One pair computes what the parts do, q's rows first, then k's, then v's; parts that are not there get nothing."""
-    A, B, columns = join(FILE, adapter, list(adapter.pairs))
-    scaling = adapter.pairs[next(iter(adapter.pairs))].scaling
-    updates = scaled_updates(adapter)
-    expected = np.concatenate([updates.get(name, np.zeros((6, 6))) for name in NAMES])
+    A, B, columns = join(FILE, NAMES, pairs)
+    scaling = next(iter(pairs.values())).scaling
+    nothing = np.zeros((6, 6))
+    expected = np.concatenate([pairs[name].delta() if name in pairs else nothing for name in NAMES])
     assert A.dtype == B.dtype == np.float32
     assert np.array_equal(scaling * (B @ A), expected)
-    distinct = {id(pair.lora_A): len(pair.lora_A.data) for pair in adapter.pairs.values()}
+    distinct = {id(pair.lora_A): pair.r for pair in pairs.values()}
     assert len(A) == sum(distinct.values()), "no A is written twice"
-    assert bool(columns) == (len(distinct) > 1 or len(adapter.pairs) < 3)
+    assert bool(columns) == (len(distinct) > 1 or len(pairs) < 3)
 
 
-def comes_apart_again(adapter):
+def comes_apart_again(pairs):
     """With the columns, what was joined comes back to the bit, with the same A's shared."""
-    A, B, columns = join(FILE, adapter, list(adapter.pairs))
+    A, B, columns = join(FILE, NAMES, pairs)
     pieces = take_apart(FILE, A, B, NAMES, columns)
-    assert list(pieces) == list(adapter.pairs)
+    assert list(pieces) == list(pairs)
     spans = {}
     for name, ((start, stop), rows) in pieces.items():
-        pair = adapter.pairs[name]
+        pair = pairs[name]
         assert A[start:stop].tobytes() == pair.lora_A.data.tobytes() and rows.tobytes() == pair.lora_B.data.tobytes()
         spans.setdefault((start, stop), set()).add(id(pair.lora_A))
     assert all(len(owners) == 1 for owners in spans.values())
 
 
-def is_right_without_columns(adapter):
+def is_right_without_columns(pairs):
     """Another program drops the columns: then one A serves all, and the update is still the same."""
-    A, B, _ = join(FILE, adapter, list(adapter.pairs))
-    scaling, updates = adapter.pairs[next(iter(adapter.pairs))].scaling, scaled_updates(adapter)
+    A, B, _ = join(FILE, NAMES, pairs)
+    scaling = next(iter(pairs.values())).scaling
     for name, (span, rows) in take_apart(FILE, A, B, NAMES, {}).items():
         assert span == (0, len(A))
-        assert np.array_equal(scaling * (rows @ A), updates.get(name, np.zeros((6, 6))))
+        assert np.array_equal(scaling * (rows @ A), pairs[name].delta() if name in pairs else np.zeros((6, 6)))
 
 
 PROPERTIES = [is_the_same_update, comes_apart_again, is_right_without_columns]
@@ -80,7 +74,7 @@ PROPERTIES = [is_the_same_update, comes_apart_again, is_right_without_columns]
 
 @pytest.mark.parametrize("holds", PROPERTIES)
 def test_joined_and_taken_apart_nothing_is_lost(holds):
-    given(lattice_adapters())(holds)()
+    given(lattice_pairs())(holds)()
 
 
 def dropping_a_rank(real):
@@ -112,11 +106,10 @@ def dense_blocks(real):
 def always_apart(real):
     """One A for all three written three times."""
 
-    def bug(file, adapter, names):
-        pairs = {name: adapter.pairs[name] for name in names}
+    def bug(their_name, parts, pairs):
         copies = {name: LoRAPair(Tensor(pair.lora_A.data.copy()), pair.lora_B, pair.scaling)
                   for name, pair in pairs.items()}  # fmt: skip
-        return real(file, Adapter(adapter.config, copies, None), names)
+        return real(their_name, parts, copies)
 
     return bug
 
@@ -126,9 +119,9 @@ def always_apart(real):
     (mixing_the_rows, 1), (dense_blocks, 1), (dropping_a_rank, 2), (mixing_the_rows, 2),
 ])  # fmt: skip
 def test_each_planted_bug_is_killed(bug, kills, monkeypatch):
-    monkeypatch.setitem(globals(), "join", bug(fused.join))
+    monkeypatch.setitem(globals(), "join", bug(c_attn.join))
     with pytest.raises((AssertionError, ValueError)):
-        hunt(lattice_adapters(), PROPERTIES[kills])
+        hunt(lattice_pairs(), PROPERTIES[kills])
 
 
 def test_pefts_own_form_gives_three_projections_one_a():
@@ -138,34 +131,26 @@ def test_pefts_own_form_gives_three_projections_one_a():
     assert np.array_equal(np.concatenate([rows for _, rows in pieces.values()]), B)
 
 
+def ones_pair(n_out, scaling):
+    return LoRAPair(Tensor(np.ones((2, 6), "f4")), Tensor(np.ones((n_out, 2), "f4")), scaling)
+
+
 def test_different_scalings_cannot_be_one_module():
-    pair = lambda scaling: LoRAPair(Tensor(np.ones((2, 6), "f4")), Tensor(np.ones((6, 2), "f4")), scaling)
-    for rslora in (False, True):
-        config = LoRAConfig(2, 4, "all-linear", use_rslora=rslora, alpha_pattern={"v_proj": 8})
-        with pytest.raises(ValueError,
-        match="c_attn can have one scaling.*q_proj 2.*v_proj (4|5.6).*train them with one"):
-            join(FILE, Adapter(config, {name: pair(config.scaling_of(name)) for name in NAMES}, None), NAMES)
+    pairs = {name: ones_pair(6, scaling) for name, scaling in zip(NAMES, (2.0, 2.0, 4.0), strict=True)}
+    with pytest.raises(ValueError, match="c_attn can have one scaling.*q_proj 2.*v_proj 4.*train them with one"):
+        join(FILE, NAMES, pairs)
 
 
-def test_a_module_that_is_not_fused_goes_through_as_it_is():
-    pair = LoRAPair(Tensor(np.ones((2, 6), "f4")), Tensor(np.ones((5, 2), "f4")), 2.0)
-    adapter = Adapter(LoRAConfig(2, 4, "all-linear"), {"h.0.attn.o_proj": pair}, None)
-    A, B, columns = join("transformer.h.0.attn.c_proj", adapter, ["h.0.attn.o_proj"])
+def test_a_module_that_is_not_joined_goes_through_as_it_is():
+    module, ours = "transformer.h.0.attn.c_proj", "h.0.attn.o_proj"
+    pair = ones_pair(5, 2.0)
+    A, B, columns = join(module, [ours], {ours: pair})
     assert A is pair.lora_A.data and B is pair.lora_B.data and columns == {}
-    pieces = take_apart("transformer.h.0.attn.c_proj", A, B, ["h.0.attn.o_proj"], {})
-    assert pieces["h.0.attn.o_proj"][0] == (0, 2) and pieces["h.0.attn.o_proj"][1] is B
-
-
-@pytest.mark.parametrize("file, parts", [
-    (FILE, ["q_proj", "k_proj", "v_proj"]), ("h.11.attn.c_attn", ["q_proj", "k_proj", "v_proj"]),
-    ("h.0.attn.c_proj", []), ("h.0.mlp.c_fc", []), ("h.0.attn.q_proj", []), ("c_attn", []), ("x.c_attn", []),
-])  # fmt: skip
-def test_only_c_attn_is_fused(file, parts):
-    assert parts_of(file, ["h.0.attn.v_proj"]) == parts
+    pieces = take_apart(module, A, B, [ours], {})
+    assert pieces[ours][0] == (0, 2) and pieces[ours][1] is B
 
 
 def test_a_c_attn_of_another_model_is_a_layer_like_any_other():
-    assert parts_of("block.attn.c_attn", ["block.attn.c_attn"]) == []
     A, B = np.ones((2, 5)), np.ones((4, 2))
     assert take_apart("block.attn.c_attn", A, B, ["block.attn.c_attn"], {}) == {"block.attn.c_attn": ((0, 2), B)}
 
@@ -186,3 +171,11 @@ def test_what_lies_outside_the_columns_is_refused_and_not_dropped():
         with pytest.raises(ValueError, match="entries outside the columns.*give to h.0.attn.q_proj, h.0.attn.v_proj"):
             take_apart(FILE, A, spoilt, NAMES, columns)
     assert B[0, 0] == 1, "B itself is not touched"
+
+
+@pytest.mark.parametrize("columns", [[0, 5], [-1, 2], [2, 2], [3, 2], [0.0, 2.0], [0, True], [None, None], ["0", "2"],
+                                     [0, 1, 2], "ab", 7, None])  # fmt: skip
+def test_columns_that_are_none_of_the_module_are_refused(columns):
+    A, B = np.ones((4, 6), "f4"), np.zeros((18, 4), "f4")
+    with pytest.raises((ValueError, TypeError)):
+        take_apart(FILE, A, B, NAMES, {NAMES[0]: columns})

@@ -27,7 +27,6 @@ from strategies import (
     shapes,
     small_gpt,
     trained_adapter,
-    write_tensors,
 )
 
 from minilora import (
@@ -40,17 +39,8 @@ from minilora import (
     save_adapter,
     save_model,
 )
-from minilora.disk import folder as files
-from minilora.disk.folder import (
-    UNFINISHED,
-    check_unused,
-    json_object,
-    load_folder,
-    naming,
-    rounded,
-    same_names,
-    save_folder,
-)
+from minilora.disk.checks import check_same_tensors
+from minilora.disk.folder import UNFINISHED, check_unused, load_folder, save_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSORS, CONFIG = "things.safetensors", "things.json"
@@ -134,76 +124,6 @@ def test_the_metadata_have_the_format_that_other_readers_ask_for_and_the_configu
         assert file.metadata() == {"format": "pt", "minilora.config": (tmp_path / CONFIG).read_text()}
 
 
-# Types.
-
-EVERY_HALF = np.arange(2**16, dtype=np.uint16)  # every number that 16 bits can be, with signed zeros, subnormals, nan
-
-
-def test_every_float16_is_widened_without_loss(tmp_path):
-    halves = EVERY_HALF.view(np.float16)
-    save_file({"x": halves}, tmp_path / TENSORS)
-    (tmp_path / CONFIG).write_text("{}")
-    found = read(tmp_path)[1]["x"]
-    numbers = ~np.isnan(halves)
-    assert found.dtype == np.float32
-    assert np.array_equal(found[numbers].astype(np.float16).view(np.uint16), EVERY_HALF[numbers])
-    assert np.isnan(found[~numbers]).all()
-
-
-def test_every_bfloat16_is_widened_without_loss(tmp_path):
-    wide = (EVERY_HALF.astype(np.uint32) << 16).view(np.float32).reshape(256, 256)
-    write_tensors(tmp_path / TENSORS, {"x": wide, "beside": np.ones(3, "f4"), "y": wide[:2].copy()}, None, {"x", "y"})
-    (tmp_path / CONFIG).write_text("{}")
-    found = read(tmp_path)[1]
-    assert same_arrays(found, {"beside": np.ones(3, "f4"), "x": wide, "y": wide[:2]})
-
-
-@pytest.mark.parametrize("code, size", [("F8_E4M3", 1), ("F8_E5M2", 1), ("F4", 1), ("U128", 16)])
-def test_a_type_that_numpy_does_not_have_is_refused_with_the_file(code, size, tmp_path):
-    header = json.dumps({"x": {"dtype": code, "shape": [4], "data_offsets": [0, 4 * size]}}).encode()
-    (tmp_path / TENSORS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4 * size))
-    (tmp_path / CONFIG).write_text("{}")
-    with pytest.raises(ValueError, match=re.escape(TENSORS)):
-        read(tmp_path)
-
-
-@given(seeds, st.sampled_from(["float16", "float32", "float64"]))
-def test_rounding_is_to_nearest_and_keeps_what_fits(seed, dtype):
-    x = np.random.default_rng(seed).standard_normal(50) * 100
-    new = rounded("x", x, dtype)
-    assert new.dtype == dtype and np.array_equal(new, x.astype(dtype))
-    below, above = np.nextafter(new, new.dtype.type(-np.inf)), np.nextafter(new, new.dtype.type(np.inf))
-    error = np.abs(new - x)
-    assert (error <= np.abs(below - x)).all() and (error <= np.abs(above - x)).all()
-
-
-def test_what_overflows_is_refused_by_name_and_what_does_not_is_kept():
-    assert rounded("x", np.array([65504.0, -65504.0]), "float16").tolist() == [65504.0, -65504.0]
-    for value in (65520.0, -1e6):
-        with pytest.raises(ValueError, match="h.0.weight: .* is too large for float16; save it as float32"):
-            rounded("h.0.weight", np.array([1.0, value]), "float16")
-    with pytest.raises(ValueError, match="x: 1e.300 is too large for float32"):
-        rounded("x", np.array([1e300]), "float32")
-
-
-@pytest.mark.parametrize("dtype", ["int8", "f4", "", None, np.float32])
-def test_only_four_types_are_written(dtype):
-    with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32, float64, got"):
-        rounded("x", np.ones(2), dtype)
-
-
-def test_bfloat16_is_rounded_to_nearest_or_says_what_it_needs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    with pytest.raises(ImportError, match=r"ml_dtypes: pip install 'minilora\[hf\]'"):
-        rounded("x", np.ones(2, "f4"), "bfloat16")
-    monkeypatch.undo()
-    pytest.importorskip("ml_dtypes", reason="bfloat16 cannot be written without ml_dtypes")
-    x = np.array([1, 1 + 2**-9, 1 + 2**-8, 1 + 3 * 2**-8, -0.0, 1 / 3], "f4")  # ties go to the even one
-    assert rounded("x", x, "bfloat16").astype("f4").tolist() == [1, 1, 1, 1 + 2**-6, -0.0, 0.333984375]
-    with pytest.raises(ValueError, match="too large for bfloat16"):
-        rounded("x", np.array([3.4e38], "f4"), "bfloat16")
-
-
 # Missing and damaged files.
 
 
@@ -252,15 +172,13 @@ def test_a_configuration_that_is_no_object_is_refused(content, shown, tmp_path):
         read(tmp_path)
 
 
-def test_no_text_is_no_object_and_no_error():
-    assert json_object("here", None) is None
-    assert json_object("here", '{"a": 1}') == json_object("here", b'{"a": 1}') == {"a": 1}
-
-
 @given(st.data())
 def test_any_change_of_any_byte_is_refused_or_seen_by_who_knows_the_names(data):
-    """Byte flips, cuts and inserts: a ValueError, or the very same configuration, names and shapes. Where the letter of
-    a name or a 1 in a shape is hit, the file is a sound one of another thing: `same_names` is what tells the reader."""
+    """Byte flips, cuts and inserts: a ValueError, or the very same configuration, names and shapes.
+
+    Where the letter of a name or a 1 in a shape is hit, the file is a sound one of another thing: `check_same_tensors`
+    is what tells the reader.
+    """
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write(folder, 5)
@@ -286,9 +204,9 @@ def test_any_change_of_any_byte_is_refused_or_seen_by_who_knows_the_names(data):
     if shapes != right:
         assert len(shapes.items() ^ right.items()) == 2, "one tensor is called or shaped otherwise, no more"
         with pytest.raises(ValueError, match="do not match"):
-            same_names(folder, shapes, right)
+            check_same_tensors(folder, shapes, right)
     else:
-        same_names(folder, shapes, right)
+        check_same_tensors(folder, shapes, right)
 
 
 # Two files of one save.
@@ -403,34 +321,6 @@ def test_a_damaged_index_is_refused(content, tmp_path):
         read(tmp_path)
 
 
-# Names, messages.
-
-
-def test_two_sets_of_names_agree_or_both_sides_are_shown():
-    same_names("here", {"a": (1,), "b": (2,)}, {"b": (2,), "a": (1,)})
-    same_names("here", ["a", "b"], {"b": 0, "a": 1}.keys())
-    with pytest.raises(ValueError,
-    match=r"^here: do not match. absent: c; superfluous: b; misshapen: a is \(1,\), not"):
-        same_names("here", {"a": (1,), "b": (2,)}, {"a": (3,), "c": (1,)})
-    with pytest.raises(ValueError, match=r"superfluous: a, b, c, d, e, f \.\.\.$"):
-        same_names("here", "abcdefg", "")
-    with pytest.raises(ValueError, match="superfluous: a, b, c, d, e, f$"):
-        same_names("here", "abcdef", "")
-
-
-@pytest.mark.parametrize("error", [ValueError("odd"), TypeError("odd")])
-def test_a_complaint_gets_the_name_of_the_file(error):
-    with pytest.raises(ValueError, match="^file.json: odd$"):
-        with naming("file.json"):
-            raise error
-
-
-def test_other_errors_are_not_touched():
-    with pytest.raises(KeyError):
-        with naming("file.json"):
-            raise KeyError("odd")
-
-
 # Pickles.
 
 
@@ -483,7 +373,10 @@ def unpickling(source):
     return dangerous & {*found, *(name.partition(".")[0] for name in found)}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "minilora").glob("*.py")), ids=lambda path: path.stem)
+SOURCES = sorted((ROOT / "minilora").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_of_the_library_can_unpickle(path):
     assert unpickling(path.read_text(encoding="utf-8")) == set()
 
@@ -598,13 +491,13 @@ class Moments:
                     self.file.flush()
                     moments.copy()
 
-        def save_slowly(arrays, path, metadata, real=files.save_file):
+        def save_slowly(arrays, path, metadata, real=save_file):
             real(arrays, copies.with_name("whole"), metadata)
             with Slowly(path, "wb") as file:
                 file.write(copies.with_name("whole").read_bytes())
 
-        monkeypatch.setattr(files, "open", Slowly, raising=False)
-        monkeypatch.setattr(files, "save_file", save_slowly)
+        monkeypatch.setattr("minilora.disk.folder.open", Slowly, raising=False)
+        monkeypatch.setattr("minilora.disk.tensor_file.save_file", save_slowly)
 
     def after(self, monkeypatch, owner, name):
         real = getattr(owner, name)
@@ -708,7 +601,7 @@ def test_each_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch)
 def test_a_write_that_stops_half_way_leaves_the_old_save(of, error, tmp_path, monkeypatch):
     write(tmp_path, 1)
 
-    def half_of_the_tensors(arrays, path, metadata, real=files.save_file):
+    def half_of_the_tensors(arrays, path, metadata, real=save_file):
         real(arrays, path, metadata)
         os.truncate(path, path.stat().st_size // 2)
         raise error if isinstance(error, KeyboardInterrupt) else SafetensorError(str(error))
@@ -729,9 +622,9 @@ def test_a_write_that_stops_half_way_leaves_the_old_save(of, error, tmp_path, mo
 
     with monkeypatch.context() as patch:
         if of == "tensors":
-            patch.setattr(files, "save_file", half_of_the_tensors)
+            patch.setattr("minilora.disk.tensor_file.save_file", half_of_the_tensors)
         else:
-            patch.setattr(files, "open", Half, raising=False)
+            patch.setattr("minilora.disk.folder.open", Half, raising=False)
         with pytest.raises(type(error), match="No space left" if isinstance(error, OSError) else "^$"):
             write(tmp_path, 2)
     assert seed_of(tmp_path) == 1

@@ -15,7 +15,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from strategies import learned
 
-from minilora.disk.loaders import VLLM_NOTE, VLLM_RANKS, peft_objections, vllm_objections, vllm_rank
+from minilora.disk.gpt2 import GPT2
+from minilora.disk.loaders import VLLM_RANKS, note_on_base, peft_objections, vllm_objections, vllm_rank
+from minilora.disk.own import OWN
 from minilora.disk.peft import CONFIG, TENSORS, save_adapter
 from minilora.gpt import GPT, GPTConfig
 from minilora.lora import init_adapter
@@ -151,7 +153,7 @@ def shapes(tensors):
     return {name: t.shape for name, t in tensors.items()}
 
 
-# --- PEFT's rules, by themselves ---------------------------------------------------------------------------------
+# PEFT's rules, by themselves.
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
@@ -210,7 +212,7 @@ def test_biases_of_lora_b_are_accepted_with_lora_bias():
     assert peft_objections(OURS | {"lora_bias": True}, shapes(tensors)) == []
 
 
-# --- PEFT itself -------------------------------------------------------------------------------------------------
+# PEFT itself.
 
 AMONG_THEM = "`is_gradient_checkpointing` is deprecated"  # of transformers to PEFT, about no folder: at every load
 IDS = np.random.default_rng(1).integers(0, 13, (2, 9))
@@ -327,7 +329,7 @@ def test_peft_refuses_warns_or_computes_something_else_where_there_is_an_objecti
         assert does == "warns" and any("missing adapter keys" in line for line in said)
 
 
-# --- vLLM's rules, against the table that was read ---------------------------------------------------------------
+# VLLM's rules, against the table that was read.
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules"])
@@ -374,5 +376,9 @@ def test_the_rank_that_vllm_must_be_started_with_is_the_next_it_knows(r, needed)
     assert vllm_rank({f"{ATTN}.lora_A.weight": (r, 8), f"{ATTN}.lora_B.weight": (9999, r)}) == needed
 
 
-def test_the_note_says_that_vllm_serves_no_lora_on_gpt2():
-    assert "no LoRA on GPT-2" in VLLM_NOTE and "merge" in VLLM_NOTE
+def test_the_note_is_that_of_the_family_of_the_base():
+    assert note_on_base(shapes(drawn())) == GPT2.note
+    assert note_on_base(shapes(renamed("transformer.", "", drawn()))) == GPT2.note
+    rotary = {f"{PREFIX}h.0.attn.q_proj.lora_A.weight": (2, 8)}
+    assert note_on_base(rotary, ["wte.weight"]) == OWN.note
+    assert note_on_base({f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight": (2, 8)}) == ""

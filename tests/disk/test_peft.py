@@ -45,7 +45,7 @@ from minilora import (
     stack,
 )
 from minilora.backend import get_array_module
-from minilora.disk import peft as peft_module
+from minilora.disk import peft
 from minilora.graph import no_grad
 from minilora.lora import LoRAPair
 from minilora.nn import Linear, Module
@@ -256,12 +256,82 @@ def test_parts_of_different_scalings_are_refused_and_nothing_is_written(tmp_path
     assert not (tmp_path / "new").exists()
 
 
+# How strong each pair is: its own scaling, whatever the configuration says that it was made by.
+
+
+def scalings(adapter):
+    return {name: pair.scaling for name, pair in adapter.pairs.items()}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("r, alpha", [(3, 7), (7, 1), (8, 1), (3, 0.1), (5, 16.3)])
+@pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "up_proj"]])
+@pytest.mark.parametrize("noted", [True, False], ids=["our note", "PEFT's fields alone"])
+def test_scalings_come_back_to_the_bit(r, alpha, use_rslora, target_modules, noted):
+    base = small_gpt()
+    adapter = trained_adapter(base, r=r, alpha=alpha, target_modules=target_modules, use_rslora=use_rslora)
+    again = scalings(there_and_back(adapter, base, without_metadata=not noted))
+    for name, scaling in scalings(adapter).items():
+        if noted or name.endswith("up_proj"):
+            assert again[name] == scaling
+        else:  # of a joined module, whose rank is another, not every scaling is a multiple
+            assert again[name] == pytest.approx(scaling, rel=2**-52)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_rank_that_is_no_power_of_two_has_its_scaling_too(use_rslora, tmp_path):
+    """r=49, alpha=1, which times 49 is not 1 again: 1/49 is the example of the textbooks."""
+    base = small_gpt(n_embd=50)
+    assert 1 / 49 * 49 != 1
+    adapter = trained_adapter(base, r=49, alpha=1, target_modules=["o_proj"], use_rslora=use_rslora)
+    config, _, _ = written(adapter, tmp_path)
+    assert (config["r"], config["lora_alpha"]) == (49, 1)
+    strip(tmp_path)
+    assert scalings(quietly(tmp_path, base)) == scalings(adapter)
+
+
+def rescaled(adapter, scaling_of):
+    """The same factors under other scalings: as what combines adapters makes them."""
+    pairs = {}
+    for i, (name, pair) in enumerate(adapter.pairs.items()):
+        pairs[name] = LoRAPair(pair.lora_A, pair.lora_B, scaling_of(i))
+    return Adapter(adapter.config, pairs, adapter.base_fingerprint)
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=4, max_size=4), st.booleans())
+def test_any_scaling_comes_back_to_the_bit_whatever_the_configuration_was(numbers, use_rslora):
+    base = small_gpt()
+    made = trained_adapter(base, r=3, target_modules=["o_proj", "up_proj"], use_rslora=use_rslora)
+    adapter = rescaled(made, numbers.__getitem__)
+    again = there_and_back(adapter, base)
+    assert scalings(again) == scalings(adapter) and same_adapter(again, adapter)
+    others = scalings(there_and_back(adapter, base, without_metadata=True))
+    assert others == pytest.approx(scalings(adapter), rel=2**-52)
+
+
+def test_pairs_of_other_ranks_than_the_configuration_says_are_saved_as_they_are(tmp_path):
+    base = small_gpt()
+    wide = trained_adapter(base, r=5, alpha=10, target_modules=["o_proj"])
+    adapter = Adapter(LoRAConfig(2, 4, ["o_proj"]), wide.pairs, wide.base_fingerprint)
+    config, _, _ = written(adapter, tmp_path)
+    assert (config["r"], config["lora_alpha"]) == (5, 10)
+    assert same_adapter(load_adapter(tmp_path, base), adapter)
+
+
+@pytest.mark.parametrize("scaling", [0.0, -2.0, float("nan"), float("inf")])
+def test_a_scaling_that_no_file_can_hold_is_refused_and_nothing_is_written(scaling, tmp_path):
+    adapter = rescaled(trained_adapter(small_gpt(), target_modules=["o_proj"]), lambda i: scaling)
+    with pytest.raises(ValueError, match="save_adapter: LoRAConfig: alpha must be a finite positive number"):
+        save_adapter(adapter, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 # The layout.
 
 
 def test_a_gpt2s_adapter_has_pefts_keys_and_shapes(tmp_path):
-    _, tensors, _ = written(trained_adapter(small_gpt(), r=3, target_modules=["v_proj", "o_proj", "mlp.down_proj"]),
-    tmp_path)
+    adapter = trained_adapter(small_gpt(), r=3, target_modules=["v_proj", "o_proj", "mlp.down_proj"])
+    _, tensors, _ = written(adapter, tmp_path)
     expected = {}
     for i in range(2):
         for module, n_in, n_out in (("attn.c_attn", 8, 24), ("attn.c_proj", 8, 8), ("mlp.c_proj", 32, 8)):
@@ -309,8 +379,8 @@ def test_one_rank_and_strength_is_written_as_such_and_several_as_patterns(tmp_pa
 
 
 def test_the_most_common_rank_and_strength_are_the_default_and_the_rest_is_named(tmp_path):
-    adapter = trained_adapter(small_gpt(), target_modules=["o_proj", "up_proj", "down_proj"],
-    rank_pattern={"o_proj": 1})
+    targets = ["o_proj", "up_proj", "down_proj"]
+    adapter = trained_adapter(small_gpt(), target_modules=targets, rank_pattern={"o_proj": 1})
     config, _, _ = written(adapter, tmp_path)
     assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (2, 4, {})
     assert config["rank_pattern"] == {f"transformer.h.{i}.attn.c_proj": 1 for i in (0, 1)}
@@ -423,8 +493,8 @@ SAME = {  # what other programs write, and what means the same
 
 @pytest.mark.parametrize("change", SAME.values(), ids=SAME)
 def test_what_means_the_same_is_the_same_adapter(change, tmp_path):
-    adapter, expected = load_adapter(tmp_path, foreign(tmp_path, change)), trained_adapter(small_gpt(),
-    target_modules=OURS)
+    adapter = load_adapter(tmp_path, foreign(tmp_path, change))
+    expected = trained_adapter(small_gpt(), target_modules=OURS)
     assert bits(adapter) == bits(expected)
     assert [adapter.pairs[n].scaling for n in adapter.pairs] == pytest.approx([2.0] * 4, rel=1e-15)
     assert adapter.base_fingerprint is None, "it does not say which base it belongs to"
@@ -513,11 +583,13 @@ def test_an_adapter_that_would_compute_something_else_is_refused(change, shown, 
 
 # What other libraries do without a word. Each of these has happened to somebody; here each has its refusal.
 
-deeper = lambda config, tensors: tensors.update({k.replace("h.1.", "h.2."): v for k,
-v in tensors.items() if "h.1." in k})
+def deeper(config, tensors):
+    tensors.update({name.replace("h.1.", "h.2."): t for name, t in tensors.items() if "h.1." in name})
+
+
 SILENT = {  # what went wrong elsewhere: (the change, what the message must show)
-    "S2, P1: keys without base_model.model.": (rename(re.escape(PREFIX), ""),
-        "c_proj.lora_[AB].weight is not base_model.model"),
+    "S2, P1: keys without base_model.model.": (
+        rename(re.escape(PREFIX), ""), "c_proj.lora_[AB].weight is not base_model.model"),
     "S2: keys of another wrapper": (rename("model.transformer", "model.model.layers"),
         "none of the file's modules is in"),
     "P2: half of the keys without transformer.": (rename("transformer.h.0", "h.0"), "superfluous: h.0"),
@@ -622,8 +694,8 @@ def test_what_is_impossible_by_construction(reason):
 
 
 def test_every_failure_on_the_list_has_its_test():
-    told = " ".join([*SILENT, *IMPOSSIBLE,
-    *(name.removeprefix("test_").replace("_", " ").upper() for name in globals())])
+    tests = [name.removeprefix("test_").replace("_", " ").upper() for name in globals()]
+    told = " ".join([*SILENT, *IMPOSSIBLE, *tests])
     for number in [*(f"S{i}" for i in range(1, 13)), *(f"P{i}" for i in range(1, 17))]:
         assert re.search(rf"\b{number}\b", told), number
 
@@ -766,39 +838,81 @@ def note_of(folder):
 
 Q = "h.0.attn.q_proj"
 SPOILT = {
-    "another alpha": lambda n: n["config"].update(alpha=8), "another r": lambda n: n["config"].update(r=3),
-    "rsLoRA": lambda n: n["config"].update(use_rslora=True), "no alpha": lambda n: n["config"].pop("alpha"),
+    "no alpha": lambda n: n["config"].pop("alpha"),
     "an unknown field": lambda n: n["config"].update(x=1),
-        "a configuration that is a list": lambda n: n.update(config=[]),
+    "a configuration that is a list": lambda n: n.update(config=[]),
     "columns too far": lambda n: n["columns"].update({Q: [0, 99]}),
-        "columns cut": lambda n: n["columns"].update({Q: [0, 1]}),
+    "columns cut": lambda n: n["columns"].update({Q: [0, 1]}),
     "columns of another part": lambda n: n["columns"].update({Q: [2, 4]}),
-        "columns gone": lambda n: n.update(columns={}),
+    "columns gone": lambda n: n.update(columns={}),
     "columns text": lambda n: n["columns"].update({Q: "ab"}),
-        "columns three": lambda n: n["columns"].update({Q: [0, 1, 2]}),
-    "columns null": lambda n: n.update(columns=None), "columns a number": lambda n: n.update(columns=5),
-    "columns floats": lambda n: n["columns"].update({Q: [0.0, 2.0]}), "a part left out": lambda n: n["columns"].pop(Q),
-    "columns nested": lambda n: n["columns"].update({Q: [[0], [2]]}), "columns a list": lambda n: n.update(columns=[1]),
+    "columns three": lambda n: n["columns"].update({Q: [0, 1, 2]}),
+    "columns null": lambda n: n.update(columns=None),
+    "columns a number": lambda n: n.update(columns=5),
+    "columns floats": lambda n: n["columns"].update({Q: [0.0, 2.0]}),
+    "a part left out": lambda n: n["columns"].pop(Q),
+    "columns nested": lambda n: n["columns"].update({Q: [[0], [2]]}),
+    "columns a list": lambda n: n.update(columns=[1]),
     "columns none": lambda n: n["columns"].update({Q: [None, None]}),
-        "columns below": lambda n: n["columns"].update({Q: [-4, -2]}),
+    "columns below": lambda n: n["columns"].update({Q: [-4, -2]}),
     "columns a pair of text": lambda n: n["columns"].update({Q: {"a": 1, "b": 2}}),
-}  # fmt: skip
+}
+SPOILT_PAIRS = {
+    "another scaling": lambda n: n["pairs"][Q].update(scaling=4.0),
+    "a scaling a little off": lambda n: n["pairs"][Q].update(scaling=2.0 + 1e-9),
+    "another r": lambda n: n["pairs"][Q].update(r=3),
+    "a pair absent": lambda n: n["pairs"].pop(Q),
+    "no r": lambda n: n["pairs"][Q].pop("r"),
+    "no scaling": lambda n: n["pairs"][Q].pop("scaling"),
+    "a scaling that is text": lambda n: n["pairs"][Q].update(scaling="much"),
+    "a pair that is a number": lambda n: n["pairs"].update({Q: 2}),
+    "pairs a list": lambda n: n.update(pairs=[1]),
+}
+# Version 0.1.0 noted the configuration alone, and had nothing but pairs that were made by it.
+SPOILT_OLD = {
+    "another alpha": lambda n: n["config"].update(alpha=8),
+    "another r": lambda n: n["config"].update(r=3),
+    "rsLoRA": lambda n: n["config"].update(use_rslora=True),
+}
 
 
+def spoil_note(folder, *changes):
+    note = note_of(folder)
+    for change in changes:
+        change(note)
+    with_metadata(folder, **{"minilora.adapter": json.dumps(note)})
+
+
+def as_version_0_1_0(note):
+    del note["pairs"]
+
+
+@pytest.mark.parametrize("version", ["now", "0.1.0"])
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
-def test_metadata_that_contradict_the_tensors_are_refused_or_change_nothing(spoil, tmp_path):
+def test_metadata_that_contradict_the_tensors_are_refused(spoil, version, tmp_path):
+    base = small_gpt()
+    save_adapter(trained_adapter(base, target_modules=["q_proj", "v_proj"]), tmp_path)
+    spoil_note(tmp_path, *([as_version_0_1_0] if version == "0.1.0" else []), spoil)
+    refused(tmp_path, base, "")
+
+
+@pytest.mark.parametrize("spoil", SPOILT_PAIRS.values(), ids=SPOILT_PAIRS)
+def test_a_note_on_the_pairs_that_contradicts_them_is_refused(spoil, tmp_path):
+    base = small_gpt()
+    save_adapter(trained_adapter(base, target_modules=["q_proj", "v_proj"]), tmp_path)
+    spoil_note(tmp_path, spoil)
+    refused(tmp_path, base, "its metadata give h.0.attn.q_proj|its minilora.adapter: pairs must be")
+
+
+@pytest.mark.parametrize("spoil", SPOILT_OLD.values(), ids=SPOILT_OLD)
+def test_a_configuration_of_version_0_1_0_that_contradicts_the_pairs_is_refused(spoil, tmp_path):
     base = small_gpt()
     adapter = trained_adapter(base, target_modules=["q_proj", "v_proj"])
     save_adapter(adapter, tmp_path)
-    note = note_of(tmp_path)
-    spoil(note)
-    with_metadata(tmp_path, **{"minilora.adapter": json.dumps(note)})
-    try:
-        again = quietly(tmp_path, base)
-    except ValueError as error:
-        assert str(tmp_path) in str(error)
-        return
-    assert bits(again) == bits(adapter), "equal columns, spelt in another way"
+    spoil_note(tmp_path, as_version_0_1_0)
+    assert same_adapter(quietly(tmp_path, base), adapter)
+    spoil_note(tmp_path, spoil)
+    refused(tmp_path, base, "its metadata give h.0.attn.q_proj.*save the adapter again")
 
 
 @pytest.mark.parametrize("name", ["minilora.base", "minilora.config", "minilora.adapter"])
@@ -836,8 +950,8 @@ def test_files_of_two_saves_are_not_mixed(tmp_path):
 # Fuzz.
 
 ODD_VALUES = st.sampled_from([None, True, False, 0, 1, 2, 3, -1, 7, 1.5, float("nan"), float("inf"), "", "c_fc", "h",
-"2",
-                              [], [1], [0, 1], ["c_fc"], {}, {"a": 1}, {"c_fc": 2}, [[]], "LORA", "none"])  # fmt: skip
+                              "2", [], [1], [0, 1], ["c_fc"], {}, {"a": 1}, {"c_fc": 2}, [[]], "LORA",
+                              "none"])  # fmt: skip
 
 
 @given(st.sampled_from([*FULL_PEFT, "unknown"]), ODD_VALUES)
@@ -881,11 +995,9 @@ def computes_the_same(adapter, expected):
     """To the bit; or scaling · B A is the same to the rounding, with only zeros for what is not in `expected`."""
     if bits(adapter) == bits(expected):
         return all(adapter.pairs[name].scaling == expected.pairs[name].scaling for name in expected.pairs)
-    update = lambda a, name: a.pairs[name].scaling * (a.pairs[name].lora_B.data @ a.pairs[name].lora_A.data)
+    deltas = {name: pair.delta() for name, pair in expected.pairs.items()}
     return adapter.base_fingerprint is not None and all(
-        np.allclose(update(adapter, name), update(expected, name) if name in expected.pairs else 0, rtol=1e-5,
-        atol=1e-6)
-        for name in adapter.pairs
+        np.allclose(pair.delta(), deltas.get(name, 0), rtol=1e-5, atol=1e-6) for name, pair in adapter.pairs.items()
     )
 
 
@@ -923,8 +1035,8 @@ def test_an_adapter_that_is_not_finite_is_not_saved_and_the_old_one_stays(value,
     save_adapter(good, tmp_path)
     getattr(broken.pairs["h.1.mlp.up_proj"], factor).data[1, 1] = value
     for folder in (tmp_path, tmp_path / "new"):
-        with pytest.raises(ValueError,
-        match=rf"h.1.mlp.up_proj.{factor} hold inf or nan.*learning rate.*allow_untrained"):
+        shown = rf"h.1.mlp.up_proj.{factor} hold inf or nan.*learning rate.*allow_untrained"
+        with pytest.raises(ValueError, match=shown):
             save_adapter(broken, folder)
     assert same_adapter(load_adapter(tmp_path, base), good)
     assert not (tmp_path / "new").exists()
@@ -1003,12 +1115,12 @@ def test_an_alpha_beyond_every_float_is_refused(tmp_path):
 
 
 def test_planted_a_loader_that_skips_what_it_does_not_know_is_seen(monkeypatch, tmp_path):
-    monkeypatch.setattr(peft_module, "same_names", lambda *arguments: None)
+    monkeypatch.setattr(peft, "check_same_tensors", lambda *arguments: None)
     base = foreign(tmp_path, SILENT["S4, P6: tensors that no target asks for"][0])
     assert len(quietly(tmp_path, base).pairs) == 2, "half of it is gone, and nobody said so"
 
 
 def test_planted_a_loader_that_does_not_ask_for_the_base_is_seen(monkeypatch, tmp_path):
-    monkeypatch.setattr(peft_module, "check_fits", lambda *arguments, **options: None)
+    monkeypatch.setattr(peft, "check_fits", lambda *arguments, **options: None)
     save_adapter(trained_adapter(small_gpt(0)), tmp_path)
     assert quietly(tmp_path, small_gpt(9)), "it loads onto a base it was not trained on"

@@ -1,23 +1,26 @@
 """What an adapter's configuration says: its fields, and which modules it means, in the file's names and in ours."""
 
+import math
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import small_gpt, tiny_mlp, trained_adapter
+from strategies import small_gpt, tiny_mlp
 
+from minilora.disk.gpt2 import GPT2
 from minilora.disk.peft_config import (
     _block,
+    alpha_for,
     chosen_modules,
+    config_in_our_names,
     endings,
-    file_modules,
-    file_table,
-    of_gpt2,
+    module_table,
     read_config,
-    translated,
+    written_fields,
 )
-from minilora.lora import Adapter, linear_names
+from minilora.lora import linear_names
 from minilora.lora_config import LoRAConfig, find_targets
 
 FIELDS = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["c_attn"]}
@@ -47,8 +50,9 @@ def test_what_is_read_and_what_is_left_at_its_default():
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("missing", ["absent", "null"])
 def test_a_field_without_a_safe_default_must_be_there(field, missing):
-    config = {key: value for key,
-    value in FIELDS.items() if key != field} | ({field: None} if missing == "null" else {})
+    config = {key: value for key, value in FIELDS.items() if key != field}
+    if missing == "null":
+        config[field] = None
     with pytest.raises(ValueError, match=f"^file.json: no {field}; these have no safe default, add what training used"):
         read_config("file.json", config)
 
@@ -149,19 +153,11 @@ def test_what_is_no_expression_is_refused(fields):
 # The names of the file, and ours.
 
 
-def test_three_of_our_modules_are_one_of_a_gpt2():
-    table = file_modules(linear_names(small_gpt()), True)
-    assert list(table) == FILES[:8]
-    assert table["transformer.h.1.attn.c_attn"] == ["h.1.attn.q_proj", "h.1.attn.k_proj", "h.1.attn.v_proj"]
-    assert table["transformer.h.0.mlp.c_proj"] == ["h.0.mlp.down_proj"]
-    names = linear_names(small_gpt(positions="rope"))
-    assert file_modules(names, False) == {name: [name] for name in names}
-
-
-@pytest.mark.parametrize("used, first",
-[(FILES[:1], "transformer.h.0.attn.c_attn"), (["h.1.mlp.c_fc"], "h.0.attn.c_attn")])
+@pytest.mark.parametrize("used, first", [
+    (FILES[:1], "transformer.h.0.attn.c_attn"), (["h.1.mlp.c_fc"], "h.0.attn.c_attn"),
+])  # fmt: skip
 def test_the_names_of_a_model_with_and_without_its_head_are_known(used, first):
-    assert next(iter(file_table(small_gpt(), used))) == first
+    assert next(iter(module_table(small_gpt(), used))) == first
 
 
 @pytest.mark.parametrize("base, used", [
@@ -169,29 +165,21 @@ def test_the_names_of_a_model_with_and_without_its_head_are_known(used, first):
 ], ids=["a Llama", "nothing", "on no GPT"])  # fmt: skip
 def test_names_of_another_model_are_refused_with_both_sides(base, used):
     with pytest.raises(ValueError, match="none of the file's modules is in the base. The file has .*; the base has "):
-        file_table(base, used)
+        module_table(base, used)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])
 @pytest.mark.parametrize("used", [FILES[:1], ["h.0.attn.c_attn"], ["h.0.attn.q_proj"]])
 def test_a_gpt_is_known_by_each_of_its_names(used, positions):
     """An adapter that does not say what it belongs to may have been saved under either kind."""
-    table = file_table(small_gpt(positions=positions), used)
+    table = module_table(small_gpt(positions=positions), used)
     assert used[0] in table and "h.0.attn.q_proj" in table[used[0]]
 
 
-def test_whose_adapter_it_is_is_told_by_its_names_and_its_base():
-    rope, mlp = small_gpt(positions="rope"), tiny_mlp(5, 7, 3)
-    assert of_gpt2(trained_adapter(small_gpt())) and not of_gpt2(trained_adapter(rope))
-    assert not of_gpt2(trained_adapter(mlp, target_modules="all-linear"))
-    known = trained_adapter(small_gpt())
-    assert of_gpt2(Adapter(known.config, known.pairs, None))
-
-
 def test_a_configuration_is_translated_module_by_module():
-    table = file_modules(linear_names(small_gpt()), True)
+    table = GPT2.module_table(linear_names(small_gpt()))
     theirs = LoRAConfig(2, 4, ["c_attn", "mlp.c_proj"], 0.1, True, {"c_attn": 3}, {r"h\.1\..*": 5, "c_attn": 7})
-    ours = translated(theirs, [name for name in table if name.endswith(("c_attn", "mlp.c_proj"))], table)
+    ours = config_in_our_names(theirs, [name for name in table if name.endswith(("c_attn", "mlp.c_proj"))], table)
     assert (ours.r, ours.alpha, ours.dropout, ours.use_rslora) == (2, 4, 0.1, True)
     assert ours.target_modules == ("q_proj", "k_proj", "v_proj", "down_proj")
     for file, names in table.items():
@@ -224,3 +212,59 @@ def test_a_model_of_other_names_has_endings_too():
 def test_a_pattern_of_layers_may_have_groups_of_its_own(pattern, block):
     """As PEFT reads them: `h|layers` is one of two whole patterns, of which the first has no number."""
     assert _block("transformer.h.1.attn.c_attn", [pattern]) == block
+
+
+# Fields that are written.
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("r, alpha", [(3, 7), (49, 1), (3, 1), (8, 16), (7, 0.3), (6, 7.77), (5, 1e-3), (1, 1 / 3)])
+def test_an_alpha_is_found_again_from_its_scaling(r, alpha, use_rslora):
+    scaling = LoRAConfig(r, alpha, "all-linear", use_rslora=use_rslora).scaling_of("any")
+    found = alpha_for(scaling, r, use_rslora)
+    assert found == alpha and type(found) is type(alpha)
+
+
+@given(st.integers(1, 300), st.floats(1e-6, 1e6), st.booleans())
+def test_every_scaling_that_some_alpha_gives_is_given_to_the_bit(r, alpha, use_rslora):
+    divisor = math.sqrt(r) if use_rslora else r
+    found = alpha_for(alpha / divisor, r, use_rslora)
+    assert found / divisor == alpha / divisor
+    assert len(repr(found)) <= len(repr(alpha))
+
+
+@given(st.integers(1, 300), st.floats(1e-6, 1e6), st.booleans())
+def test_of_a_scaling_that_no_alpha_gives_the_nearest_is_taken(r, scaling, use_rslora):
+    divisor = math.sqrt(r) if use_rslora else r
+    found = alpha_for(scaling, r, use_rslora)
+    assert math.isclose(found / divisor, scaling, rel_tol=2**-52)
+    around = [math.nextafter(float(found), 0), math.nextafter(float(found), math.inf)]
+    assert all(abs(found / divisor - scaling) <= abs(a / divisor - scaling) for a in around)
+
+
+def test_there_are_scalings_that_no_alpha_gives():
+    assert alpha_for(1.5, 3, False) / 3 == 1.5
+    missed = [s for s in np.random.default_rng(0).uniform(1, 2, 100) if alpha_for(s, 3, False) / 3 != s]
+    assert len(missed) > 10
+
+
+def fields(strengths, config=None, **more):
+    made_by = config or LoRAConfig(2, 4, "all-linear")
+    given = {"fan_in_fan_out": False, "base_model": "tiny", "all_modules": FILES, **more}
+    return written_fields(made_by, strengths, **given)
+
+
+def test_what_most_modules_have_is_the_default_and_the_others_are_named():
+    strengths = {FILES[0]: (6, 2.0), FILES[1]: (2, 2.0), FILES[2]: (2, 2.0), FILES[3]: (2, 5.5)}
+    written = fields(strengths)
+    assert (written["r"], written["lora_alpha"]) == (2, 4)
+    assert written["rank_pattern"] == {FILES[0]: 6} and written["alpha_pattern"] == {FILES[0]: 12, FILES[3]: 11}
+    assert written["target_modules"] == FILES[:4]
+    read = read_config("f", written)
+    assert {module: (read.r_of(module), read.scaling_of(module)) for module in strengths} == strengths
+
+
+def test_the_fields_say_nothing_of_how_the_pairs_were_made():
+    """r and alpha are those of the pairs, whatever the configuration was."""
+    written = fields({FILES[0]: (3, 7 / 3)}, LoRAConfig(16, 99, "all-linear", dropout=0.25))
+    assert (written["r"], written["lora_alpha"], written["lora_dropout"]) == (3, 7, 0.25)

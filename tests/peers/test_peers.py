@@ -13,9 +13,9 @@ import warnings
 import numpy as np
 import pytest
 
-import minilora.disk.gpt2
+import minilora.disk.adapter_file
+import minilora.disk.models
 import minilora.disk.peft
-import minilora.functional as F
 from minilora import (
     GPT,
     Adam,
@@ -254,12 +254,12 @@ def test_an_adapter_of_a_narrow_base_comes_back_the_same(tmp_path, rng, dtype):
 
 
 def test_the_adapters_bits_are_compared(tmp_path, rng, monkeypatch):
-    def one_bit_off(file, adapter, names):
-        A, B, columns = join(file, adapter, names)
+    def one_bit_off(*arguments):
+        A, B, columns = join(*arguments)
         return A, np.nextafter(B, np.float32(9)), columns
 
     join = minilora.disk.peft.join
-    monkeypatch.setattr(minilora.peft, "join", one_bit_off)
+    monkeypatch.setattr(minilora.disk.peft, "join", one_bit_off)
     with pytest.raises(AssertionError, match="lora_B.weight: other bits"):
         check_peft_round_trip(tmp_path, rng, **FROM_PEFT["default"])
 
@@ -338,14 +338,15 @@ def test_an_adapter_trained_here_is_the_same_in_peft(tmp_path, rng, make, config
 
 
 def test_a_wrong_scaling_is_noticed(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr(LoRAConfig, "scaling_of", lambda self, name: self.alpha_of(name) / self.r_of(name) ** 0.5)
+    too_small = lambda scaling, r, use_rslora: scaling * r**0.5
+    monkeypatch.setattr("minilora.disk.peft_config.alpha_for", too_small)
     with pytest.raises(AssertionError, match="logits: differ by"):
         check_trained_here(tmp_path, rng, *TRAINED["c_attn as PEFT has it"])
 
 
 def test_a_block_in_the_wrong_rows_is_noticed(tmp_path, rng, monkeypatch):
-    swapped = lambda file, names: ["v_proj", "k_proj", "q_proj"] * ("c_attn" in file)
-    monkeypatch.setattr("minilora.disk.c_attn.parts_of", swapped)
+    join = minilora.disk.peft.join
+    monkeypatch.setattr(minilora.disk.peft, "join", lambda name, parts, *rest: join(name, parts[::-1], *rest))
     with pytest.raises(AssertionError, match="logits: differ by"):
         check_trained_here(tmp_path, rng, *TRAINED["q and v"])
 
@@ -392,11 +393,11 @@ def test_a_checkpoint_of_transformers_comes_back_the_same(tmp_path, rng, how, li
 
 
 def test_a_square_weight_the_wrong_way_round_is_noticed(tmp_path, rng, monkeypatch):
-    def careless(model):
-        return {k: (parts, turned and "attn.c_proj" not in k) for k, (parts, turned) in layout(model).items()}
+    def careless(*model):
+        return {k: (parts, turned and "attn.c_proj" not in k) for k, (parts, turned) in layout(*model).items()}
 
-    layout = minilora.disk.gpt2._conv1d_layout
-    monkeypatch.setattr(minilora.gpt2, "_conv1d_layout", careless)
+    layout = minilora.disk.models._layout
+    monkeypatch.setattr(minilora.disk.models, "_layout", careless)
     with pytest.raises(AssertionError, match="logits: differ by"):  # the bits agree: both ways are wrong
         check_checkpoint(tmp_path, rng)
 
@@ -446,7 +447,7 @@ def test_narrow_dtypes_are_rounded_as_torch_does(tmp_path, rng, dtype):
 
 def test_rounding_down_is_noticed(tmp_path, rng, monkeypatch):
     towards_zero = lambda name, x, dtype: (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(dtype)
-    monkeypatch.setattr("minilora.disk.gpt2.rounded", towards_zero)
+    monkeypatch.setattr("minilora.disk.models.rounded", towards_zero)
     with pytest.raises(AssertionError, match="other bits"):
         check_rounding(tmp_path, rng, torch.float16)
 
@@ -508,9 +509,8 @@ def test_the_gradients_of_every_weight_are_torchs(tmp_path, rng, changes):
 
 
 def test_a_gradient_that_stops_at_an_adapter_is_noticed(tmp_path, rng, monkeypatch):
-    def deaf(self, x):
-        update = F.linear(F.linear(Tensor(x.data), self.lora_A) * self.scaling, self.lora_B)
-        return F.linear(x, self.weight, self.bias) + update
+    def deaf(self, x, rng=None):
+        return self.linear(x, rng) + self.pair(Tensor(x.data))
 
     monkeypatch.setattr(LoRALinear, "__call__", deaf)
     with pytest.raises(AssertionError, match="lora_.*: differ by"):
@@ -635,12 +635,13 @@ def test_a_square_update_is_the_right_way_round(tmp_path, rng):
 
 @pytest.mark.parametrize("way", ["reading", "writing"])
 def test_a_square_update_the_wrong_way_round_is_noticed(tmp_path, rng, monkeypatch, way):
-    factors, join = minilora.disk.peft._factors, minilora.disk.peft.join
+    factors, join = minilora.disk.adapter_file._factors, minilora.disk.peft.join
     if way == "reading":  # (B A)ᵀ = Aᵀ Bᵀ, and with r = in = out every shape fits
         turned = lambda pair: {"lora_A": pair["lora_B"].T, "lora_B": pair["lora_A"].T}
-        monkeypatch.setattr(minilora.peft, "_factors", lambda *a: {k: turned(pair) for k, pair in factors(*a).items()})
+        both_turned = lambda *arguments: {name: turned(pair) for name, pair in factors(*arguments).items()}
+        monkeypatch.setattr(minilora.disk.adapter_file, "_factors", both_turned)
     else:
-        monkeypatch.setattr(minilora.peft, "join", lambda *args: (*(x.T for x in join(*args)[1::-1]), {}))
+        monkeypatch.setattr(minilora.disk.peft, "join", lambda *args: (*(x.T for x in join(*args)[1::-1]), {}))
     with pytest.raises(AssertionError, match="logits: differ by"):
         check_square(tmp_path, rng)
 
@@ -761,6 +762,6 @@ def test_a_base_is_recognised_if_the_file_tells_it_and_said_to_be_unverified_if_
 
 def test_a_loader_that_skips_what_it_does_not_know_is_noticed(tmp_path, rng, monkeypatch):
     _, base, folder = narrower(tmp_path, rng)
-    monkeypatch.setattr("minilora.disk.peft.same_names", lambda *names: None)
+    monkeypatch.setattr("minilora.disk.peft.check_same_tensors", lambda *names: None)
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
         check_refused(base, folder, "superfluous")

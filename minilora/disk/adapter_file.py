@@ -1,0 +1,135 @@
+"""An adapter folder as it stands, in PEFT's layout: read, checked and kept apart from any base.
+
+A file holds `base_model.model.<module>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r),
+whichever way round the base stores its weights. What PEFT has no field for travels in the metadata
+of the safetensors file, which other readers skip: the fingerprint of the base, our configuration,
+r and scaling of each pair, and which columns of a c_attn belong to which projection.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..lora_config import LoRAConfig
+from .checks import errors_name, json_object, listed
+from .folder import load_folder
+from .peft_config import read_config
+
+TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+# Where our own notes are among the metadata.
+NOTE = "minilora.adapter"
+BASE_NOTE = "minilora.base"
+# Keys that PEFT skips or reads as something else, and what they tell. The last one is in every key.
+_STRANGE_KEYS = (
+    (f"{PREFIX}{PREFIX}", "the model was wrapped twice: take one prefix out of every key"),
+    (".default.", "the name of the adapter was left in the key: take it out"),
+    ("lora_embedding_", "LoRA on an embedding: merged into a tied one it would change the head"),
+    ("lora_magnitude_vector", "this is DoRA"),
+    ("lora_B.bias", "lora_bias is not supported"),
+    (".bias", "biases that were trained beside LoRA are not supported"),
+    ("", "only LoRA's factors are read; whole tensors (modules_to_save) are not supported"),
+)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter folder says, without its base. Modules go by their names in the file.
+
+    fields: the JSON. config: its LoRAConfig.
+    factors: {module of the file: {"lora_A": array (r, in), "lora_B": array (out, r)}}.
+    This library's own notes, in our names; None or {} in the files of others:
+    our_config: the LoRAConfig by which the pairs were made. columns: {our module: (start, stop)}
+    of the columns of lora_B that are its own. recorded: {our module: (r, scaling)}, None from
+    version 0.1.0. fingerprint: the base's.
+    """
+
+    fields: dict
+    config: LoRAConfig
+    factors: dict
+    our_config: LoRAConfig | None
+    columns: dict
+    recorded: dict | None
+    fingerprint: dict | None
+
+
+def read_adapter(folder):
+    """The AdapterFile of an adapter folder. Raises: as `load_adapter`."""
+    folder = Path(folder)
+    _check_folder(folder)
+    fields, tensors, metadata = load_folder(folder, TENSORS, CONFIG)
+    config = read_config(folder / CONFIG, fields)
+    factors = _factors(folder, tensors)
+    _check_ranks(folder, config, factors)
+    where = f"{folder / TENSORS}: its {NOTE}"
+    note = json_object(where, metadata.get(NOTE)) or {}
+    with errors_name(where):
+        our_config = LoRAConfig(**note.get("config", {})) if note else None
+        recorded = _recorded_pairs(note.get("pairs"))
+    fingerprint = json_object(f"{folder / TENSORS}: its {BASE_NOTE}", metadata.get(BASE_NOTE))
+    columns = note.get("columns", {})
+    return AdapterFile(fields, config, factors, our_config, columns, recorded, fingerprint)
+
+
+def _check_folder(folder):
+    """Name the two kinds of folder that look like an adapter's and are not."""
+    if (folder / "adapters.safetensors").exists() and not (folder / TENSORS).exists():
+        raise ValueError(
+            f"{folder} is an adapter of mlx-lm, whose adapter_config.json has the same name and "
+            "another meaning (scale, transposed factors); convert it to PEFT's format"
+        )
+    inside = sorted(path.parent.name for path in folder.glob(f"[!.]*/{CONFIG}"))
+    if inside and not (folder / CONFIG).exists():
+        raise FileNotFoundError(
+            f"{folder} has no {CONFIG}, but its sub-folders {listed(inside, most=8)} have: load one"
+        )
+
+
+def _factors(folder, tensors):
+    """{module: {"lora_A": array, "lora_B": array}} of all the tensors of a file."""
+    factors = {}
+    for key, array in tensors.items():
+        match = re.fullmatch(rf"{PREFIX}(?!{PREFIX})(.+)\.(lora_[AB])\.weight", key)
+        if match is None:
+            reason = next(reason for mark, reason in _STRANGE_KEYS if mark in key)
+            raise ValueError(
+                f"{folder}: {key} is not {PREFIX}<module>.lora_A.weight or .lora_B.weight; {reason}"
+            )
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise ValueError(
+                f"{folder}: {key} ({array.dtype}) must hold floats, and no inf or nan"
+            )
+        factors.setdefault(match[1], {})[match[2]] = array
+    if not factors:
+        raise ValueError(f"{folder}: {TENSORS} holds no tensor")
+    for module, pair in factors.items():
+        if len(pair) != 2:
+            raise ValueError(
+                f"{folder}: {module} has only {', '.join(pair)}; both factors are needed"
+            )
+    return factors
+
+
+def _check_ranks(folder, config, factors):
+    for module, pair in factors.items():
+        A = pair["lora_A"].shape
+        B = pair["lora_B"].shape
+        r = config.r_of(module)
+        if len(A) != 2 or len(B) != 2 or not A[0] == B[1] == r:
+            raise ValueError(
+                f"{folder}: {module} has lora_A {A} and lora_B {B}; (r, in) and (out, r) are "
+                f"needed, and {CONFIG} says r={r}"
+            )
+
+
+def _recorded_pairs(note):
+    """{our module: (r, scaling)} from the note of a file, None if it has none."""
+    if note is None:
+        return None
+    try:
+        return {name: (pair["r"], float(pair["scaling"])) for name, pair in note.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"pairs must be {{module: r and scaling}}, got {note!r:.200}") from None
