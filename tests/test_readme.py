@@ -255,6 +255,7 @@ def test_it_fits_on_a_page():
 def test_it_has_two_commands_and_the_second_tests():
     commands = [line for _, code in blocks(README) for line in code.splitlines() if line.startswith("pip install")]
     assert commands == ["pip install -e . && minilora demo", "pip install -e '.[test]' && python -m pytest"]
+    assert re.findall(r"^pip install .*pytest.*$", README, re.MULTILINE) == commands[1:]  # so .ci/run looks for it
 
 
 def test_the_first_screen_holds_the_picture_the_example_the_commands_and_the_reading_order():
