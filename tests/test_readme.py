@@ -1,28 +1,87 @@
-"""What the README says is so: its code runs, its output was printed by this code, its counts and paths are right."""
+"""What the README and the pages beside the examples say is so: their code runs and prints what they say, their
+transcripts were printed by this code, their tables are made from what was measured, their paths and commands exist."""
 
 import ast
+import contextlib
+import io
 import json
 import re
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from ops import Op
 
 import minilora
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
+RESULTS = ROOT / "examples" / "results"
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("examples/*.md")]}
+README = PAGES["README.md"]
+every_page = pytest.mark.parametrize("name", PAGES)
 
 
-@pytest.mark.parametrize("code", [code for code in PYTHON if "import" in code], ids=lambda code: code.splitlines()[1])
-def test_its_python_runs(code):
-    exec(compile(code, "README.md", "exec"), {})
+def blocks(text):
+    """[(language, code)] of the page's fenced blocks."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def paragraphs(text):
+    """The page's prose, without its code."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL).split("\n\n")
+
+
+def joined(text):
+    """The text on one line, so that a sentence is found wherever its lines are broken."""
+    return " ".join(text.split())
+
+
+# Its code runs, and prints what its comments say.
+
+
+def program(text):
+    """The page's Python, block after block as its reader would run it; without quotations from the library."""
+    codes = [code for language, code in blocks(text) if language == "python"]
+    return "\n".join(code for code in codes if not code.startswith(" ") and "class LoRALinear" not in code)
+
+
+def promised(code):
+    """What the comments after or under each `print(...)` say that it prints."""
+    return re.findall(r"^print\(.*\)(?: +|\n)# (.*)$", code, re.MULTILINE)
+
+
+def printed(code, name):
+    """(the lines that the code prints, the names that it leaves)"""
+    names = {"__name__": name}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(code, name, "exec"), names)
+    return out.getvalue().splitlines(), names
+
+
+@every_page
+def test_its_python_runs_and_prints_what_its_comments_say(name):
+    code = program(PAGES[name])
+    lines, _ = printed(code, name)
+    if name != "layer_norm.md":  # it prints the message of its planted bug, which test_examples.py reads
+        assert lines == promised(code)
+
+
+def test_the_first_example_is_short_and_says_what_it_prints():
+    language, code = blocks(README)[0]
+    assert language == "python" and len([line for line in code.splitlines() if line and line[0] != "#"]) <= 20
+    assert len(promised(code)) == code.count("print(") >= 4
+
+
+def test_a_comment_that_is_wrong_is_noticed():
+    code = "print(1 + 1)  # 3\n"
+    assert promised(code) == ["3"] != printed(code, "planted")[0]
 
 
 def test_the_layer_it_shows_is_the_layer():
     """Word for word, the docstrings aside."""
-    (shown,) = [code for code in PYTHON if "class LoRALinear" in code]
+    (shown,) = [code for _, code in blocks(README) if "class LoRALinear" in code]
     source = (ROOT / "minilora" / "lora.py").read_text(encoding="utf-8")
     layers = [node for node in ast.parse(source).body if getattr(node, "name", "") in ("LoRAPair", "LoRALinear")]
     for part in [part for layer in layers for part in [layer, *layer.body]]:
@@ -31,13 +90,43 @@ def test_the_layer_it_shows_is_the_layer():
     assert [ast.unparse(node) for node in ast.parse(shown).body] == [ast.unparse(layer) for layer in layers]
 
 
-@pytest.mark.parametrize("name", ["demo.txt", "finetune.txt", "finetune_small.txt", "swap.txt"])
-def test_the_runs_it_shows_are_the_runs_that_are_kept(name):
-    kept = (ROOT / "examples" / "results" / name).read_text(encoding="utf-8")
-    assert ("", kept) in BLOCKS
+def test_the_row_that_the_new_op_gets_describes_it():
+    page = PAGES["contributing.md"]
+    _, names = printed(program(page), "contributing.md")
+    (row,) = [code for language, code in blocks(page) if code.lstrip().startswith("Op(")]
+    (op,) = eval(f"[{row}]", {"Op": Op, "np": np, "F": SimpleNamespace(silu=names["silu"])})
+    x = np.random.default_rng(0).normal(size=op.shapes(3, 4, 5)[0])
+    assert np.allclose(op.function(minilora.Tensor(x)).data, op.formula(x), rtol=1e-14)
 
 
-# Its tables of time and memory, made again from what was measured.
+# The transcripts are the runs that are kept.
+
+
+TRANSCRIPTS = {"demo.txt": "demo.md", "swap.txt": "demo.md", "finetune.txt": "gpt2.md", "finetune_small.txt": "gpt2.md"}
+
+
+@pytest.mark.parametrize("name, page", TRANSCRIPTS.items())
+def test_the_runs_it_shows_are_the_runs_that_are_kept(name, page):
+    assert ("", (RESULTS / name).read_text(encoding="utf-8")) in blocks(PAGES[page])
+
+
+def test_the_six_lines_of_the_demo_are_lines_of_the_run_that_is_kept():
+    run = (RESULTS / "demo.txt").read_text(encoding="utf-8").splitlines()
+    (shown,) = [code.splitlines() for _, code in blocks(README) if code.startswith("[5/5]")]
+    assert len(shown) == 6
+    assert [line for line in run if line in shown] == shown
+
+
+def test_what_is_said_of_the_demo_is_in_the_run_that_is_kept():
+    run = (RESULTS / "demo.txt").read_text(encoding="utf-8")
+    assert "41,472 new numbers" in run and "60 facts through 41,472 new numbers" in joined(README)
+    first, last = re.search(r"held-out loss (\S+) -> (\S+) nats", run).groups()
+    page = joined(PAGES["demo.md"])
+    assert f"{first} is worse than guessing" in page
+    assert f"{last} is as good as choosing among e^{float(last):.1f}" in page
+
+
+# The tables of time and memory, made again from what was measured.
 
 SIZES = ["tiny", "mid", "small"]
 COMPARED = {  # what the row says: (file of results, task, library, what is told of minilora's row and the library's)
@@ -58,14 +147,30 @@ COMPARED = {  # what the row says: (file of results, task, library, what is told
     "a LoRA step of minilora": ("benchmark", "lora", "minilora", "step"),
     "share of it that the products alone would take": ("benchmark", "lora", "minilora", "share"),
 }
+GROWS = ["T=64", "T=256", "T=1024", "B=1", "B=4", "B=16", "r=1", "r=8", "r=64"]
+
+
+def results(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def measured(name):
-    return json.loads((ROOT / "examples" / "results" / f"{name}.json").read_text(encoding="utf-8"))["results"]
+    return results(name)["results"]
+
+
+def row(*cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def table(begin):
+    """The rows of the table of benchmark.md whose heading begins so."""
+    page = PAGES["benchmark.md"]
+    start = page.index(begin)
+    return page[start : page.index("\n\n", start)].splitlines()[2:]
 
 
 def compared(label):
-    """The row of the table of libraries, with a cell for each size."""
+    """A cell for each size: the row of the table of libraries."""
     file, task, library, what = COMPARED[label]
     cells = []
     for size in SIZES:
@@ -77,38 +182,40 @@ def compared(label):
             "step": lambda ours, its: f"{1e3 * ours['seconds']:,.0f} ms, {ours['peak_bytes'] / 1e6:,.0f} MB",
             "share": lambda ours, its: f"{100 * ours['share']:.0f} %",
         }[what](ours, its))  # fmt: skip
-    return f"| {label} | {' | '.join(cells)} |"
+    return cells
 
 
-GROWS = ["T=64", "T=256", "T=1024", "B=1", "B=4", "B=16", "r=1", "r=8", "r=64"]
+def test_its_comparison_is_what_was_measured():
+    assert table("| minilora's time or memory") == [row(label, *compared(label)) for label in COMPARED]
+
+
+def test_the_four_numbers_of_the_readme_are_what_was_measured():
+    tiny, _, small = compared("the same, over a GPT and LoRA written by hand in PyTorch")
+    tiny_memory, _, small_memory = compared("peak memory of a LoRA step, over PyTorch by hand")
+    assert (f"a LoRA step takes {tiny} times as long on a tiny model and {small} times on GPT-2's shape, "
+            f"in {tiny_memory} and {small_memory} of the memory") in joined(README)  # fmt: skip
 
 
 def grows(size):
     """The row of one shape: a LoRA step in minilora, and in PyTorch by hand."""
     (contest,) = [each for each in measured("scaling") if each["size"] == size]
-    rows = [row for name in ("minilora", "torch") for row in contest["rows"] if row["library"] == name]
-    cells = [f"{1e3 * row['seconds']:,.0f} ms, {row['peak_bytes'] / 1e6:,.0f} MB" for row in rows]
-    return f"| {size} | {' | '.join(cells)} |"
+    steps = [each for name in ("minilora", "torch") for each in contest["rows"] if each["library"] == name]
+    return row(size, *[f"{1e3 * each['seconds']:,.0f} ms, {each['peak_bytes'] / 1e6:,.0f} MB" for each in steps])
 
 
-def adapters_in_one_batch():
-    """The sentence on several adapters: time over that of one that is attached, of a training step and of a forward."""
+def test_how_it_grows_is_what_was_measured():
+    assert table("| | minilora | PyTorch by hand |") == [grows(size) for size in GROWS]
+
+
+def test_what_several_adapters_cost_is_what_was_measured():
+    """Time over that of one adapter that is attached, of a training step and of a forward."""
     times = {}
     for each in measured("scaling"):
         if each["size"] == "16 rows":
             rows = {row["library"]: row for row in each["rows"]}
             times[each["task"]] = f"{1 / rows['stack of 16']['ratio']:.2f}"
-    return (f"16 rows with an adapter each take {times['lora']} times as long to train on as with one for all, and "
-            f"{times['forward']} times as long to read.")  # fmt: skip
-
-
-@pytest.mark.parametrize("size", GROWS)
-def test_how_it_grows_is_what_was_measured(size):
-    assert grows(size) in README.splitlines()
-
-
-def test_what_several_adapters_cost_is_what_was_measured():
-    assert adapters_in_one_batch() in README.replace("\n", " ")
+    assert (f"16 rows with an adapter each take {times['lora']} times as long to train on as with one for all, and "
+            f"{times['forward']} times as long to read.") in joined(PAGES["benchmark.md"])  # fmt: skip
 
 
 def tricks():
@@ -119,32 +226,100 @@ def tricks():
             on = f"{1e3 * seconds:,.0f} ms, {peak / 1e6:,.0f} MB"
             cell = on if name == "all on" else f"{ratio:.2f}, {round(more / 1e6):+,} MB"
             cells.setdefault((name, each["task"]), {}).setdefault(each["size"], cell)
-    return [f"| {name} | {task} | {' | '.join(row[size] for size in SIZES)} |" for (name, task), row in cells.items()]
-
-
-@pytest.mark.parametrize("label", COMPARED)
-def test_its_comparison_is_what_was_measured(label):
-    assert compared(label) in README.splitlines()
+    escaped = lambda name: name.replace("*", r"\*")  # or it would be emphasis
+    return [row(escaped(name), task, *[by_size[size] for size in SIZES]) for (name, task), by_size in cells.items()]
 
 
 def test_its_tricks_are_what_was_measured():
-    begin = README.index("| switched off | task |")
-    shown = README[begin : README.index("\n\n", begin)].splitlines()[2:]
-    assert shown == tricks()
+    assert table("| switched off | task |") == tricks()
+
+
+@pytest.mark.parametrize("file", ["benchmark", "variants", "scaling", "tricks"])
+def test_the_machine_it_names_is_the_one_that_measured(file):
+    machine = results(file)["machine"]
+    names = {"numpy": "NumPy", "torch": "PyTorch", "transformers": "transformers", "peft": "PEFT", "jax": "JAX"}
+    versions = [f"{names[name]} {machine['versions'][name].partition('+')[0]}" for name in names]
+    page = joined(PAGES["benchmark.md"])
+    shown = [*versions, f"Python {machine['python']}", machine["cpu"].rpartition(" ")[2].replace("GHz", " GHz")]
+    assert [each for each in shown if each not in page] == []
+    assert (machine["cores"], machine["threads"]) == (2, 2) and "two cores" in page and "two threads" in page
+
+
+# What it says of the repository.
+
+
+def test_it_fits_on_a_page():
+    assert len(README.encode()) < 14_000
 
 
 def test_it_has_two_commands_and_the_second_tests():
-    commands = [code for language, code in BLOCKS if code.startswith("pip install")]
-    assert len(commands) == 2 and all(code.count("\n") == 1 for code in commands)
-    assert "minilora demo" in commands[0] and "pytest" in commands[1]
+    commands = [line for _, code in blocks(README) for line in code.splitlines() if line.startswith("pip install")]
+    assert commands == ["pip install -e . && minilora demo", "pip install -e '.[test]' && python -m pytest"]
+    assert re.findall(r"^pip install .*pytest.*$", README, re.MULTILINE) == commands[1:]  # so .ci/run looks for it
+
+
+def test_the_first_screen_holds_the_picture_the_example_the_commands_and_the_reading_order():
+    first = README[: README.index("\n## ")]
+    assert len(first.splitlines()) < 75
+    for part in ("<picture>", "attach(base, adapter)", "minilora demo", "[5/5]", "bit-identical", "minilora/lora.py"):
+        assert part in first
 
 
 def test_its_reading_order_is_that_of_the_book():
-    rows = re.findall(r"^\| `(\w+)\.py` \|", README, re.MULTILINE)
-    assert rows == re.findall(r"\w+", re.search(r"Reading order: ([\w, \n]+)\.", minilora.__doc__)[1])[:len(rows)]
+    rows = re.findall(r"^\| \[`(\w+)\.py`\]\(minilora/\1\.py\) \|", README, re.MULTILINE)
+    assert rows == re.findall(r"\w+", re.search(r"Reading order: ([\w, \n]+)\.", minilora.__doc__)[1])
     assert len(rows) == 10
 
 
-def test_every_file_it_names_exists():
-    for path in re.findall(r"`((?:examples|tests|minilora)/[\w./]+)`", README):
+@every_page
+def test_every_file_it_names_exists(name):
+    text = PAGES[name]
+    for path in re.findall(r"`((?:examples|tests|minilora)/[\w./]+)`", text):
         assert path == "examples/NAME.py" or (ROOT / path).exists(), path
+    here = ROOT if name == "README.md" else ROOT / "examples"
+    for path in re.findall(r"\]\(([^)#:]+)\)|(?:src|srcset)=\"([^\"]+)\"", text):
+        assert (here / "".join(path)).exists(), path
+
+
+def test_every_page_and_every_program_among_the_examples_is_in_the_readme():
+    names = [path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".md", ".py")]
+    assert [name for name in names if f"`{name}`" not in README] == []
+
+
+TERMS = {  # {a word of the field: what a paragraph says that explains it}
+    "VJP": "vector-Jacobian product", "cotangent": "gradient", "nats": "natural logarithm",
+    "[Hh]eld[- ]out": "not trained on",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("term", TERMS)
+@every_page
+def test_a_term_is_explained_where_it_first_occurs(name, term):
+    prose = [re.sub(r"`[^`]*`", "", joined(paragraph)) for paragraph in paragraphs(PAGES[name])]
+    for first in [paragraph for paragraph in prose if re.search(rf"\b{term}\b", paragraph)][:1]:
+        assert TERMS[term] in first
+
+
+PUBLIC_IN_0_1 = """GPT Adam Adapter GPTConfig GradientError LoRAConfig Tensor attach check_vjp generate gradcheck
+    init_adapter init_peft_adapter load_adapter load_gpt2 load_model merge no_grad parameter_report rounding_report
+    save_adapter save_gpt2 save_merged save_model stack""".split()
+
+
+def test_what_version_0_1_offered_is_still_there():
+    assert "`import minilora` offers the same names" in joined(README)
+    assert [name for name in PUBLIC_IN_0_1 if not hasattr(minilora, name)] == []
+
+
+def commands(text):
+    """The command lines of the page that call minilora, also those in transcripts."""
+    for language, code in blocks(text):
+        for line in code.replace("\\\n", " ").splitlines() if language == "" else ():
+            if match := re.match(r"(?:\$ )?minilora (\w+.*)", line):
+                yield match[1]
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(line for text in PAGES.values() for line in commands(text)))
+def test_the_commands_it_shows_are_understood(line):
+    table_of_commands = pytest.importorskip("minilora.cli.table")
+    name, *arguments = shlex.split(line)
+    table_of_commands.parser_of(name).parse_args(arguments)
