@@ -28,11 +28,7 @@ class LoRAPair(Module):
     """
 
     def __init__(self, lora_A, lora_B, scaling):
-        if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != lora_B.shape[1]:
-            raise ValueError(
-                f"LoRAPair: lora_A {lora_A.shape}, lora_B {lora_B.shape}: "
-                "need (r, in) and (out, r) with one r"
-            )
+        _check_one_rank(lora_A, lora_B)
         self.lora_A = lora_A
         self.lora_B = lora_B
         self.scaling = scaling
@@ -49,6 +45,14 @@ class LoRAPair(Module):
     def delta(self):
         """ΔW as an array (out, in)."""
         return self.scaling * (self.lora_B.data @ self.lora_A.data)
+
+
+def _check_one_rank(lora_A, lora_B):
+    if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != lora_B.shape[1]:
+        raise ValueError(
+            f"LoRAPair: lora_A {lora_A.shape}, lora_B {lora_B.shape}: "
+            "need (r, in) and (out, r) with one r"
+        )
 
 
 class AdaptedLayer(Module):
