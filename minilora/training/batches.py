@@ -52,7 +52,7 @@ def pad_pairs(pairs):
     it, because it comes later.
     Raises: ValueError for an empty list, an empty prompt or an empty answer.
     """
-    if not pairs or not all(len(prompt) and len(answer) for prompt, answer in pairs):
+    if not pairs or any(len(side) == 0 for pair in pairs for side in pair):
         raise ValueError(
             f"pad_pairs: no (prompt, answer) pairs, or an empty side among them: {pairs!r:.200}"
         )
