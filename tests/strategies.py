@@ -259,6 +259,12 @@ def small_gpt(seed=0, dtype="float32", **changes):
     return model
 
 
+def character_gpt(seed=0, n_embd=16, dtype="float32"):
+    """A GPT of one layer over the 96 characters, as it is drawn: for what is trained on a text."""
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=n_embd, vocab_size=96, block_size=32, positions="rope")
+    return GPT(config, np.random.default_rng(seed), dtype)
+
+
 def trained_adapter(base, seed=1, r=2, alpha=4, target_modules=("q_proj", "mlp.up_proj"), **more):
     """An adapter whose B is not zero, as if it had been trained; its names are those of this library."""
     adapter = init_adapter(base, LoRAConfig(r, alpha, target_modules, **more), np.random.default_rng(seed))

@@ -62,7 +62,7 @@ def train(
         if parts > 1:
             stack.enter_context(blas_threads(max(1, cores() // parts)))
         workers = stack.enter_context(PartWorkers(model, parts, threads))
-        progress = stack.enter_context(_Progress(steps, start, label, quiet))
+        progress = stack.enter_context(_ProgressBar(steps, start, label, quiet))
         for step in range(start, steps):
             try:
                 ids, targets = next(batches)
@@ -85,7 +85,7 @@ def train(
     return losses
 
 
-class _Progress:
+class _ProgressBar:
     """The bar of a run: steps, the last loss, tokens a second."""
 
     def __init__(self, steps, start, label, quiet):

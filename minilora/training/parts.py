@@ -18,7 +18,11 @@ from ..tensor import Tensor
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a batch: ids and targets (rows, T), and their `share` of the batch's targets."""
+    """Some rows of a batch: ids and targets (rows, T), and what belongs to them alone.
+
+    `share` is the fraction of the batch's targets that is theirs: the weight of their mean loss.
+    `rng` is what their dropout draws from, or None for no dropout.
+    """
 
     ids: np.ndarray
     targets: np.ndarray
@@ -65,21 +69,24 @@ class PartWorkers:
         work = cut(ids, targets, self.parts, seed, step)
         leaves = _leaves(self.model)
         for replica in self.replicas:
-            for own, shared in zip(_leaves(replica), leaves, strict=True):
-                own.data = shared.data
+            # Adam writes in place, but another optimizer may put new arrays into the model.
+            for twin, leaf in zip(_leaves(replica), leaves, strict=True):
+                twin.data = leaf.data
         n_threads = len(self.replicas)
-        shares = [work[i::n_threads] for i in range(n_threads)]
-        others = []
+        work_of_thread = [work[i::n_threads] for i in range(n_threads)]
+        other_threads = []
         try:
-            for replica, share in zip(self.replicas[1:], shares[1:], strict=True):
+            for i in range(1, n_threads):
                 # The context carries no_grad() and np.errstate into the thread.
                 run = copy_context().run
-                others.append(self.pool.submit(run, _compute, replica, share))
-            results = [_compute(self.replicas[0], shares[0])]
-            results += [other.result() for other in others]
+                other_threads.append(
+                    self.pool.submit(run, _compute, self.replicas[i], work_of_thread[i])
+                )
+            results = [_compute(self.replicas[0], work_of_thread[0])]
+            results += [thread.result() for thread in other_threads]
         finally:
             # After an error, or Ctrl-C, nobody computes on.
-            wait(others)
+            wait(other_threads)
         # Part i was computed by thread i % n_threads, as its number i // n_threads.
         in_order = [results[i % n_threads][i // n_threads] for i in range(len(work))]
         for _, gradients in in_order:
@@ -133,6 +140,7 @@ def part_gradients(replica, part):
 
 
 def _compute(replica, work):
+    """What one thread does: its parts, one after the other."""
     return [part_gradients(replica, part) for part in work]
 
 
