@@ -25,13 +25,18 @@ def check_fits(who, base, adapter, check_base=True):
     errors = adapter.fit_errors(modules, fingerprint)
     if not errors:
         return
-    lines = errors[:MOST_LINES]
-    if len(errors) > MOST_LINES:
-        lines.append(f"... and {len(errors) - MOST_LINES} more")
     raise ValueError(
-        f"{who}: this adapter does not fit this base; give the one it was trained on:\n  "
-        + "\n  ".join(lines)
+        f"{who}: this adapter does not fit this base; give the one it was trained on:"
+        + indented(errors)
     )
+
+
+def indented(lines):
+    """`lines` for a message, each on a line of its own; of many the first, and how many more."""
+    shown = lines[:MOST_LINES]
+    if len(lines) > MOST_LINES:
+        shown = [*shown, f"... and {len(lines) - MOST_LINES} more"]
+    return "".join(f"\n  {line}" for line in shown)
 
 
 def pair_errors(pairs, modules):

@@ -8,6 +8,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
+class ConfigError(ValueError):
+    """A field of a configuration has a value that makes no sense.
+
+    `field` is its name, `need` what it must be: who calls the field by another name can say so.
+    """
+
+    def __init__(self, config, field, need, value):
+        super().__init__(f"{type(config).__name__}: {field} must be {need}; got {value!r}")
+        self.field = field
+        self.need = need
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """The recipe by which an adapter is made, and the record that is saved with it.
@@ -20,7 +32,7 @@ class LoRAConfig:
     is passed. use_rslora: scale by alpha / √r, which keeps the update's size as r grows.
     rank_pattern, alpha_pattern: {expression: r or alpha} for the modules whose name, or a dotted
     ending of it, the expression matches; the first that matches counts.
-    Raises: ValueError that names the field, what it must be, and its value.
+    Raises: ConfigError (a ValueError) that names the field, what it must be, and its value.
     Source: Hu et al. 2021, section 4.1; Kalajdzievski 2023 (rsLoRA).
 
     >>> config = LoRAConfig(r=8, alpha=16, target_modules=["q_proj", "mlp.up_proj"],
@@ -61,7 +73,7 @@ class LoRAConfig:
             self._refuse("alpha_pattern", "{regular expression: finite positive number}")
 
     def _refuse(self, name, need):
-        raise ValueError(f"LoRAConfig: {name} must be {need}; got {getattr(self, name)!r}")
+        raise ConfigError(self, name, need, getattr(self, name))
 
     def r_of(self, name):
         """r of the module `name`."""

@@ -20,7 +20,8 @@ FLOORS = {
              "fits", "lora", "generate", "compose", "count"],
     "disk": ["characters", "checks", "tensor_file", "folder", "family", "gpt2", "own", "models", "c_attn",
              "peft_config", "adapter_file", "peft", "loaders", "rounding", "tokenizer"],
-    "training": ["corpus", "batches", "datasets", "parts", "threads", "loop", "checkpoint", "finetune"],
+    "training": ["corpus", "batches", "text_files", "datasets", "parts", "threads", "loop", "checkpoint", "progress",
+                 "finetune_config", "finetune"],
     "cli": ["ctrl_c", "messages", "parser", "folders", "questions", "commands", "inspect", "demo_tables", "demo",
             "options", "table", "main"],
 }
@@ -38,8 +39,8 @@ def dotted(path):
 
 
 SOURCES = {dotted(path): path.read_text(encoding="utf-8") for path in sorted((ROOT / "minilora").rglob("*.py"))}
-PLAIN = [*FLOORS["book"], *(f"disk.{name}" for name in FLOORS["disk"]), "training.parts", "training.threads",
-         "training.loop", "training.batches"]  # fmt: skip
+PLAIN = [*FLOORS["book"], *(f"disk.{name}" for name in FLOORS["disk"]),
+         *(f"training.{name}" for name in FLOORS["training"])]  # fmt: skip
 MODULES = [name for name in SOURCES if name.rpartition(".")[2] not in ("__init__", "__main__")]
 NOT_OURS = re.compile(r"\.(?!ci$|gitignore$).*|__pycache__|build|dist|shared|out|(minilora|gpt2)-demo.*|.*\.egg-info")
 

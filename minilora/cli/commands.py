@@ -172,7 +172,7 @@ def _warn_of_unknown(new_ids, known_by_tokenizer, known_by_model, warn):
 
 def _loss(model, examples, batch, label):
     """Nats per token of `examples`, once through them."""
-    bar = tqdm(examples.once(batch), desc=label, unit="batch", delay=1, leave=False)
+    bar = tqdm(examples.epoch(batch), desc=label, unit="batch", delay=1, leave=False)
     return heldout_loss(model, bar)
 
 

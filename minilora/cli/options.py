@@ -80,7 +80,7 @@ def demo_options(parser):
 
 def finetune_options(parser):
     """Add the options of `minilora finetune`."""
-    from ..training.finetune import Settings
+    from ..training.finetune_config import FineTuneConfig
 
     add = parser.add_argument
     _add_base(parser)
@@ -101,7 +101,7 @@ def finetune_options(parser):
     add(
         "--r",
         type=whole_number(1),
-        default=Settings.r,
+        default=FineTuneConfig.r,
         help="rank of the update (default %(default)s)",
     )
     add(
@@ -115,14 +115,14 @@ def finetune_options(parser):
     add(
         "--lr",
         type=positive_number,
-        default=Settings.lr,
+        default=FineTuneConfig.lr,
         help="peak of the learning rate (default %(default)s)",
     )
-    add("--steps", type=whole_number(1), default=Settings.steps, help="default %(default)s")
+    add("--steps", type=whole_number(1), default=FineTuneConfig.steps, help="default %(default)s")
     add(
         "--batch",
         type=whole_number(1),
-        default=Settings.batch,
+        default=FineTuneConfig.batch,
         help="rows in a step (default %(default)s)",
     )
     add(
@@ -133,14 +133,14 @@ def finetune_options(parser):
     add(
         "--dropout",
         type=share_below_one,
-        default=Settings.dropout,
+        default=FineTuneConfig.dropout,
         help="on the adapter's input (default %(default)s)",
     )
     _add_seed(parser)
     add(
         "--eval-split",
         type=share_below_one,
-        default=Settings.eval_split,
+        default=FineTuneConfig.eval_split,
         metavar="SHARE",
         help="share of the data held out, to measure the loss on before and after "
         "(default %(default)s)",
@@ -148,7 +148,7 @@ def finetune_options(parser):
     add(
         "--save-every",
         type=whole_number(1),
-        default=Settings.save_every,
+        default=FineTuneConfig.save_every,
         metavar="STEPS",
         help="steps between two checkpoints (default %(default)s)",
     )

@@ -93,13 +93,14 @@ def _run_demo(args):
 
 def _run_finetune(args):
     from ..backend import array_module
-    from ..training.finetune import Settings, finetune
+    from ..training.finetune import finetune
+    from ..training.finetune_config import FineTuneConfig
     from .folders import check_source
 
     target = args.target
     if target is None or target == ["all-linear"]:
         target = "all-linear"
-    config = Settings(
+    config = FineTuneConfig(
         base=args.base,
         data=args.data,
         out=args.out,
@@ -118,7 +119,7 @@ def _run_finetune(args):
     check_source(args.base, "model")
     xp = array_module(args.backend)
     parts, threads = _parts_and_threads(args)
-    finetune(config, xp, parts=parts, threads=threads, resume=args.resume, say=log)
+    finetune(config, xp, parts=parts, threads=threads, resume=args.resume, log=log)
 
 
 def _run_generate(args):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from minilora.cli.table import BASE, COMMANDS, parser_of
 from minilora.disk.folder import UNFINISHED
 from minilora.training import finetune
 from minilora.training import threads as process
-from minilora.training.finetune import Settings
+from minilora.training.finetune_config import FineTuneConfig
 from minilora.training.threads import parts_and_threads
 
 # The demo, run.
@@ -239,25 +240,25 @@ def test_the_examples_of_the_help_work_as_they_stand(quick, capsys, monkeypatch)
 
 
 def given_to_finetune(monkeypatch, *arguments):
-    """(Settings, resume, (parts, threads)) that `finetune` is called with."""
+    """(FineTuneConfig, resume, (parts, threads)) that `finetune` is called with."""
     calls = []
     monkeypatch.setattr(finetune, "finetune", lambda *given, **options: calls.append((given, options)))
     monkeypatch.setattr(folders, "check_source", lambda *given: calls.append(given))
     assert main(["finetune", "--base", "b", "--data", "d.txt", "--out", "o", "--alpha", "3", *arguments]) == 0
-    source, ((settings, xp), options) = calls
-    assert source == ("b", "model") and xp is np and options.keys() == {"resume", "say", "parts", "threads"}
-    return settings, options["resume"], (options["parts"], options["threads"])
+    source, ((config, xp), options) = calls
+    assert source == ("b", "model") and xp is np and options.keys() == {"resume", "log", "parts", "threads"}
+    return config, options["resume"], (options["parts"], options["threads"])
 
 
 def test_the_options_reach_the_training(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    usual = Settings(base="b", data="d.txt", out="o", alpha=3.0)
+    usual = FineTuneConfig(base="b", data="d.txt", out="o", alpha=3.0)
     assert given_to_finetune(monkeypatch) == (usual, False, parts_and_threads(None, None, "numpy"))
     every = "--r 5 --target c_attn --target mlp.c_fc q_proj --lr 0.25 --steps 6 --batch 7 --length 8 --dropout 0.5"
     more = "--seed 9 --eval-split 0.125 --save-every 11 --resume --target c_proj --parts 3 --threads 1"
-    expected = Settings(base="b", data="d.txt", out="o", alpha=3.0, r=5, lr=0.25, steps=6, batch=7, length=8, seed=9,
-                        target=["c_attn", "mlp.c_fc", "q_proj", "c_proj"], dropout=0.5, eval_split=0.125,
-                        save_every=11)  # fmt: skip
+    targets = ["c_attn", "mlp.c_fc", "q_proj", "c_proj"]
+    expected = replace(usual, r=5, target=targets, lr=0.25, steps=6, batch=7, length=8, seed=9, dropout=0.5,
+                       eval_split=0.125, save_every=11)  # fmt: skip
     assert given_to_finetune(monkeypatch, *every.split(), *more.split()) == (expected, True, (3, 1))
 
 
@@ -274,8 +275,8 @@ def test_the_options_reach_the_training(monkeypatch, tmp_path):
 )
 def test_names_of_modules_may_be_apart_by_spaces_or_by_commas(words, target, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    settings, _, _ = given_to_finetune(monkeypatch, *words.split())
-    assert settings == Settings(base="b", data="d.txt", out="o", alpha=3.0, target=target)
+    config, _, _ = given_to_finetune(monkeypatch, *words.split())
+    assert config == FineTuneConfig(base="b", data="d.txt", out="o", alpha=3.0, target=target)
 
 
 # How it ends.

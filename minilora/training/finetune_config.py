@@ -1,0 +1,68 @@
+"""What to fine-tune, on what, and how: the settings of a run, checked. Opens no file."""
+
+import math
+from dataclasses import dataclass
+
+from ..lora_config import ConfigError, LoRAConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneConfig:
+    """What to fine-tune, on what, and how.
+
+    base: the folder of a model with its tokenizer. data: a .txt file, or .jsonl with a prompt and
+    an answer on each line. out: the folder for the adapter. alpha, r, target, dropout: those of
+    LoRAConfig. lr: the peak of the learning rate, after a warm-up and before a cosine. steps: how
+    many, of `batch` rows each. seed: of everything random. eval_split: the share that is held out
+    to measure the loss on. length: tokens in a window of a text (None: 256, or the model's context
+    if that is shorter). save_every: steps between two checkpoints.
+    Raises: ConfigError (a ValueError) that names the field, what it must be, and its value.
+    """
+
+    base: str
+    data: str
+    out: str
+    alpha: float
+    r: int = 8
+    target: tuple | str = "all-linear"
+    lr: float = 5e-4
+    steps: int = 200
+    batch: int = 4
+    seed: int = 0
+    eval_split: float = 0.0
+    length: int | None = None
+    dropout: float = 0.0
+    save_every: int = 50
+
+    def __post_init__(self):
+        for field in ("steps", "batch", "save_every"):
+            if not _is_whole(getattr(self, field), 1):
+                self._refuse(field, "a whole number of at least 1")
+        if not _is_whole(self.seed, 0):
+            self._refuse("seed", "a whole number of at least 0")
+        if self.length is not None and not _is_whole(self.length, 1):
+            self._refuse("length", "a whole number of at least 1, or None")
+        if not _is_finite(self.lr) or self.lr <= 0:
+            self._refuse("lr", "a finite positive number")
+        if not _is_finite(self.eval_split) or not 0 <= self.eval_split < 1:
+            self._refuse("eval_split", "in [0, 1)")
+        try:
+            self.lora_config()
+        except ConfigError as error:
+            # LoRAConfig calls the target its target_modules.
+            self._refuse(error.field.removesuffix("_modules"), error.need)
+
+    def _refuse(self, field, need):
+        raise ConfigError(self, field, need, getattr(self, field)) from None
+
+    def lora_config(self):
+        """The LoRAConfig of r, alpha, target and dropout."""
+        return LoRAConfig(self.r, self.alpha, self.target, self.dropout)
+
+
+def _is_whole(value, least):
+    return type(value) is int and value >= least
+
+
+def _is_finite(value):
+    return type(value) in (int, float) and math.isfinite(value)

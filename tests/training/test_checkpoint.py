@@ -1,0 +1,170 @@
+"""A checkpoint alone: it gives everything back to the bit, or refuses it before anything changes."""
+
+import shutil
+
+import numpy as np
+import pytest
+from strategies import contents, small_gpt, trained_adapter
+
+from minilora import Adam
+from minilora.disk.folder import load_folder, save_folder
+from minilora.training.checkpoint import REMOVED, STATE, TENSORS, Checkpoint, is_checkpoint
+
+IDENTITY = {"settings": {"lr": 0.5, "target": ["q_proj"]}, "base": {"wte.weight": "0123"}}
+PROGRESS = {"losses": [2.5, 2.25], "before": None}
+
+
+def adapter_and_adam(seed, steps=0):
+    """An adapter and its optimizer after `steps` steps, whose gradients are drawn."""
+    adapter = trained_adapter(small_gpt(), seed)
+    adam = Adam(adapter.parameters())
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        for p in adapter.parameters():
+            p.grad = rng.standard_normal(p.shape).astype(p.dtype)
+        adam.step()
+    return adapter, adam
+
+
+def state_of(adapter, adam):
+    """All that a checkpoint is to give back, to the bit."""
+    adam_state = adam.state_dict()
+    moments = {name: moment.tobytes() for name, moment in adam_state["moments"].items()}
+    return contents(adapter), adam_state["steps"], moments
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(folder of a checkpoint after two steps, the state that was saved)."""
+    adapter, adam = adapter_and_adam(seed=1, steps=2)
+    checkpoint = Checkpoint(tmp_path / "checkpoint", IDENTITY, adapter, adam)
+    checkpoint.take_snapshot(PROGRESS)
+    checkpoint.save()
+    return tmp_path / "checkpoint", state_of(adapter, adam)
+
+
+def changed(folder, change_state=None, change_tensors=None):
+    """Save the checkpoint in `folder` again, as two functions have changed it."""
+    state, tensors, _ = load_folder(folder, TENSORS, STATE)
+    if change_state is not None:
+        change_state(state)
+    if change_tensors is not None:
+        change_tensors(tensors)
+    shutil.rmtree(folder)
+    save_folder(folder, TENSORS, tensors, STATE, state)
+
+
+def is_refused(folder, complaint, identity=IDENTITY):
+    """Restoring raises ValueError with the `complaint`, and changes nothing; returns the message."""
+    adapter, adam = adapter_and_adam(seed=2, steps=1)
+    before = state_of(adapter, adam)
+    with pytest.raises(ValueError, match=complaint) as refusal:
+        Checkpoint(folder, identity, adapter, adam).restore()
+    assert state_of(adapter, adam) == before
+    return str(refusal.value)
+
+
+def test_what_was_saved_is_restored_to_the_bit(saved):
+    folder, state = saved
+    assert is_checkpoint(folder)
+    adapter, adam = adapter_and_adam(seed=2, steps=1)
+    assert Checkpoint(folder, IDENTITY, adapter, adam).restore() == PROGRESS
+    assert state_of(adapter, adam) == state
+
+
+def test_what_is_saved_is_the_state_at_the_last_snapshot(tmp_path):
+    adapter, adam = adapter_and_adam(seed=1, steps=1)
+    checkpoint = Checkpoint(tmp_path, IDENTITY, adapter, adam)
+    checkpoint.take_snapshot({"n": 0})
+    adam.step()
+    checkpoint.take_snapshot({"n": 1})
+    state = state_of(adapter, adam)
+    adam.step()
+    checkpoint.save()
+    assert checkpoint.steps == 2
+    assert checkpoint.restore() == {"n": 1}
+    assert state_of(adapter, adam) == state
+
+
+def test_where_nothing_was_saved_the_folder_is_named(tmp_path):
+    assert not is_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match=TENSORS):
+        Checkpoint(tmp_path, IDENTITY, *adapter_and_adam(seed=1)).restore()
+
+
+def test_it_is_removed_with_what_an_earlier_removal_left(saved):
+    folder, _ = saved
+    (folder.parent / REMOVED).mkdir()
+    (folder.parent / REMOVED / TENSORS).write_bytes(b"half")
+    Checkpoint(folder, IDENTITY, *adapter_and_adam(seed=1)).remove()
+    assert list(folder.parent.iterdir()) == []
+
+
+# Of another run.
+
+
+@pytest.mark.parametrize("identity, difference", [
+    ({**IDENTITY, "settings": {"lr": 0.25, "target": ["q_proj"]}}, r"settings lr: 0\.5 in the checkpoint, 0\.25 now"),
+    ({**IDENTITY, "settings": {"lr": 0.5}}, r"settings target: \['q_proj'\] in the checkpoint, absent now"),
+    ({**IDENTITY, "data": {"sha256": "4567"}}, "data sha256: absent in the checkpoint, 4567 now"),
+], ids=["another value", "absent now", "absent then"])  # fmt: skip
+def test_another_run_is_refused_with_both_sides(saved, identity, difference):
+    folder, _ = saved
+    message = is_refused(folder, rf"belongs to another run; .*\n  {difference}$", identity)
+    assert len(message.splitlines()) == 2
+
+
+def test_of_many_differences_the_first_are_named_and_the_others_counted(saved):
+    folder, _ = saved
+    many = {**IDENTITY, "more": {f"field{i}": i for i in range(11)}}
+    message = is_refused(folder, "belongs to another run", many)
+    assert message.splitlines()[-2:] == ["  more field7: absent in the checkpoint, 7 now", "  ... and 3 more"]
+
+
+# Of another version, or damaged.
+
+
+@pytest.mark.parametrize("version", ["0.1", "3.1"])
+def test_a_checkpoint_of_another_version_is_refused_in_one_line_that_names_it(saved, version):
+    folder, _ = saved
+    changed(folder, lambda state: state.update(version=version))
+    message = is_refused(folder, f"written by minilora {version}, and this is 0.2: go on with that")
+    assert "\n" not in message
+
+
+def test_version_01_wrote_no_version_and_is_known_by_its_generators(saved):
+    folder, _ = saved
+
+    def as_01(state):
+        del state["version"]
+        state["rng"] = []
+
+    changed(folder, as_01)
+    is_refused(folder, r"written by minilora 0\.1")
+
+
+@pytest.mark.parametrize("field", ["version", "identity", "steps", "progress"])
+def test_a_state_without_one_of_its_fields_is_no_checkpoint(saved, field):
+    folder, _ = saved
+    changed(folder, lambda state: state.pop(field))
+    is_refused(folder, "has the fields .*; it is no checkpoint")
+
+
+@pytest.mark.parametrize("name, complaint", [
+    ("adam.m.0", "m.0 is absent"),
+    ("adapter.h.0.mlp.up_proj.lora_A", "is damaged.*h.0.mlp.up_proj.lora_A"),
+], ids=["moments", "adapter"])  # fmt: skip
+def test_a_tensor_that_is_absent_is_named(saved, name, complaint):
+    folder, _ = saved
+    changed(folder, change_tensors=lambda tensors: tensors.pop(name))
+    is_refused(folder, complaint)
+
+
+def test_a_tensor_of_another_shape_is_refused(saved):
+    folder, _ = saved
+
+    def cut(tensors):
+        tensors["adam.v.1"] = tensors["adam.v.1"][1:]
+
+    changed(folder, change_tensors=cut)
+    is_refused(folder, "v.1")

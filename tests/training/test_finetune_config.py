@@ -1,0 +1,51 @@
+"""The settings of a fine-tuning: what is refused, and by which name."""
+
+import pytest
+
+from minilora import LoRAConfig
+from minilora.training.finetune_config import ConfigError, FineTuneConfig
+
+PATHS = {"base": "b", "data": "d", "out": "o"}
+
+
+@pytest.mark.parametrize("field, value, need", [
+    ("steps", 0, "a whole number of at least 1"),
+    ("steps", 2.0, "a whole number of at least 1"),
+    ("steps", True, "a whole number of at least 1"),
+    ("batch", 0, "a whole number of at least 1"),
+    ("save_every", 0, "a whole number of at least 1"),
+    ("seed", -1, "a whole number of at least 0"),
+    ("length", 0, "a whole number of at least 1, or None"),
+    ("lr", 0.0, "a finite positive number"),
+    ("lr", float("inf"), "a finite positive number"),
+    ("eval_split", 1.0, "in [0, 1)"),
+    ("eval_split", -0.1, "in [0, 1)"),
+    ("eval_split", "0.1", "in [0, 1)"),
+    ("r", 0, "a whole number of at least 1"),
+    ("alpha", -1, "a finite positive number"),
+    ("dropout", 1.0, "in [0, 1)"),
+    ("target", [], "at least one name, or an expression"),
+])  # fmt: skip
+def test_a_setting_out_of_range_is_named_with_its_value_and_what_it_must_be(field, value, need):
+    with pytest.raises(ConfigError) as refusal:
+        FineTuneConfig(**{**PATHS, "alpha": 16, field: value})
+    assert str(refusal.value) == f"FineTuneConfig: {field} must be {need}; got {value!r}"
+    assert refusal.value.field == field
+    assert refusal.value.need == need
+
+
+def test_there_is_no_default_alpha():
+    with pytest.raises(TypeError, match="alpha"):
+        FineTuneConfig(**PATHS)
+
+
+def test_its_lora_config_has_the_four_fields_that_are_of_lora():
+    config = FineTuneConfig(**PATHS, alpha=6, r=3, target=["q_proj"], dropout=0.5)
+    assert config.lora_config() == LoRAConfig(r=3, alpha=6, target_modules=["q_proj"], dropout=0.5)
+
+
+def test_a_refusal_of_lora_config_has_the_parts_too():
+    with pytest.raises(ConfigError, match="^LoRAConfig: target_modules must be at least one name") as refusal:
+        LoRAConfig(r=3, alpha=6, target_modules=[])
+    assert refusal.value.field == "target_modules"
+    assert refusal.value.need == "at least one name, or an expression"
