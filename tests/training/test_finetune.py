@@ -208,6 +208,19 @@ def test_the_rate_warms_up_and_falls_and_nothing_decays(inputs, tmp_path, monkey
     assert adam.weight_decay == 0
 
 
+def test_the_run_is_saved_at_its_start_every_few_steps_and_at_its_end(inputs, tmp_path, monkeypatch):
+    saved_at = []
+    true_save = Checkpoint.save
+
+    def save(self):
+        saved_at.append(self.steps)
+        true_save(self)
+
+    monkeypatch.setattr(Checkpoint, "save", save)
+    run(config_for(inputs, tmp_path, steps=5, save_every=2))
+    assert saved_at == [0, 2, 4, 5]
+
+
 def test_the_base_is_not_changed(inputs, tmp_path):
     before = bytes_in(inputs / "base")
     run(config_for(inputs, tmp_path))
