@@ -50,10 +50,10 @@ _Run = namedtuple("_Run", "config model adapter adam batches heldout checkpoint"
 def finetune(config, xp=np, *, parts=1, threads=1, resume=False, log=print, quiet=False):
     """Train an adapter for the model in `config.base` on `config.data`; returns a Result.
 
-    `config` is a FineTuneConfig. The adapter is saved in the folder `config.out`. As long as the run has not ended, this folder
-    holds another, `checkpoint`, from which `resume=True` goes on. `log` is called with each line of
-    the report; `quiet` shows no progress bars. `xp` is the array module to compute with; `parts`
-    and `threads` are those of `train`.
+    `config` is a FineTuneConfig. The adapter is saved in the folder `config.out`. As long as the
+    run has not ended, this folder holds another, `checkpoint`, from which `resume=True` goes on.
+    `log` is called with each line of the report; `quiet` shows no progress bars. `xp` is the array
+    module to compute with; `parts` and `threads` are those of `train`.
     Raises: ValueError or FileNotFoundError, before anything is computed or written, for files and
     settings that do not fit; Interrupted on Ctrl-C, with the last whole step saved.
     """
