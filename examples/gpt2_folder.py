@@ -1,9 +1,10 @@
-"""A GPT-2 folder of your own: the format of transformers, made from nothing, to fine-tune with `minilora finetune`.
+"""A GPT-2 folder of your own: the format of transformers, made from nothing, to fine-tune.
 
-You learn that a checkpoint is tensors, a configuration and a tokenizer, and nothing else: a byte-level BPE is trained
-on Python's documentation, then a GPT with learned positions on its tokens, and both are written as transformers would.
-A second text, the source of some standard modules, is put beside it, for the commands that are printed at the end.
---small writes an untrained model of GPT-2's own size instead, 124 million parameters, to see what that takes.
+You learn that a checkpoint is tensors, a configuration and a tokenizer, and nothing else: a
+byte-level BPE is trained on Python's documentation, then a GPT with learned positions on its
+tokens, and both are written as transformers would. A second text, the source of some standard
+modules, is put beside it, for the commands that are printed at the end. --small writes an untrained
+model of GPT-2's own size instead, 124 million parameters, to see what that takes.
 
 Takes about two minutes on two cores.
 """
@@ -15,6 +16,7 @@ one_line_on_ctrl_c()
 import argparse
 import importlib
 import inspect
+import math
 import time
 from pathlib import Path
 
@@ -24,66 +26,111 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from minilora import GPT, Adam, GPTConfig, generate, no_grad, parameter_report, save_gpt2
 from minilora.disk.tokenizer import END, load_tokenizer
 from minilora.optim import warmup_cosine
-from minilora.training import batches, corpus
+from minilora.training.batches import consecutive_windows, random_windows
+from minilora.training.corpus import load_corpus
 from minilora.training.loop import heldout_loss, train
-from minilora.training.threads import keep_freed_memory, parts_and_threads
+from minilora.training.threads import cores, keep_freed_memory
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--quick", action="store_true", help="few steps, a tiny model: shows that it runs, learns little")
+parser.add_argument("--quick", action="store_true", help="few steps, a tiny model: learns little")
 parser.add_argument("--small", action="store_true", help="GPT-2's own size, with random weights")
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--out", default="gpt2-demo", help="folder for the model and the text (default gpt2-demo)")
+parser.add_argument("--out", default="gpt2-demo", help="folder for all of it (default gpt2-demo)")
 args = parser.parse_args()
-rng, out = np.random.default_rng(args.seed), Path(args.out)
+rng = np.random.default_rng(args.seed)
+out = Path(args.out)
 out.mkdir(parents=True, exist_ok=True)
 
-# 1. The tokenizer: byte-level BPE as GPT-2's, learned from the text. GPT-2's own has 50,257 entries.
-corpus = corpus.load_corpus()
-bpe = Tokenizer(models.BPE())
-bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-size = 50257 if args.small else 320 if args.quick else 2048
-bpe.train_from_iterator([corpus.train], trainers.BpeTrainer(
-    vocab_size=size, special_tokens=[END], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    show_progress=False))  # fmt: skip
-bpe.save(str(out / "tokenizer.json"))
 
-# 2. The model.
-shape = (12, 12, 768, size, 1024) if args.small else (2, 2, 32, size, 64) if args.quick else (4, 4, 128, size, 128)
-model = GPT(GPTConfig(*shape), rng)
-print(f"{'tokens in the vocabulary':<28} {bpe.get_vocab_size():>13,}")
-print(f"{'parameters':<28} {parameter_report(model).total:>13,}")
+def show(name, value):
+    print(f"{name:<28} {value:>13}")
+
+
+# 1. The sizes. GPT-2's own vocabulary has 50,257 tokens.
+config = GPTConfig(n_layer=4, n_head=4, n_embd=128, vocab_size=2048, block_size=128)
+if args.quick:
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=320, block_size=64)
 if args.small:
+    config = GPTConfig(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, block_size=1024)
+
+# 2. The tokenizer: byte-level BPE as GPT-2's, learned from the text.
+corpus = load_corpus()
+bpe = Tokenizer(models.BPE())
+bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+bpe.decoder = decoders.ByteLevel()
+trainer = trainers.BpeTrainer(
+    vocab_size=config.vocab_size,
+    special_tokens=[END],
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+)
+bpe.train_from_iterator([corpus.train], trainer)
+bpe.save(str(out / "tokenizer.json"))
+show("tokens in the vocabulary", f"{bpe.get_vocab_size():,}")
+
+# 3. The model. It is saved before it is trained too, because the tokenizer is read together with
+# the configuration.
+model = GPT(config, rng)
+show("parameters", f"{parameter_report(model).total:,}")
+if args.small:
+    # GPT-2's own initial size.
     for table in (model.wte, model.wpe):
-        table.weight.data *= np.float32(0.02 * np.sqrt(768))  # GPT-2's own initial size
-    save_gpt2(model, out)
-else:
-    save_gpt2(model, out)  # the tokenizer is read together with the configuration
+        table.weight.data *= np.float32(0.02 * math.sqrt(config.n_embd))
+save_gpt2(model, out)
+
+# 4. Its training.
+if not args.small:
     tokenizer = load_tokenizer(out)
-    ids, heldout = tokenizer.encode(corpus.train), tokenizer.encode(corpus.heldout)
-    length, steps = shape[-1], 30 if args.quick else 800
-    measure = lambda: heldout_loss(model, batches.consecutive_windows(heldout, length, 32))
-    adam, before, began = Adam(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1), measure(), time.perf_counter()
-    parts, threads = parts_and_threads(None, None, "numpy")
+    ids = tokenizer.encode(corpus.train)
+    heldout = tokenizer.encode(corpus.heldout)
+    steps = 30 if args.quick else 800
+    measure = lambda: heldout_loss(model, consecutive_windows(heldout, config.block_size, 32))
+    before = measure()
+    began = time.perf_counter()
+    # As the commands train: each batch is computed in two parts, at once where there are two cores,
+    # and malloc keeps what a step frees for the next one. It saves time.
+    parts = 2
+    threads = min(parts, cores())
     keep_freed_memory()
-    train(model, adam, batches.random_windows(ids, 8, length, rng), steps, label="pre-training",
-          schedule=lambda step: warmup_cosine(step, steps, peak=3e-3, warmup=20),
-          parts=parts, threads=threads)  # fmt: skip
-    print(f"{'pre-training, seconds':<28} {time.perf_counter() - began:>13.0f}")
-    print(f"{'held-out loss per token':<28} {before:>6.2f}{measure():>7.2f}")
+    train(
+        model,
+        Adam(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1),
+        random_windows(ids, 8, config.block_size, rng),
+        steps,
+        schedule=lambda step: warmup_cosine(step, steps, peak=3e-3, warmup=20),
+        label="pre-training",
+        parts=parts,
+        threads=threads,
+    )
+    show("pre-training, seconds", f"{time.perf_counter() - began:.0f}")
+    show("held-out loss per token", f"{before:.2f}{measure():>7.2f}")
     with no_grad():
-        said = generate(model, tokenizer.encode("The class")[None], 20)[0]
-    print(f"{'it writes':<28} {tokenizer.decode(said)!r}")
+        sample = generate(model, tokenizer.encode("The class")[None], 20)[0]
+    show("it writes", repr(tokenizer.decode(sample)))
     save_gpt2(model, out)
 
-# 3. A text from another world, and what to do with both.
-modules = ["argparse", "ast", "configparser", "csv", "dataclasses", "heapq", "inspect", "shutil", "statistics",
-           "tempfile", "textwrap", "threading"]  # fmt: skip
+# 5. A text from another world, and what to do with both.
+modules = [
+    "argparse",
+    "ast",
+    "configparser",
+    "csv",
+    "dataclasses",
+    "heapq",
+    "inspect",
+    "shutil",
+    "statistics",
+    "tempfile",
+    "textwrap",
+    "threading",
+]
 code = "\n\n".join(inspect.getsource(importlib.import_module(name)) for name in modules)
 (out / "code.txt").write_text(code, encoding="utf-8")
-print(f"{'characters of code.txt':<28} {len(code):>13,}")
+show("characters of code.txt", f"{len(code):,}")
 print(f"""
 now:
-  minilora finetune --base {out} --data {out}/code.txt --out {out}/code --r 16 --alpha 32 --lr 5e-3 --eval-split 0.1
+  minilora finetune --base {out} --data {out}/code.txt --out {out}/code \\
+      --r 16 --alpha 32 --lr 5e-3 --eval-split 0.1
   minilora inspect {out}/code
   minilora generate --base {out} --adapter {out}/code --prompt 'def __init__(self'
   minilora merge --base {out} --adapter {out}/code --out {out}/merged""")

@@ -1,11 +1,12 @@
-"""One base, four adapters, the same prompt: which adapter is attached decides what the model does.
+"""One base, four adapters, one prompt: the attached adapter decides what the model does.
 
-You learn that an adapter is a value: four models share one copy of the base, none disturbs another, and one batch
-can carry a different adapter in each row. The task is checkable by hand: a Unix permission string such as rwxr-x---
-is turned into octal (750), into the umask that leaves it (027), into bits (111101000) or into chmod's symbols
-(u=rwx,g=rx,o=). All 512 strings exist; 384 are trained on, the other 128 were never seen.
+You learn that an adapter is a value: four models share one copy of the base, none disturbs another,
+and one batch can carry a different adapter in each row. The task is checkable by hand: a Unix
+permission string such as rwxr-x--- is turned into octal (750), into the umask that leaves it (027),
+into bits (111101000) or into chmod's symbols (u=rwx,g=rx,o=). All 512 strings exist; 384 are
+trained on, the other 128 were never seen.
 
-Takes about a minute on two cores, of which most is the base; --base DIR takes one that the demo kept.
+Takes about a minute on two cores, most of it for the base; --base DIR takes one that the demo kept.
 """
 
 from minilora.cli.ctrl_c import one_line_on_ctrl_c
@@ -17,88 +18,134 @@ import itertools
 
 import numpy as np
 
-from minilora import Adam, LoRAConfig, attach, generate, init_adapter, load_model, parameter_report, stack
+from minilora import (
+    Adam,
+    LoRAConfig,
+    attach,
+    generate,
+    init_adapter,
+    load_model,
+    parameter_report,
+    stack,
+)
 from minilora.cli import demo
 from minilora.disk import characters
 from minilora.optim import warmup_cosine
-from minilora.training import corpus
 from minilora.training.batches import pair_batches
+from minilora.training.corpus import load_corpus
 from minilora.training.loop import exact_match, train
-from minilora.training.threads import keep_freed_memory, parts_and_threads
+from minilora.training.threads import cores, keep_freed_memory
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--quick", action="store_true", help="few steps, a tiny base: shows that it runs, learns little")
+parser.add_argument("--quick", action="store_true", help="few steps, a tiny base: learns little")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--base", help="folder of a pre-trained model, such as minilora-demo/base")
 args = parser.parse_args()
-rng, parts_threads = np.random.default_rng(args.seed), parts_and_threads(None, None, "numpy")
+rng = np.random.default_rng(args.seed)
+
+# Training as the commands do it: each batch is computed in two parts, at once where there are two
+# cores, and malloc keeps what a step frees for the next one. It saves time.
+parts = 2
+threads = min(parts, cores())
 keep_freed_memory()
 
-# 1. The base: English from nothing, as in the demo. It has never seen a permission string turned into anything.
-size = demo.QUICK if args.quick else demo.FULL
-base = load_model(args.base) if args.base else demo.pretrain(size, corpus.load_corpus(), np, rng, print, *parts_threads)
+# 1. The base: English from nothing, as in the demo. It has never seen a permission string turned
+# into anything.
+if args.base:
+    base = load_model(args.base)
+else:
+    size = demo.QUICK if args.quick else demo.FULL
+    base = demo.pretrain(size, load_corpus(), np, rng, print, parts=parts, threads=threads)
 
-# 2. Four tasks over the same inputs. The prompt says nothing about which one is meant.
-bits = list(itertools.product([0, 1], repeat=9))
+# 2. Four tasks over the same inputs. The prompt does not say which one is meant.
+permissions = list(itertools.product([0, 1], repeat=9))
 
 
-def triples(b):
-    return [b[0:3], b[3:6], b[6:9]]
+def triples(bits):
+    """The bits of the user, of the group and of others."""
+    return [bits[0:3], bits[3:6], bits[6:9]]
 
 
 def letters(triple, blank):
     return "".join(c if bit else blank for c, bit in zip("rwx", triple, strict=True))
 
 
-def octal(b):
-    return "".join(str(4 * r + 2 * w + x) for r, w, x in triples(b))
+def octal(bits):
+    return "".join(str(4 * r + 2 * w + x) for r, w, x in triples(bits))
 
 
-tasks = {
-    "octal": octal,
-    "umask": lambda b: octal([1 - bit for bit in b]),
-    "binary": lambda b: "".join(map(str, b)),
-    "symbolic": lambda b: ",".join(f"{who}={letters(t, '')}" for who, t in zip("ugo", triples(b), strict=True)),
-}
+def umask(bits):
+    return octal([1 - bit for bit in bits])
 
 
-def prompt(b):
-    return "".join(letters(t, "-") for t in triples(b)) + " is "
+def binary(bits):
+    return "".join(str(bit) for bit in bits)
 
 
-order = rng.permutation(len(bits))
-seen, unseen = [bits[i] for i in order[:384]], [bits[i] for i in order[384:]]
+def symbolic(bits):
+    who = zip("ugo", triples(bits), strict=True)
+    return ",".join(f"{name}={letters(triple, '')}" for name, triple in who)
 
-# 3. Train one adapter per task. The base is shared and never written: its fingerprint is compared at the end.
+
+def prompt(bits):
+    return "".join(letters(triple, "-") for triple in triples(bits)) + " is "
+
+
+tasks = {"octal": octal, "umask": umask, "binary": binary, "symbolic": symbolic}
+
+
+def questions(task, which):
+    """(prompt, answer) of each of these permissions, as token ids."""
+    return characters.encode_pairs([(prompt(bits), task(bits) + "\n") for bits in which])
+
+
+order = rng.permutation(len(permissions))
+trained_on = [permissions[i] for i in order[:384]]
+never_seen = [permissions[i] for i in order[384:]]
+
+# 3. Train one adapter per task. The base is shared and never written: its fingerprint is compared
+# at the end.
 before = base.fingerprint()
 steps = 10 if args.quick else 200
-schedule = lambda step: warmup_cosine(step, steps, peak=1e-2, warmup=10)
 adapters = {}
 for name, task in tasks.items():
-    adapters[name] = init_adapter(base, LoRAConfig(r=4, alpha=8, target_modules="all-linear"), rng)
-    adam = Adam(adapters[name].parameters(), betas=(0.9, 0.95))
-    pairs = characters.encode_pairs([(prompt(b), task(b) + "\n") for b in seen])
-    batches = pair_batches(pairs, 32, rng)
-    parts, threads = parts_threads
-    train(attach(base, adapters[name]), adam, batches, steps, schedule=schedule, label=name, parts=parts,
-          threads=threads)
+    config = LoRAConfig(r=4, alpha=8, target_modules="all-linear")
+    adapters[name] = init_adapter(base, config, rng)
+    train(
+        attach(base, adapters[name]),
+        Adam(adapters[name].parameters(), betas=(0.9, 0.95)),
+        pair_batches(questions(task, trained_on), 32, rng),
+        steps,
+        schedule=lambda step: warmup_cosine(step, steps, peak=1e-2, warmup=10),
+        label=name,
+        parts=parts,
+        threads=threads,
+    )
 
-# 4. The matrix: each adapter (row) asked for each task (column), on strings never seen. Swapping is a look-up.
-models = {"none": base} | {name: attach(base, adapter) for name, adapter in adapters.items()}
-n = 16 if args.quick else len(unseen)
+# 4. The matrix: each adapter (row) asked for each task (column), on strings never seen. Swapping is
+# a look-up.
+models = {"none": base}
+for name, adapter in adapters.items():
+    models[name] = attach(base, adapter)
+n = 16 if args.quick else len(never_seen)
 print(f"{f'exact answers, % of {n}':<26}" + "".join(f"{name:>10}" for name in tasks))
 for name, model in models.items():
-    pairs = [[(prompt(b), task(b) + "\n") for b in unseen[:n]] for task in tasks.values()]
-    row = [100 * np.mean(exact_match(model, characters.encode_pairs(column))) for column in pairs]
-    print(f"{'adapter: ' + name:<26}" + "".join(f"{percent:>10.0f}" for percent in row))
+    cells = []
+    for task in tasks.values():
+        percent = 100 * np.mean(exact_match(model, questions(task, never_seen[:n])))
+        cells.append(f"{percent:>10.0f}")
+    print(f"{'adapter: ' + name:<26}" + "".join(cells))
 
 # 5. The same prompt, four times in one batch: every row goes through its own adapter.
-example = unseen[0]
+example = never_seen[0]
 together = attach(base, stack(list(adapters.values())))
 ids = np.stack([characters.encode(prompt(example))] * len(adapters))
+# Token 0 is the line break, which ends an answer.
+rows = generate(together, ids, 18, stop=0)
 print("\none batch, one prompt     answer              right answer")
-for (name, task), row in zip(tasks.items(), generate(together, ids, 18, stop=0), strict=True):
+for (name, task), row in zip(tasks.items(), rows, strict=True):
     answer = characters.decode(row[ids.shape[1] :]).split("\n")[0]
     print(f"{'row with ' + name:<26}{answer:<20}{task(example)}")
-size = parameter_report(adapters["octal"]).total
-print(f"\neach adapter: {size:,} numbers; base changed by all this: {base.fingerprint() != before}")
+n_numbers = parameter_report(adapters["octal"]).total
+changed = base.fingerprint() != before
+print(f"\neach adapter: {n_numbers:,} numbers; base changed by all this: {changed}")

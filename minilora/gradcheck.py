@@ -23,8 +23,15 @@ Report = namedtuple("Report", "compared worst")
 class GradientError(AssertionError):
     """The gradient under test is not the derivative. The message says where, and shows both values.
 
-    It is an AssertionError, as that of a failed test.
+    Where two values differ, they are attributes too: `where` (a text), `analytic`, `numerical`. It
+    is an AssertionError, as that of a failed test.
     """
+
+    def __init__(self, message, where=None, analytic=None, numerical=None):
+        super().__init__(message)
+        self.where = where
+        self.analytic = analytic
+        self.numerical = numerical
 
 
 def gradcheck(f, *inputs, **options):
@@ -133,7 +140,10 @@ def check_vjp(
             if not error <= allowed:
                 raise GradientError(
                     f"{where}: the gradient says {analytic:.12g}, central differences say "
-                    f"{numerical:.12g} (off by {error:.3g}, allowed {allowed:.3g})"
+                    f"{numerical:.12g} (off by {error:.3g}, allowed {allowed:.3g})",
+                    where,
+                    analytic,
+                    numerical,
                 )
             compared += 1
             if size > noise:

@@ -12,13 +12,14 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import benchmark  # noqa: E402
-from rivals import material, report, turns, workloads  # noqa: E402
-from rivals.turns import GEMM, Contestant, Disagreement  # noqa: E402
-from rivals.workloads import Workload  # noqa: E402
+from compared import processes, report, rounds, session, workloads  # noqa: E402
+from compared.inputs import write_inputs  # noqa: E402
+from compared.rounds import GEMM, DifferentResults, Program  # noqa: E402
+from compared.workloads import Workload  # noqa: E402
 
 NANO = Workload(layers=2, width=8, heads=2, T=8, batch=2, vocabulary=11, r=2, alpha=4)
-OURS = Contestant("minilora", "numpy_minilora", "", "lora")
-FLOOR = Contestant(GEMM, "numpy_minilora", "", GEMM)
+OURS = Program("minilora", "numpy_minilora", "", "lora")
+FLOOR = Program(GEMM, "numpy_minilora", "", GEMM)
 
 
 # 1. What a task needs, against the same products written out.
@@ -104,7 +105,7 @@ def test_bf16_has_no_share_of_a_float32_floor():
     ([0.0, 0.3, 0.04], [0, 2]), ([0.3, 0.2, 0.0], [0, 1, 2]), ([0.3, 0.0], [1]), ([None, None], [0, 1]), ([], []),
 ])  # fmt: skip
 def test_rounds_with_foreign_load_count_only_if_they_are_most(foreign, counted):
-    assert report.quiet(foreign) == counted
+    assert report.quiet_rounds(foreign) == counted
 
 
 def test_a_loud_round_changes_no_median():
@@ -117,14 +118,14 @@ def test_a_loud_round_changes_no_median():
 
 def test_foreign_load_is_a_part_of_the_whole_machine():
     answers = [{"foreign": 0.5, "wall": 1.0}, {"foreign": 0.0, "wall": 4.0}]
-    assert turns.foreign_share(answers, cores=2) == 0.05
-    assert turns.foreign_share([{"foreign": None, "wall": 1.0}], cores=2) is None
+    assert processes.foreign_share(answers, cores=2) == 0.05
+    assert processes.foreign_share([{"foreign": None, "wall": 1.0}], cores=2) is None
 
 
 def test_busy_is_neither_idle_nor_waiting_for_a_disk(tmp_path):
     (tmp_path / "stat").write_text("cpu  1 2 4 1000 2000 8 16 32 64 128\ncpu0 9 9 9 9 9 9 9 9 9 9\n", encoding="utf-8")
-    assert turns.busy_seconds(tmp_path / "stat") == 63 / os.sysconf("SC_CLK_TCK")
-    assert turns.busy_seconds(tmp_path / "absent") is None
+    assert processes.busy_seconds(tmp_path / "stat") == 63 / os.sysconf("SC_CLK_TCK")
+    assert processes.busy_seconds(tmp_path / "absent") is None
 
 
 # 3. The same numbers, or no times.
@@ -132,17 +133,17 @@ def test_busy_is_neither_idle_nor_waiting_for_a_disk(tmp_path):
 
 def test_other_losses_stop_it_and_both_are_named():
     theirs = OURS._replace(label="torch")
-    turns.compare([OURS, theirs], {"minilora": [2.0, 1.0], "torch": [2.0001, 1.0]})
-    with pytest.raises(Disagreement, match="lora: loss 2 of minilora is 1, of torch 1.001"):
-        turns.compare([OURS, theirs], {"minilora": [2.0, 1.0], "torch": [2.0, 1.001]})
-    turns.compare([OURS, theirs._replace(tolerance=2e-2)], {"minilora": [2.0, 1.0], "torch": [2.0, 1.001]})
-    turns.compare([OURS, theirs._replace(steps=1)], {"minilora": [2.0, 1.0], "torch": [2.0, 1.5]})
-    with pytest.raises(Disagreement, match="nan"):
-        turns.compare([OURS, theirs], {"minilora": [2.0, 1.0], "torch": [float("nan"), 1.0]})
+    rounds.compare([OURS, theirs], {"minilora": [2.0, 1.0], "torch": [2.0001, 1.0]})
+    with pytest.raises(DifferentResults, match="lora: loss 2 of minilora is 1, of torch 1.001"):
+        rounds.compare([OURS, theirs], {"minilora": [2.0, 1.0], "torch": [2.0, 1.001]})
+    rounds.compare([OURS, theirs._replace(tolerance=2e-2)], {"minilora": [2.0, 1.0], "torch": [2.0, 1.001]})
+    rounds.compare([OURS, theirs._replace(steps=1)], {"minilora": [2.0, 1.0], "torch": [2.0, 1.5]})
+    with pytest.raises(DifferentResults, match="nan"):
+        rounds.compare([OURS, theirs], {"minilora": [2.0, 1.0], "torch": [float("nan"), 1.0]})
 
 
 def test_other_tokens_are_told():
-    same = turns.compare([OURS, OURS._replace(label="torch")], {"minilora": [[1, 2]], "torch": [[1, 3]]})
+    same = rounds.compare([OURS, OURS._replace(label="torch")], {"minilora": [[1, 2]], "torch": [[1, 3]]})
     assert same == {"torch": False}
     (said,) = report.remarks("nano", "generate", an_outcome(same_tokens=same))
     assert said.startswith("nano generate: torch wrote other tokens")
@@ -152,17 +153,19 @@ def test_other_tokens_are_told():
 
 
 def test_a_row_stands_under_its_heading():
-    heading = report.FORMAT(*report.COLUMNS)
     rows = report.medians(an_outcome(), NANO, "lora", "minilora")["rows"]
-    lines = list(report.lines("nano", "lora", rows))
-    assert {len(line) for line in [heading, *lines]} == {len(heading)}
+    lines = list(report.table_lines("nano", "lora", rows))
+    assert {len(line) for line in lines} == {len(report.HEADER)}
     assert lines[1].split() == ["nano", "lora", "torch", "1,000.00", "2.00", "16", "0", "0", lines[1].split()[-2], "%"]
 
 
-def test_the_heading_says_threads_and_versions():
-    found = report.machine(3)
-    text = report.heading(found)
-    assert "3 threads for each process" in text and found["versions"]["numpy"] in text and found["cpu"] in text
+def test_above_the_table_stand_the_machine_its_threads_and_the_versions():
+    machine = report.describe_machine(3)
+    text = report.machine_lines(machine)
+    assert "3 threads for each process" in text
+    assert machine["versions"]["numpy"] in text
+    assert machine["cpu"] in text
+    assert "cannot be seen" in report.machine_lines({**machine, "foreign_load_is_seen": False})
 
 
 # 5. Processes.
@@ -172,14 +175,14 @@ def test_the_heading_says_threads_and_versions():
 def nano(tmp_path_factory):
     """A folder with everything that a worker loads."""
     folder = tmp_path_factory.mktemp("nano")
-    material.write(NANO, folder, 0)
+    write_inputs(NANO, folder, 0)
     return folder
 
 
 def test_a_worker_that_dies_says_why_and_the_others_go_on(nano):
     lost = OURS._replace(label="lost", module="nonesuch")
-    outcome = turns.contest([OURS, lost, FLOOR], nano, 1, rounds=2, seconds=0.01)
-    assert outcome["failed"] == {"lost": "ModuleNotFoundError: No module named 'rivals.nonesuch'"}
+    outcome = rounds.measure_in_turns([OURS, lost, FLOOR], nano, 1, rounds=2, seconds=0.01)
+    assert outcome["failed"] == {"lost": "ModuleNotFoundError: No module named 'compared.nonesuch'"}
     assert [set(r) for r in outcome["rounds"]] == [{"minilora", GEMM}] * 2
     (row,) = report.medians(outcome, NANO, "lora", "minilora")["rows"]
     assert row["seconds"] > 0 and row["ratio"] == 1 and 0 < row["share"] and row["peak_bytes"] >= row["start_bytes"] > 0
@@ -187,46 +190,108 @@ def test_a_worker_that_dies_says_why_and_the_others_go_on(nano):
 
 
 def test_a_library_that_does_not_train_is_noticed_at_the_second_loss(nano):
-    idle = Contestant("idle", "numpy_minilora", "", "forward")  # the first loss is the same
-    with pytest.raises(Disagreement, match="loss 2 of minilora is .*, of idle"):
-        turns.contest([OURS, idle], nano, 1, rounds=1, seconds=0.01)
+    idle = Program("idle", "numpy_minilora", "", "forward")  # the first loss is the same
+    with pytest.raises(DifferentResults, match="loss 2 of minilora is .*, of idle"):
+        rounds.measure_in_turns([OURS, idle], nano, 1, rounds=1, seconds=0.01)
 
 
 def test_adapters_in_one_batch_start_with_the_loss_of_one(nano):
-    rows = [Contestant(str(n), "numpy_minilora", str(n), "lora", steps=1) for n in (0, 1, 2)]
-    assert turns.contest(rows, nano, 1, rounds=1, seconds=0.01)["failed"] == {}
+    rows = [Program(str(n), "numpy_minilora", str(n), "lora", steps=1) for n in (0, 1, 2)]
+    assert rounds.measure_in_turns(rows, nano, 1, rounds=1, seconds=0.01)["failed"] == {}
 
 
-def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch, capsys):
+# 6. The command line, and how a run ends.
+
+
+def command_line(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+
+
+def test_where_the_other_libraries_are_absent_it_says_which_and_measures_minilora(monkeypatch, capsys):
+    installed = {"numpy": "2", "torch": "2"}
+    monkeypatch.setattr(report, "installed_version", installed.get)
+    command_line(monkeypatch, "--quick")
+    assert benchmark.arguments().against == ["minilora", "torch"]
+    said = capsys.readouterr().out
+    assert said.startswith("not installed: jax, peft, transformers; pip install")
+    command_line(monkeypatch, "--against", "torch", "jax")
+    with pytest.raises(SystemExit):
+        benchmark.arguments()
+    assert "benchmark.py: error: not installed: jax; pip install" in capsys.readouterr().err
+
+
+def test_every_library_is_compared_in_every_task_but_those_that_are_not_made():
+    found = list(benchmark.comparisons(["tiny"], ["lora", "generate", "scaling"], ["torch-compile", "torch"]))
+    labels = [(c.size, c.task, [p.label for p in c.programs]) for c in found]
+    assert labels[:2] == [
+        ("tiny", "lora", ["minilora", "torch", "torch-compile"]),
+        ("tiny", "generate", ["minilora", "torch"]),
+    ]
+    assert {tuple(names) for size, _, names in labels[2:] if size != "16 rows"} == {("minilora", "torch")}
+    stacks = ["attached", "stack of 1", "stack of 4", "stack of 16"]
+    assert labels[-2:] == [("16 rows", "forward", stacks), ("16 rows", "lora", stacks)]
+
+
+@pytest.fixture
+def quick_run(tmp_path, monkeypatch):
+    """A run of two tasks on a model of no size, whose results go to out.json. `plant(error)` has the second fail."""
     monkeypatch.setattr(benchmark, "WORKLOADS", {"tiny": NANO})
-    contest = benchmark.contest
-
-    def interrupted(contestants, *rest):
-        if contestants[0].task == "full":
-            raise KeyboardInterrupt
-        return contest(contestants, *rest)
-
-    monkeypatch.setattr(benchmark, "contest", interrupted)
-    command = ["benchmark.py", "--quick", "--against", "--rounds", "1", "--threads", "1", "--json", "out.json"]
-    monkeypatch.setattr(sys, "argv", command)
+    arguments = "--quick --against --task lora full --rounds 1 --threads 1 --json out.json"
+    command_line(monkeypatch, *arguments.split())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    measure = session.measure_in_turns
+
+    def plant(error):
+        def measure_or_fail(programs, *rest):
+            if programs[0].task == "full":
+                raise error
+            return measure(programs, *rest)
+
+        monkeypatch.setattr(session, "measure_in_turns", measure_or_fail)
+
+    return plant
+
+
+def measured(folder):
+    return json.loads((folder / "out.json").read_text(encoding="utf-8"))
+
+
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path, quick_run, capsys):
+    quick_run(KeyboardInterrupt())
     benchmark.main()
-    kept = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    kept = measured(tmp_path)
     assert [(r["size"], r["task"]) for r in kept["results"]] == [("tiny", "lora")]
-    assert kept["machine"]["threads"] == 1 and kept["results"][0]["rows"][0]["library"] == "minilora"
+    assert kept["machine"]["threads"] == 1
+    assert kept["results"][0]["rows"][0]["library"] == "minilora"
     assert capsys.readouterr().out.endswith("interrupted at tiny full, which is left out\n")
+
+
+def test_different_results_stop_the_run_and_what_was_measured_is_kept(tmp_path, quick_run):
+    quick_run(DifferentResults("two losses"))
+    with pytest.raises(SystemExit, match="stopped at tiny full: two losses"):
+        benchmark.main()
+    assert [r["task"] for r in measured(tmp_path)["results"]] == ["lora"]
+
+
+# 7. The libraries themselves.
+
+
+def absent(name):
+    return [package for package in benchmark.LIBRARIES[name].packages if not importlib.util.find_spec(package)]
 
 
 @pytest.mark.parametrize("task", ["all-linear", "generate"])
 def test_the_libraries_compute_the_same(nano, task):
-    for library in ("torch", "transformers", "peft"):
-        if importlib.util.find_spec(library) is None:
-            pytest.skip(f"{library} is not here: pip install -e '.[peers]'")
-    chosen = [name for name, (*_, needed, _) in benchmark.LIBRARIES.items()
-              if name != "torch-compile" and (name, task) not in benchmark.NOT_MADE
-              and all(importlib.util.find_spec(package) for package in needed)]  # fmt: skip
-    contestants = [Contestant(n, *benchmark.LIBRARIES[n][:2], task, benchmark.LIBRARIES[n][3]) for n in chosen]
-    outcome = turns.contest(contestants, nano, 1, rounds=1, seconds=0.01)
-    assert outcome["failed"] == {} and set(outcome["rounds"][0]) == set(chosen) >= {"minilora", "torch", "transformers"}
-    assert set(outcome["same_tokens"].values()) == (set() if task != "generate" else {True})
+    missing = absent("torch") + absent("transformers")
+    if missing:
+        pytest.skip(f"{missing[0]} is not here: pip install -e '.[peers]'")
+    made = [name for name in benchmark.LIBRARIES if (name, task) not in benchmark.NOT_MADE]
+    chosen = [name for name in made if name != "torch-compile" and not absent(name)]
+    programs = [benchmark.program(name, task) for name in chosen]
+    outcome = rounds.measure_in_turns(programs, nano, 1, rounds=1, seconds=0.01)
+    assert outcome["failed"] == {}
+    assert set(outcome["rounds"][0]) == set(chosen)
+    assert {"minilora", "torch", "transformers"} <= set(chosen)
+    same_tokens = {True} if task == "generate" else set()
+    assert set(outcome["same_tokens"].values()) == same_tokens

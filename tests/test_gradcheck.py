@@ -114,6 +114,8 @@ def test_the_message_names_the_input_the_index_and_both_values():
     assert all(part in message for part in ("input 1", "(2, 3)", "index (1, 2)"))
     analytic, numerical = (float(message.split(word)[1].split()[0].strip(",")) for word in ("gradient says", " say "))
     assert analytic - numerical == pytest.approx(0.25, rel=1e-6)
+    assert error.value.where == "input 1 of shape (2, 3), index (1, 2)"
+    assert (analytic, numerical) == pytest.approx((error.value.analytic, error.value.numerical), rel=1e-10)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
