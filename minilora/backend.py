@@ -58,11 +58,23 @@ def on_host(ids):
     return to_numpy(ids) if hasattr(ids, "dtype") else np.asarray(ids)
 
 
+def check_rng(rng):
+    """`rng`, if it is a `numpy.random.Generator`; else a TypeError that says how to make one."""
+    if not isinstance(rng, np.random.Generator):
+        raise TypeError(
+            f"rng must be a numpy.random.Generator, got {rng!r}; write np.random.default_rng(seed)"
+        )
+    return rng
+
+
 def array_module(name):
     """The module called `name`, "numpy" or "cupy".
 
-    Raises: ImportError with the command that installs CuPy, if it is missing.
+    Raises: ValueError for another name; ImportError with the command that installs CuPy, if that is
+    missing.
     """
+    if name not in ("numpy", "cupy"):
+        raise ValueError(f'backend must be "numpy" or "cupy", got {name!r}')
     try:
         return importlib.import_module(name)
     except ImportError as error:

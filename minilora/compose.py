@@ -45,7 +45,9 @@ class BatchAdapter(Module):
             )
         self.pairs = {}
         for i, adapter in enumerate(self.adapters):
-            for name, pair in ({} if adapter is None else adapter.pairs).items():
+            if adapter is None:
+                continue
+            for name, pair in adapter.pairs.items():
                 rows = self.pairs.setdefault(name, [None] * len(self.adapters))
                 rows[i] = pair
 
@@ -80,10 +82,13 @@ class BatchLoRALinear(AdaptedLayer):
                 f"this model stacks {len(self.pairs)} adapters, one for each batch row; "
                 f"got input {x.shape}"
             )
-        none = lambda pair: pair is None
-        A = pad_and_stack([None if none(p) else p.lora_A for p in self.pairs])  # (B, r, in)
-        B = pad_and_stack([None if none(p) else p.lora_B for p in self.pairs])  # (B, out, r)
-        scaling = _column([0 if none(p) else p.scaling for p in self.pairs])  # (B, 1, 1)
+        # A row without a pair has None here, and stands for zeros.
+        lora_As = [p if p is None else p.lora_A for p in self.pairs]
+        lora_Bs = [p if p is None else p.lora_B for p in self.pairs]
+        scalings = [0.0 if p is None else p.scaling for p in self.pairs]
+        A = pad_and_stack(lora_As)  # (B, r, in)
+        B = pad_and_stack(lora_Bs)  # (B, out, r)
+        scaling = _column(scalings)  # (B, 1, 1)
         scaling = to_device(scaling.astype(x.dtype), get_array_module(x.data))
         # The update of LoRAPair, with a matrix for each row.
         read = F.dropout(x, _column(self.dropout), rng)

@@ -35,7 +35,7 @@ def activation_bytes(loss, model):
     """Bytes of the arrays that the graph of `loss` keeps alive for backward, the model's own aside.
 
     Counted by a walk over the graph: an array is held if some VJP closes over it, directly, in a
-    tuple, list or dict, or through a function.
+    tuple or list, or through a function.
     """
     model_arrays = {id(_owner(p.data)) for p in model.parameters()}
     held = {}
@@ -49,14 +49,11 @@ def activation_bytes(loss, model):
 
 
 def _closed_over(value):
-    """Every array that `value` is, or can reach: through closures, tuples, lists and dicts."""
+    """Every array that `value` is, or can reach: through closures, tuples and lists."""
     if hasattr(value, "nbytes"):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _closed_over(item)
-    elif isinstance(value, dict):
-        for item in value.values():
             yield from _closed_over(item)
     else:
         for cell in getattr(value, "__closure__", None) or ():

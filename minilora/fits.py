@@ -1,9 +1,10 @@
-"""Does this adapter belong on this base? Every reason why not, at once. Knows layers, not LoRA.
+"""Does this adapter belong on this base? The reasons why not. Knows layers, not LoRA.
 
 An adapter is whatever offers `fit_errors(modules, fingerprint)`: lines that say what does not fit.
 """
 
-from .nn import Linear
+from .backend import get_array_module
+from .nn import LinearLayer
 from .tensor import check_same
 
 # How many reasons a message shows.
@@ -11,7 +12,9 @@ MOST_LINES = 8
 
 
 def check_fits(who, base, adapter, check_base=True):
-    """Raise ValueError with every reason why `adapter` does not belong on the model `base`.
+    """Raise ValueError with the reasons why `adapter` does not belong on the model `base`.
+
+    They are all of one kind: layers it cannot stand beside, or else tensors of another base.
 
     With check_base=False shapes are compared and the fingerprint is not.
     Raises: TypeError for something that is no adapter, another dtype or another backend.
@@ -44,11 +47,14 @@ def pair_errors(pairs, modules):
     errors = []
     for name, pair in pairs.items():
         module = modules.get(name)
-        if module is not None and module.transparent:
+        if module is None:
+            errors.append(f"{name} is adapted, but the base has nothing there")
+        elif module.carries_adapter:
             errors.append(f"{name} already carries LoRA; merge first, or use stack")
-        elif not isinstance(module, Linear):
+        elif not isinstance(module, LinearLayer):
             errors.append(
-                f"{name} is adapted, but the base has {type(module).__name__} there, not Linear"
+                f"{name} is adapted, but the base has {type(module).__name__} there, "
+                "not a linear layer"
             )
         elif (module.out_features, module.in_features) != (pair.out_features, pair.in_features):
             errors.append(
@@ -56,9 +62,19 @@ def pair_errors(pairs, modules):
                 f"but lora_A {pair.lora_A.shape} and lora_B {pair.lora_B.shape}"
             )
         else:
-            who = f"attaching an adapter to {name}"
-            check_same(who, module.weight, pair.lora_A, pair.lora_B)
+            _check_same_numbers(name, module, pair)
     return errors
+
+
+def _check_same_numbers(name, layer, pair):
+    """Raise TypeError unless the pair is on the backend of its layer, and in its dtype."""
+    who = f"attaching an adapter to {name}"
+    check_same(who, pair.lora_A, pair.lora_B)
+    get_array_module(layer.xp.zeros(0), pair.lora_A.data)
+    if pair.lora_A.dtype != layer.dtype:
+        raise TypeError(
+            f"{who} mixes {layer.dtype} and {pair.lora_A.dtype}; convert one with .astype"
+        )
 
 
 def base_errors(expected, fingerprint):
@@ -70,8 +86,8 @@ def base_errors(expected, fingerprint):
     errors = []
     # Tensors that only one side has come first: they say most.
     for name in [*sorted(one_sided), *sorted(both)]:
-        ours = expected.get(name, "absent")
-        theirs = fingerprint.get(name, "absent")
-        if ours != theirs:
-            errors.append(f"{name}: made for {ours}, this base has {theirs}")
+        expected_digest = expected.get(name, "absent")
+        digest = fingerprint.get(name, "absent")
+        if digest != expected_digest:
+            errors.append(f"{name}: made for {expected_digest}, this base has {digest}")
     return errors

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from .backend import get_array_module, on_host, to_device
+from .backend import check_rng, get_array_module, on_host, to_device
 from .tensor import check_same, record
 
 # A target with this value carries no loss.
@@ -44,9 +44,10 @@ def linear(x, weight, bias=None):
         Y += bias.data
 
     # The VJP of x needs W, which is there anyway, and not X: where only x has an edge, X is freed.
-    rows = lambda dy: dy.reshape(-1, W.shape[0])  # (N, out)
+    n_out = W.shape[0]
+    rows = lambda dy: dy.reshape(-1, n_out)  # (N, out)
     return record(
-        Y.reshape(*x_shape[:-1], W.shape[0]),
+        Y.reshape(*x_shape[:-1], n_out),
         (x, lambda dy: (rows(dy) @ W).reshape(x_shape)),
         (weight, lambda dy: rows(dy).T @ X),
         (bias, lambda dy: dy),
@@ -133,7 +134,7 @@ def rotary(x, cos, sin, n_head):
             f"rotary: x is {x.dtype}, cos {cos.dtype}, sin {sin.dtype}; make the angles as x is"
         )
     # Each half of a head has the same angles, and each head has them all: (T, D/2) -> (T, C).
-    # The first of a pair takes away the sine of its partner, the second adds it.
+    # first' = first cos - second sin, second' = second cos + first sin: hence the minus.
     cos = xp.tile(xp.concatenate([cos, cos], axis=1), n_head)
     sin = xp.tile(xp.concatenate([-sin, sin], axis=1), n_head)
 
@@ -166,10 +167,10 @@ def attention(q, k, v, n_head):
     K = split(k.data)  # (B, H, S, D)
     V = split(v.data)
 
-    # The future of a query is out of its sight: a score of -∞ has probability zero.
+    # A query must not see later positions: a score of -∞ becomes probability zero.
     mask = xp.triu(xp.full((T, S), -math.inf, Q.dtype), S - T + 1)
     scores = (Q @ K.swapaxes(-1, -2)) * scale + mask  # (B, H, T, S)
-    # The largest score of a row is taken away, so that exp cannot overflow.
+    # The largest score of a row is subtracted, so that exp cannot overflow. P does not change.
     E = xp.exp(scores - scores.max(-1, keepdims=True))
     P = E / E.sum(-1, keepdims=True)
     O = P @ V  # (B, H, T, D)
@@ -190,6 +191,7 @@ def check_attention(q, k, v, n_head):
     """Raise TypeError or ValueError, with the three shapes, unless attention can be computed."""
     check_same("attention", q, k, v)
     fits = q.ndim == k.ndim == 3 and n_head >= 1 and q.shape[-1] % n_head == 0
+    fits = fits and 0 not in q.shape and 0 not in k.shape
     if not fits or k.shape != v.shape or k.shape[::2] != q.shape[::2] or k.shape[1] < q.shape[1]:
         raise ValueError(
             f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit with {n_head} heads"
@@ -227,7 +229,7 @@ def cross_entropy(logits, targets):
 def linear_cross_entropy(x, weight, targets):
     """The loss of the head: x (..., C), weight (V, C), targets (...) integers -> a scalar.
 
-    All logits exist at once, and as many gradients.
+    All logits are in memory at once, and so are their gradients.
     Raises: as `linear` and `cross_entropy`.
     """
     return cross_entropy(linear(x, weight), targets)
@@ -250,17 +252,20 @@ def rows_with_loss(targets, shape, V):
 
 
 def dropout(x, p, rng):
-    """Each element is zero with probability p, else divided by 1 - p; without `rng`, x itself.
+    """Zero each element with probability p and divide the others by 1 - p.
+
+    Without `rng` this is x itself.
 
     `p` is a number, or an array that broadcasts against x (one rate for each batch row); `rng` a
     `numpy.random.Generator` or None.
-    Raises: ValueError if p is outside [0, 1). Source: Srivastava et al. 2014.
+    Raises: ValueError if p is outside [0, 1), TypeError for another kind of generator.
+    Source: Srivastava et al. 2014.
     """
     if not np.all((0 <= np.asarray(p)) & (np.asarray(p) < 1)):
         raise ValueError(f"dropout: p must lie in [0, 1), got {p}")
     if rng is None or not np.any(p):
         return x
-    kept = (rng.random(x.shape) >= p) / (1 - p)
+    kept = (check_rng(rng).random(x.shape) >= p) / (1 - p)
     mask = to_device(kept.astype(x.dtype), get_array_module(x.data))
     return record(x.data * mask, (x, lambda dy: dy * mask))
 

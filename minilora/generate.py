@@ -6,10 +6,9 @@ with vocab_size and block_size.
 
 import numpy as np
 
-from .backend import to_numpy
+from .backend import check_rng, to_numpy
 from .functional import check_ids
 from .graph import no_grad
-from .nn import check_rng
 
 
 def generate(
@@ -40,6 +39,8 @@ def generate(
     _check_lengths(ids, max_new_tokens, model.config.block_size)
     _check_sampling(V, temperature, top_k, stop, rng)
     cache = model.new_cache(ids.shape[1] + max_new_tokens)
+    if cache is None:
+        raise ValueError("generate: the model made no cache, but reads each new token alone")
     stopped = np.zeros(len(ids), bool)
     # The model reads the whole prompt once, then one column at a time: the cache holds the rest.
     unread = ids

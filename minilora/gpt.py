@@ -13,7 +13,7 @@ from . import functional as F
 from .backend import get_array_module, on_host, to_device
 from .graph import is_recording
 from .lean import attention, gelu, linear_cross_entropy
-from .nn import Embedding, LayerNorm, Linear, Module, normal
+from .nn import Embedding, LayerNorm, Linear, Module, normal_or_zeros
 from .tensor import Tensor
 
 
@@ -173,7 +173,7 @@ class GPT(Module):
     def __init__(self, config, rng, dtype="float32"):
         self.config = config
         table = lambda rows: Embedding(
-            normal(rng, config.n_embd**-0.5, (rows, config.n_embd), dtype)
+            normal_or_zeros(rng, config.n_embd**-0.5, (rows, config.n_embd), dtype)
         )
         self.wte = table(config.vocab_size)
         if config.positions == "learned":
@@ -183,7 +183,7 @@ class GPT(Module):
         if not config.tie_word_embeddings:
             self.lm_head = table(config.vocab_size)
 
-    def __call__(self, ids, cache=None, rng=None):
+    def __call__(self, ids, *, cache=None, rng=None):
         return self.head(self.hidden(ids, cache, rng))
 
     def hidden(self, ids, cache=None, rng=None):
@@ -191,7 +191,7 @@ class GPT(Module):
 
         `cache`, from `new_cache`, holds the positions before these ids, and takes these up.
         """
-        start = 0 if cache is None else cache[0].length
+        start = cache[0].length if cache else 0
         ids = self._checked(ids, start, cache)
         positions = np.arange(start, start + ids.shape[1])
         x = self.wte(ids)
@@ -226,6 +226,11 @@ class GPT(Module):
     def _checked(self, ids, start, cache):
         """`ids` on the host, if the model can read them after `start` positions."""
         ids = on_host(ids)
+        if cache is not None and len(cache) != len(self.h):
+            raise ValueError(
+                f"GPT: the cache has {len(cache)} layers, the model {len(self.h)}: "
+                "make it with model.new_cache(size)"
+            )
         if cache is not None and is_recording():
             raise ValueError(
                 "GPT: a cache carries no gradients back to earlier positions; "

@@ -34,10 +34,18 @@ class GradientError(AssertionError):
         self.numerical = numerical
 
 
-def gradcheck(f, *inputs, **options):
+def gradcheck(
+    f,
+    *inputs,
+    rng=None,
+    rtol=1e-6,
+    step=1e-5,
+    max_elements=2000,
+    directions=20,
+):
     """Check the backward pass of `f`, a function of Tensors, by central differences in float64.
 
-    `options` are those of `check_vjp`. Returns `Report(compared, worst)`, which is always true.
+    The options are those of `check_vjp`. Returns `Report(compared, worst)`, which is always true.
 
     Shapes: `inputs` are float arrays or Tensors of any shape, of which a copy in float64 is used;
     `f(*tensors)` returns one Tensor of any shape.
@@ -82,7 +90,16 @@ def gradcheck(f, *inputs, **options):
             x[...] = to_numpy(leaf.data)
         return to_numpy(y.data)
 
-    return check_vjp(forward, vjp, *[to_numpy(a) for a in arrays], **options)
+    return check_vjp(
+        forward,
+        vjp,
+        *[to_numpy(a) for a in arrays],
+        rng=rng,
+        rtol=rtol,
+        step=step,
+        max_elements=max_elements,
+        directions=directions,
+    )
 
 
 def check_vjp(
@@ -115,7 +132,7 @@ def check_vjp(
     rng = rng or np.random.default_rng(0)
     xs = [_float64(i, x) for i, x in enumerate(inputs)]
     y = _deterministic(f, xs)
-    # No component of the cotangent is small: each element of y is heard.
+    # No component of the cotangent is small, so every element of y counts.
     dy = rng.choice([-1.0, 1.0], y.shape) * rng.uniform(0.5, 1.5, y.shape)
     gradients = _checked_gradients(vjp(dy.copy(), *[x.copy() for x in xs]), xs)
 

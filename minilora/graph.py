@@ -58,6 +58,7 @@ def count_consumers(root):
     while unvisited:
         for nodes, _ in unvisited.pop().edges:
             for node in nodes:
+                # An input that needs no gradient has no node.
                 if node is None:
                     continue
                 if node not in consumers:

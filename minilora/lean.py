@@ -1,8 +1,8 @@
-"""The same functions as in functional.py, in less memory and time. A first reading passes over it.
+"""The same functions as in functional.py, in less memory and time. Skip it on a first reading.
 
 Each computes what its textbook form computes; a test proves both equal, values and gradients.
-Their ways: make arrays block by block instead of whole, write in place into arrays of one's own,
-and compute again for the gradient what would be large to keep.
+Arrays are made block by block, results are written into arrays the op owns, and what would be large
+to keep is computed again for the gradient.
 
 Shapes: as in functional.py: B batch, T time, S positions attended to, C channels, H heads,
 D = C / H, V vocabulary.
@@ -23,7 +23,7 @@ LOGIT_ROWS = 256
 def gelu(x):
     """`functional.gelu`, in place, and with nothing kept for the gradient but the derivative.
 
-    As sigmoid(2u) = (1 + tanh u) / 2, with u = c (x + a x³) and s = (1 + tanh u) / 2:
+    With u = c (x + a x³) and s = (1 + tanh u) / 2, which is sigmoid(2u):
 
         y = x s        dy/dx = s + 2 c x (1 + 3 a x²) s (1 - s)
     """
@@ -31,7 +31,8 @@ def gelu(x):
     a = 0.044715
     X = x.data
     xp = get_array_module(X)
-    # Half the time of this op would go into fresh memory: two arrays are made, and written over.
+    # Fetching fresh memory would take half the time of this op, so two arrays are made and written
+    # over. y is the third.
     square = xp.square(X, out=xp.empty_like(X))
     s = xp.multiply(square, c * a, out=xp.empty_like(X))
     s += c
@@ -48,9 +49,9 @@ def gelu(x):
     d *= 6 * c * a
     d += 2 * c  # 2 c (1 + 3 a x²)
     d *= y
-    xp.subtract(1, s, out=s)  # 1 - s
-    d *= s
-    d -= s
+    one_minus_s = xp.subtract(1, s, out=s)
+    d *= one_minus_s
+    d -= one_minus_s
     d += 1
     return record(y, (x, lambda dy: dy * d))
 
@@ -58,8 +59,8 @@ def gelu(x):
 def attention(q, k, v, n_head):
     """`functional.attention` in blocks of queries; the gradient computes the probabilities again.
 
-    In memory are the scores of QUERY_BLOCK queries, not of T, and of those only with the keys that
-    the last of them sees. Of the softmax are kept the largest score and the sum of each row.
+    Only QUERY_BLOCK queries have scores in memory at a time, against the keys that the last of them
+    sees. Of the softmax, each row's largest score and sum are kept.
     Source: Dao et al. 2022, "FlashAttention", algorithms 1 and 4.
     """
     check_attention(q, k, v, n_head)
@@ -77,7 +78,8 @@ def attention(q, k, v, n_head):
     row_max = xp.empty((B, n_head, 1, T), Q.dtype)
     row_sum = xp.empty((B, n_head, 1, T), Q.dtype)
 
-    # The queries of each block, and the keys up to the last that one of them sees.
+    # The queries of each block, and the keys up to the last that one of them sees. Keys start at 0:
+    # a causal query sees all before it.
     blocks = []
     for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
@@ -88,6 +90,7 @@ def attention(q, k, v, n_head):
         # several times faster than over the last.
         block = K[:, :, keys] @ Q[:, :, queries].swapaxes(-1, -2)
         n = block.shape[-1]
+        # A single query, as in generation, sees every key.
         if n > 1:
             # The last n keys are the block's own positions: below the diagonal lies the future.
             block[:, :, -n:] += xp.tril(xp.full((n, n), -math.inf, Q.dtype), -1)

@@ -16,7 +16,7 @@ import math
 from . import functional as F
 from .fits import base_errors, check_fits, pair_errors
 from .lora_config import check_patterns, find_targets
-from .nn import Linear, Module, uniform
+from .nn import LinearLayer, Module, uniform
 from .tensor import Tensor
 
 
@@ -31,7 +31,8 @@ class LoRAPair(Module):
         _check_one_rank(lora_A, lora_B)
         self.lora_A = lora_A
         self.lora_B = lora_B
-        self.scaling = scaling
+        # A Python float: a NumPy float64 would widen a float32 weight in `delta`.
+        self.scaling = float(scaling)
 
     r = property(lambda self: self.lora_A.shape[0])
     in_features = property(lambda self: self.lora_A.shape[1])
@@ -39,7 +40,7 @@ class LoRAPair(Module):
 
     def __call__(self, x):
         thin = F.linear(x, self.lora_A)  # (..., r)
-        # Scaled here, where it is thin: r numbers a row, not out.
+        # Scaled here, where a row has r numbers and not out_features.
         return F.linear(thin * self.scaling, self.lora_B)
 
     def delta(self):
@@ -62,6 +63,7 @@ class AdaptedLayer(Module):
     """
 
     transparent = ("linear",)
+    carries_adapter = True
 
 
 class LoRALinear(AdaptedLayer):
@@ -124,13 +126,13 @@ class Adapter(Module):
 
 def linear_names(model):
     """The names of the Linear layers of `model`, in its order, those that carry an adapter too."""
-    kinds = (Linear, AdaptedLayer)
+    kinds = (LinearLayer, AdaptedLayer)
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def adapted_names(model):
     """The names of the layers of `model` that carry an adapter."""
-    return [name for name, module in model.named_modules() if isinstance(module, AdaptedLayer)]
+    return [name for name, module in model.named_modules() if module.carries_adapter]
 
 
 def init_adapter(model, config, rng, *, allow_large_r=False):
@@ -177,9 +179,13 @@ def attach(base, adapter, *, check_base=True):
     are trainable. Called with a generator, `model.loss(ids, targets, rng=rng)`, it applies the
     adapter's dropout. check_base=False skips the fingerprint: for a base changed on purpose.
 
+    An adapter is anything with `pairs`, whose keys are the names of the modules it adapts;
+    `adapted(name, layer)`, the layer that stands for one of them; and `fit_errors` (see fits.py).
+
     Shapes: the new model takes and returns what `base` does.
-    Raises: ValueError with every reason why the two do not fit: modules absent, of another shape or
-    adapted already, another base; TypeError for another dtype or backend. Nothing has changed then.
+    Raises: ValueError with the reasons why the two do not fit: modules absent, of another shape or
+    adapted already, or else another base; TypeError for another dtype or backend. Nothing has
+    changed then.
     Source: Hu et al. 2021, eq. 3.
     """
     check_fits("attach", base, adapter, check_base)

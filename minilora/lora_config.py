@@ -29,9 +29,10 @@ class LoRAConfig:
     r: rank of the update. alpha: its strength (no default: alpha changes what r means).
     target_modules: a list of names or dotted endings, ["q_proj", "mlp.up_proj"]; or one regular
     expression for whole names; or "all-linear". dropout: on the adapter's input, where a generator
-    is passed. use_rslora: scale by alpha / √r, which keeps the update's size as r grows.
-    rank_pattern, alpha_pattern: {expression: r or alpha} for the modules whose name, or a dotted
-    ending of it, the expression matches; the first that matches counts.
+    is passed (in training: where `train` is given a seed). use_rslora: scale by alpha / √r, which
+    keeps the update's size as r grows. rank_pattern, alpha_pattern: {expression: r or alpha} for
+    the modules whose name, or a dotted ending of it, the expression matches; the first that
+    matches counts.
     Raises: ConfigError (a ValueError) that names the field, what it must be, and its value.
     Source: Hu et al. 2021, section 4.1; Kalajdzievski 2023 (rsLoRA).
 

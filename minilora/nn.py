@@ -7,22 +7,24 @@ import math
 import numpy as np
 
 from . import functional as F
-from .backend import get_array_module, to_device, to_numpy
-from .tensor import Tensor
+from .backend import check_rng, get_array_module, to_device, to_numpy
+from .tensor import Tensor, check_same_layout
 
 
 class Module:
     """Anything that holds Tensors and Modules as attributes, in lists or in dicts.
 
     There is no registration and no train/eval mode. Names are the dotted paths of PyTorch:
-    `h.0.attn.q_proj.weight`. This library never changes a Module in place: `rebuild`, and all that
-    is made with it, returns a new tree that shares whatever did not change.
+    `h.0.attn.q_proj.weight`. The tree is never changed in place: `rebuild`, and all that is made
+    with it, returns a new tree that shares whatever did not change. Only an optimizer and
+    `load_state_dict` write into arrays.
 
     A class that wraps another layer names that attribute in `transparent`: the parts of the wrapped
     layer then keep the names they had without the wrapper.
     """
 
     transparent = ()
+    carries_adapter = False
 
     def named_children(self):
         """(name, Tensor or Module) for each direct child, in order of definition.
@@ -56,8 +58,16 @@ class Module:
         return [p for _, p in self.named_parameters()]
 
     def state_dict(self):
-        """{dotted name: array} of `named_parameters()`: the module's own arrays, not copies."""
-        return {name: p.data for name, p in self.named_parameters()}
+        """{dotted name: array} of `named_parameters()`: the module's own arrays, not copies.
+
+        Raises: ValueError if a wrapper and the layer in it have tensors of one name.
+        """
+        state = {}
+        for name, p in self.named_parameters():
+            if name in state:
+                raise ValueError(f"two tensors are called {name}: rename that of the wrapper")
+            state[name] = p.data
+        return state
 
     def load_state_dict(self, state):
         """Write the arrays of `state` into the module's own, as an optimizer would.
@@ -81,7 +91,8 @@ class Module:
         """A copy of the tree in which `replace(dotted name, x)` stands for x, unless it is None.
 
         x is every Module, this one (named "") first, and every Tensor. A Module for which `replace`
-        returns None is rebuilt from its own parts; such a Tensor is shared.
+        returns None is rebuilt from its own parts; such a Tensor is shared. A layer inside a
+        wrapper is not offered, because it has no name of its own; its Tensors are.
         """
         new = replace("", self)
         return _rebuilt_parts("", self, replace) if new is None else new
@@ -161,19 +172,6 @@ def _rebuilt_parts(name, module, replace):
     return new
 
 
-def check_same_layout(who, arrays, expected):
-    """Raise ValueError unless {name: array} has the names, shapes and dtypes of `expected`."""
-    layout = {name: (a.shape, a.dtype.name) for name, a in arrays.items()}
-    wanted = {name: (a.shape, a.dtype.name) for name, a in expected.items()}
-    differing = [name for name in wanted | layout if layout.get(name) != wanted.get(name)]
-    if differing:
-        lines = [
-            f"{name} is {layout.get(name, 'absent')}, not {wanted.get(name, 'absent')}"
-            for name in differing[:4]
-        ]
-        raise ValueError(f"{who}: {len(differing)} arrays do not fit: {'; '.join(lines)}")
-
-
 def _digest(array):
     # A float64 too large for float32 becomes inf, which is as good a value to hash as any.
     with np.errstate(over="ignore"):
@@ -190,7 +188,7 @@ def uniform(rng, bound, shape, dtype, xp):
     return Tensor(to_device(values, xp), requires_grad=True)
 
 
-def normal(rng, std, shape, dtype):
+def normal_or_zeros(rng, std, shape, dtype):
     """A trainable Tensor of normal numbers with standard deviation `std`, drawn in float64.
 
     Without `rng` it holds zeros: memory that is not touched until a loader puts the real numbers
@@ -202,22 +200,16 @@ def normal(rng, std, shape, dtype):
     return Tensor(values.astype(dtype), requires_grad=True)
 
 
-def check_rng(rng):
-    """`rng`, if it is a `numpy.random.Generator`; else a TypeError that says how to make one."""
-    if not isinstance(rng, np.random.Generator):
-        raise TypeError(
-            f"rng must be a numpy.random.Generator, got {rng!r}; write np.random.default_rng(seed)"
-        )
-    return rng
+class LinearLayer(Module):
+    """A layer that can carry LoRA, however it stores its weight: x (..., in) -> (..., out).
 
-
-class Linear(Module):
-    """y = x Wᵀ + b with weight (out, in), bias (out,) or None: x (..., in) -> (..., out).
-
-    A layer that can carry LoRA has `in_features`, `out_features`, the `dtype` and array module `xp`
-    in which it computes, and `plus`. A layer is called with `rng`, from which dropout draws; this
-    one has none.
+    It has `in_features` and `out_features`, the `dtype` and the array module `xp` in which it
+    computes, `plus(update)`, and is called with x and `rng`, from which dropout draws.
     """
+
+
+class Linear(LinearLayer):
+    """y = x Wᵀ + b with weight (out, in), bias (out,) or None. It has no dropout."""
 
     def __init__(self, weight, bias=None):
         bias_shape = None if bias is None else bias.shape
@@ -232,7 +224,8 @@ class Linear(Module):
     @classmethod
     def init(cls, in_features, out_features, rng, dtype="float32"):
         """Weights normal with variance 1 / in: outputs are as large as inputs. The bias is zero."""
-        weight = normal(rng, 1 / math.sqrt(in_features), (out_features, in_features), dtype)
+        std = 1 / math.sqrt(in_features)
+        weight = normal_or_zeros(rng, std, (out_features, in_features), dtype)
         return cls(weight, Tensor(np.zeros(out_features, dtype), requires_grad=True))
 
     out_features = property(lambda self: self.weight.shape[0])

@@ -5,8 +5,7 @@ import math
 import numpy as np
 
 from .backend import get_array_module, to_device
-from .nn import check_same_layout
-from .tensor import Tensor
+from .tensor import Tensor, check_same_layout
 
 # How many numbers Adam updates at a time on the host.
 BLOCK = 2**16
@@ -20,7 +19,7 @@ class Adam:
         p -= lr · weight_decay · p,  p -= lr · m̂ / (√v̂ + eps)
 
     Two moments are held for each trainable tensor, of its shape and dtype. Frozen tensors are left
-    out and cost nothing. Parameters are updated in place: their arrays must be theirs.
+    out and cost nothing. Parameters are updated in place: no other model may share their arrays.
 
     Raises: ValueError if nothing is trainable, a hyper-parameter is out of range, or a gradient is
     missing at `step()`.
@@ -80,7 +79,7 @@ class Adam:
         self._check_gradients()
         self.steps += 1
         beta1, beta2 = self.betas
-        # The moments start at zero. These factors undo what that takes away in the first steps.
+        # Bias correction: the moments start at zero, so in the first steps they are too small.
         m_correction = 1 - beta1**self.steps
         v_correction = 1 - beta2**self.steps
         decay = 1 - lr * self.weight_decay
@@ -109,9 +108,15 @@ class Adam:
 
         Raises: ValueError, before anything changes, if the moments do not fit these parameters.
         """
+        if state.keys() != {"steps", "moments"}:
+            raise ValueError(
+                f"Adam.load_state_dict: expected the keys steps and moments, got {list(state)}"
+            )
         steps = state["steps"]
-        if steps < 0:
-            raise ValueError(f"Adam.load_state_dict: steps must be at least 0, got {steps}")
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(
+                f"Adam.load_state_dict: steps must be a whole number of at least 0, got {steps!r}"
+            )
         own_moments = self.state_dict()["moments"]
         check_same_layout("Adam.load_state_dict", state["moments"], own_moments)
         for name, moment in own_moments.items():

@@ -42,7 +42,7 @@ def record(y, *edges):
 
 
 def check_same(op, *tensors):
-    """Raise TypeError unless all `tensors`, None aside, share a backend and a dtype.
+    """Raise TypeError unless all `tensors`, except None, share a backend and a dtype.
 
     Nothing is promoted silently.
     """
@@ -60,8 +60,21 @@ def check_same(op, *tensors):
             )
 
 
+def check_same_layout(who, arrays, expected):
+    """Raise ValueError unless {name: array} has the names, shapes and dtypes of `expected`."""
+    layout = {name: (a.shape, a.dtype.name) for name, a in arrays.items()}
+    wanted = {name: (a.shape, a.dtype.name) for name, a in expected.items()}
+    differing = [name for name in wanted | layout if layout.get(name) != wanted.get(name)]
+    if differing:
+        lines = [
+            f"{name} is {layout.get(name, 'absent')}, not {wanted.get(name, 'absent')}"
+            for name in differing[:4]
+        ]
+        raise ValueError(f"{who}: {len(differing)} arrays do not fit: {'; '.join(lines)}")
+
+
 def _check_broadcast(op, a, b, but_last=0):
-    """Raise ValueError unless shapes `a` and `b`, their `but_last` last axes aside, broadcast."""
+    """Raise ValueError unless shapes `a` and `b` broadcast, but for their `but_last` last axes."""
     leading_a = a[: max(0, len(a) - but_last)]
     leading_b = b[: max(0, len(b) - but_last)]
     try:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from strategies import arrays, shapes
 
-from minilora.backend import get_array_module, to_device, to_numpy
+from minilora.backend import array_module, get_array_module, to_device, to_numpy
 
 
 def test_the_array_decides(xp):
@@ -57,3 +57,9 @@ def test_a_moved_array_is_independent_of_the_host(device_xp):
     there = to_device(x, device_xp)
     x[:] = 0
     assert np.array_equal(to_numpy(there), np.ones(3))
+
+
+@pytest.mark.parametrize("name", ["os", "nunpy", ""])
+def test_only_the_two_backends_are_array_modules(name):
+    with pytest.raises(ValueError, match=f'backend must be "numpy" or "cupy", got {name!r}'):
+        array_module(name)

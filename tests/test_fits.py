@@ -6,8 +6,11 @@ from strategies import TinyMLP, contents, learned, new_adapter, tiny_mlp
 
 from minilora.compose import stack
 from minilora.fits import check_fits
+from minilora.functional import linear
 from minilora.graph import no_grad
-from minilora.lora import attach
+from minilora.lora import Adapter, LoRAPair, attach, merge
+from minilora.lora_config import LoRAConfig
+from minilora.nn import Linear, LinearLayer, Module
 from minilora.tensor import Tensor
 
 X = np.random.default_rng(7).standard_normal((2, 3, 6)).astype(np.float32)  # a batch for tiny_mlp(6, ...)
@@ -31,8 +34,8 @@ def with_another_bias(base):
 
 @pytest.mark.parametrize("other, error, says", [
     (lambda base: tiny_mlp(6, 7, 4), ValueError, ["layers.0", "(7, 6)", "(2, 6)", "(5, 2)"]),
-    (lambda base: tiny_mlp(6, 5), ValueError, ["layers.1", "NoneType"]),
-    (without_activation, ValueError, ["layers.0", "layers.1", "not Linear"]),
+    (lambda base: tiny_mlp(6, 5), ValueError, ["layers.1", "nothing there"]),
+    (without_activation, ValueError, ["layers.0", "layers.1", "nothing there"]),
     (lambda base: tiny_mlp(6, 5, 4, seed=9), ValueError, ["layers.0.weight", "made for", "this base has"]),
     (with_another_bias, ValueError, ["layers.1.bias", "made for", "this base has"]),
     (lambda base: tiny_mlp(6, 5, 4, 3), ValueError, ["layers.2.weight", "absent"]),
@@ -89,3 +92,55 @@ def test_an_adapter_whose_base_is_unknown_is_asked_for_its_shapes_alone():
     check_fits("attach", other, adapter)
     with pytest.raises(ValueError, match=r"layers\.0: weight \(7, 6\)"):
         check_fits("attach", tiny_mlp(6, 7), adapter)
+
+
+def test_a_transposed_pair_is_refused():
+    base = TinyMLP([Linear(Tensor(np.ones((3, 5))))])
+    pair = LoRAPair(Tensor(np.ones((2, 3))), Tensor(np.ones((5, 2))), 1.0)
+    with pytest.raises(ValueError, match=r"layers\.0: weight \(3, 5\)"):
+        attach(base, Adapter(LoRAConfig(2, 4, ["0"]), {"layers.0": pair}, None))
+
+
+class Halved(LinearLayer):
+    """A weight that is kept as whole numbers of halves, as a quantised layer keeps its own."""
+
+    def __init__(self, halves):
+        self.halves = halves  # an int8 array (out, in): no Tensor, so no part of the tree
+
+    out_features = property(lambda self: self.halves.shape[0])
+    in_features = property(lambda self: self.halves.shape[1])
+    dtype = property(lambda self: np.dtype("float32"))
+    xp = property(lambda self: np)
+
+    def __call__(self, x, rng=None):
+        return linear(x, Tensor(self.halves.astype(np.float32) / 2))
+
+    def plus(self, update):
+        return Linear(Tensor(self.halves.astype(np.float32) / 2 + update))
+
+
+def test_a_layer_that_stores_its_weight_in_another_way_carries_lora_and_merges():
+    rng = np.random.default_rng(0)
+    base = TinyMLP([Halved(rng.integers(-3, 4, (5, 6)).astype(np.int8))])
+    adapter = new_adapter(base)
+    for p in adapter.parameters():
+        p.data[...] = rng.integers(-2, 3, p.shape)
+    model, x = attach(base, adapter), rng.integers(-3, 4, (2, 6)).astype(np.float32)
+    assert np.array_equal(outputs(model, x), outputs(merge(model), x))
+    assert not np.array_equal(outputs(model, x), outputs(base, x))
+
+
+class Scaled(Module):
+    """A wrapper that has nothing to do with LoRA."""
+
+    transparent = ("inner",)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+
+def test_only_what_carries_an_adapter_is_said_to():
+    base = tiny_mlp(6, 5)
+    wrapped = TinyMLP([Scaled(base.layers[0])])
+    with pytest.raises(ValueError, match="the base has Scaled there, not a linear layer"):
+        attach(wrapped, new_adapter(base))

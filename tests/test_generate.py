@@ -95,7 +95,7 @@ class Counting:
     config = GPTConfig(n_layer=1, n_head=1, n_embd=7, vocab_size=7, block_size=16)
 
     def new_cache(self, size):
-        return None
+        return []
 
     def hidden(self, ids, cache):
         return Tensor(np.eye(7)[(ids + 1) % 7])
@@ -109,6 +109,13 @@ def test_a_row_that_has_stopped_says_nothing_more_while_others_go_on():
     assert told.tolist() == [[4, 5, 5, 5, 5], [1, 2, 3, 4, 5], [3, 4, 5, 5, 5]]
     ends_with_it = generate(Counting(), np.array([[5], [3]]), 3, stop=5)  # a stop in the prompt stops nothing
     assert ends_with_it.tolist() == [[5, 6, 0, 1], [3, 4, 5, 5]]
+
+
+def test_a_model_without_a_cache_is_refused_since_it_would_read_each_token_alone():
+    model = Counting()
+    model.new_cache = lambda size: None
+    with pytest.raises(ValueError, match="made no cache"):
+        generate(model, np.array([[3]]), 2)
 
 
 def test_a_row_continues_as_it_does_alone():

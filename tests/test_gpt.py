@@ -26,6 +26,7 @@ from minilora import gpt
 from minilora.generate import generate
 from minilora.gpt import GPT, GPTConfig, KeyValueCache
 from minilora.gradcheck import gradcheck
+from minilora.graph import no_grad
 from minilora.optim import Adam
 from minilora.tensor import Tensor
 
@@ -245,7 +246,16 @@ def test_the_loss_is_that_of_the_logits(tied):
 def test_a_cache_is_refused_where_a_graph_is_recorded():
     model = tiny_gpt()
     with pytest.raises(ValueError, match=r"cache carries no gradients.*no_grad\(\)"):
-        model(np.array([[1, 2]]), [KeyValueCache(9) for _ in model.h])
+        model(np.array([[1, 2]]), cache=[KeyValueCache(9) for _ in model.h])
+
+
+def test_a_cache_of_another_number_of_layers_is_refused_and_takes_nothing():
+    model = tiny_gpt()
+    for n_layers in (0, 1, 3):
+        cache = [KeyValueCache(8) for _ in range(n_layers)]
+        with no_grad(), pytest.raises(ValueError, match=f"the cache has {n_layers} layers, the model 2"):
+            model.hidden(np.array([[1, 2]]), cache)
+        assert all(layer.length == 0 for layer in cache)
 
 
 def test_a_cache_does_not_go_on_with_what_does_not_fit():

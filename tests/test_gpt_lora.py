@@ -260,6 +260,16 @@ def test_every_backend_computes_what_numpy_does(xp, positions):
     assert type(our_text) is np.ndarray and np.array_equal(our_text, numpy_text)
 
 
+@pytest.mark.parametrize("target", ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+def test_a_generator_reaches_every_linear_of_a_gpt(target):
+    base = tiny_gpt(dtype="float32")
+    model = attach(base, learned(new_adapter(base, targets=[target], dropout=0.5)))
+    dropped = model(IDS, rng=np.random.default_rng(2)).data
+    assert np.array_equal(model(IDS).data, outputs(model)) and not np.array_equal(dropped, outputs(model))
+    losses = [model.loss(IDS, TARGETS, rng=rng).item() for rng in (None, np.random.default_rng(2))]
+    assert losses[0] != losses[1]
+
+
 def test_a_misspelt_module_is_refused_with_every_kind_of_linear_there_is():
     with pytest.raises(ValueError) as caught:
         new_adapter(tiny_gpt(dtype="float32"), targets=["q_proj", "value_proj"])

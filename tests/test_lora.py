@@ -27,6 +27,7 @@ from strategies import (
 
 from minilora import functional as F
 from minilora.backend import to_device
+from minilora.compose import BatchLoRALinear
 from minilora.count import parameter_report
 from minilora.graph import no_grad
 from minilora.lora import Adapter, LoRALinear, LoRAPair, attach, init_adapter, merge
@@ -400,6 +401,32 @@ def test_what_drops_out_of_the_adapters_input_is_the_share_of_the_rate_and_the_r
     assert np.mean(update == 0) == pytest.approx(0.75, abs=0.03)
 
 
+class Spy(Linear):
+    """A Linear that remembers the generator it was called with."""
+
+    def __call__(self, x, rng=None):
+        self.rng = rng
+        return super().__call__(x, rng)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda spy, pair: LoRALinear(spy, pair), lambda spy, pair: BatchLoRALinear(spy, [pair], [0.0]),
+], ids=["LoRALinear", "BatchLoRALinear"])  # fmt: skip
+def test_a_held_layer_is_called_with_the_generator(wrap):
+    ones = lambda *shape: Tensor(np.ones(shape))
+    spy, rng = Spy(ones(4, 3)), np.random.default_rng(0)
+    wrap(spy, LoRAPair(ones(2, 3), ones(4, 2), 1.0))(ones(1, 2, 3), rng)
+    assert spy.rng is rng
+
+
+@pytest.mark.parametrize("rng", [0, np.random, "seed"], ids=str)
+def test_what_is_no_generator_is_refused_where_it_would_draw(rng):
+    base = tiny_mlp(6, 5)
+    model = attach(base, new_adapter(base, dropout=0.5))
+    with pytest.raises(TypeError, match=r"must be a numpy\.random\.Generator.*write np\.random\.default_rng"):
+        model(Tensor(X), rng=rng)
+
+
 # --- every backend -----------------------------------------------------------------------------------------------
 
 
@@ -488,6 +515,21 @@ def test_two_factors_without_one_rank_are_refused_with_both_shapes(A, B):
     with pytest.raises(ValueError) as caught:
         LoRAPair(Tensor(np.zeros(A)), Tensor(np.zeros(B)), 1.0)
     assert all(str(part) in str(caught.value) for part in ("(r, in)", "(out, r)", A, B))
+
+
+def test_a_scaling_from_numpy_does_not_widen_what_is_merged():
+    A, B = Tensor(np.ones((2, 6), np.float32)), Tensor(np.ones((5, 2), np.float32))
+    for scaling in (np.float64(0.5), np.float32(0.5), 1, np.array(0.5)):
+        pair = LoRAPair(A, B, scaling)
+        assert pair.delta().dtype == np.float32 and type(pair.scaling) is float
+
+
+def test_an_adapter_keeps_its_pairs_when_the_dictionary_it_was_made_from_changes():
+    base = tiny_mlp(6, 5)
+    pairs = dict(new_adapter(base).pairs)
+    adapter = Adapter(LoRAConfig(2, 4, "all-linear"), pairs, None)
+    pairs.clear()
+    assert list(adapter.pairs) == ["layers.0"]
 
 
 def test_a_pair_of_another_rank_than_the_recipes_computes_what_the_pair_says():

@@ -147,6 +147,13 @@ def test_rebuild_asks_for_the_wrapper_and_the_parts_of_what_it_wraps_but_not_for
     assert not any(p.requires_grad for p in frozen.parameters()) and contents(frozen) == contents(model)
 
 
+def test_two_tensors_of_one_name_are_refused_where_one_would_be_lost():
+    gain = lambda value: Tensor(np.array(value, "float32"))
+    both = Doubled(Doubled(Linear.init(2, 2, np.random.default_rng(0)), gain(2.0)), gain(3.0))
+    with pytest.raises(ValueError, match="two tensors are called gain"):
+        both.state_dict()
+
+
 # --- state -------------------------------------------------------------------------------------------------------
 
 

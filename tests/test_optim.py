@@ -120,6 +120,29 @@ def test_a_rate_given_to_a_step_stands_for_that_step_alone():
         assert p.data == pytest.approx(moved, abs=1e-6)
 
 
+def test_decay_follows_the_rate_of_the_step():
+    p = Tensor([2.0], requires_grad=True)
+    adam = Adam([p], lr=1.0, weight_decay=0.5)
+    for lr, after in ((0.0, 2.0), (0.5, 1.5), (None, 0.75)):
+        p.grad = np.zeros(1)
+        adam.step(lr)
+        assert p.data.tolist() == [after]
+
+
+def test_a_tensor_given_twice_moves_once():
+    p = Tensor([3.0], requires_grad=True)
+    adam = Adam([p, p], lr=1.0)
+    p.grad = np.ones(1)
+    adam.step()
+    assert p.data == pytest.approx(2.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("state", [{}, {"steps": 1}, {"steps": 1, "moments": {}, "more": 2}], ids=str)
+def test_a_state_with_other_keys_is_refused(state):
+    with pytest.raises(ValueError, match="expected the keys steps and moments, got"):
+        Adam([Tensor([1.0], requires_grad=True)]).load_state_dict(state)
+
+
 def test_frozen_tensors_hold_no_moments_and_stay_as_they_are():
     frozen, free = Tensor(np.ones((50, 50))), Tensor(np.ones((2, 3)), requires_grad=True)
     adam = Adam([frozen, free])
@@ -255,7 +278,7 @@ def test_a_state_moves_between_backends_and_is_not_shared(xp):
     ({"m.0": np.ones(2), "v.0": np.ones(2, "float32")}, 1, "v.0.*float32.*not.*float64"),
     ({"m.0": np.ones(2)}, 1, "1 arrays do not fit.*v.0 is absent"),
     ({"m.0": np.ones(2), "v.0": np.ones(2), "m.1": np.ones(2)}, 1, "1 arrays do not fit.*m.1.*not absent"),
-    ({"m.0": np.ones(2), "v.0": np.ones(2)}, -1, "steps must be at least 0, got -1"),
+    ({"m.0": np.ones(2), "v.0": np.ones(2)}, -1, "at least 0, got -1"),
 ], ids=["shape", "dtype", "too few", "too many", "steps"])  # fmt: skip
 def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(state, steps, told):
     adam = Adam([Tensor(np.zeros(2), requires_grad=True)])

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..backend import to_numpy
 from ..disk.folder import load_folder, save_folder
 from ..fits import indented
-from ..nn import check_same_layout
+from ..tensor import check_same_layout
 
 # The first version of this library that wrote checkpoints as they are written here.
 VERSION = "0.2"

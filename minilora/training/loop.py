@@ -42,7 +42,8 @@ def train(
     determines, with the step and the part, what each of them draws.
 
     Each batch is cut into `parts`, which `threads` compute at once (see `PartWorkers`); a part has
-    its share of the cores for BLAS. Seed and parts determine every bit, threads none.
+    its share of the cores for BLAS. On one machine seed and parts determine every bit, whatever the
+    threads.
 
     A run that goes on after `start` steps is given the batches from there. After each step
     `on_step(steps, loss)` is called with the number of steps since the very first. A progress bar
@@ -60,6 +61,7 @@ def train(
     losses = []
     with contextlib.ExitStack() as stack:
         if parts > 1:
+            # By parts, not by threads: BLAS on another number of threads may round differently.
             stack.enter_context(blas_threads(max(1, cores() // parts)))
         workers = stack.enter_context(PartWorkers(model, parts, threads))
         progress = stack.enter_context(_ProgressBar(steps, start, label, quiet))
@@ -134,7 +136,7 @@ def exact_match(model, pairs, batch=64):
     One forward pass tells. Greedy decoding reproduces the answer if and only if, at each of its
     positions, the likeliest token after the answer so far is the right one.
     """
-    # Prompts alike in length share a batch, so that little is filled up.
+    # Prompts alike in length share a batch, so that little padding is needed.
     by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     right = np.zeros(len(pairs), bool)
     with no_grad():

@@ -33,10 +33,11 @@ class Part:
 class PartWorkers:
     """`threads` replicas of `model`, which compute the `parts` of each batch.
 
-    A replica shares the model's arrays and owns its gradients, so there is nothing to lock. NumPy
-    computes outside Python's lock: threads share out what BLAS leaves to one core, that is all but
-    the matrix multiplications. With one thread the parts are computed one after the other. A model
-    from `stack` has as many rows as its batch, so it takes one part.
+    A replica shares the model's arrays and owns its gradients, so there is nothing to lock. BLAS
+    spreads only matrix multiplications over the cores; threads spread the rest, because NumPy
+    computes outside Python's lock. With one thread the parts are computed one after the other. The
+    gradients of all parts of a step exist at once. A model from `stack` fixes the rows of its
+    batch, so it takes one part.
 
     Raises: ValueError unless 1 <= threads <= parts.
     """
@@ -62,8 +63,8 @@ class PartWorkers:
         With a `seed`, layers drop out: each part draws from a generator that seed, step and the
         number of the part determine.
 
-        Shapes: ids and targets (B, T), cut along B. A target of -100 carries no loss, and a part
-        in which no other is, is not computed.
+        Shapes: ids and targets (B, T), cut along B. A target of -100 carries no loss; a part all
+        of whose targets are -100 is not computed.
         Raises: as `model.loss`, with the gradients left as they were.
         """
         work = cut(ids, targets, self.parts, seed, step)
@@ -85,7 +86,7 @@ class PartWorkers:
             results = [_compute(self.replicas[0], work_of_thread[0])]
             results += [thread.result() for thread in other_threads]
         finally:
-            # After an error, or Ctrl-C, nobody computes on.
+            # Even after an error or Ctrl-C: wait until no thread computes any more.
             wait(other_threads)
         # Part i was computed by thread i % n_threads, as its number i // n_threads.
         in_order = [results[i % n_threads][i // n_threads] for i in range(len(work))]
@@ -111,7 +112,7 @@ def cut(ids, targets, parts, seed=None, step=0):
         raise ValueError(f"ids {ids.shape}, targets {targets.shape}: one target for each id")
     n_targets = np.count_nonzero(targets != IGNORE)
     if n_targets == 0:
-        # The model says why it has no loss.
+        # Let the model raise: it says why there is no loss.
         return [Part(ids, targets, 1.0, part_rng(seed, step, 0))]
     work = []
     pieces = zip(np.array_split(ids, parts), np.array_split(targets, parts), strict=True)
@@ -136,7 +137,11 @@ def part_gradients(replica, part):
         p.grad = None
     loss = replica.loss(part.ids, part.targets, rng=part.rng)
     loss.backward(get_array_module(loss.data).full_like(loss.data, part.share))
-    return part.share * loss.item(), [p.grad for p in leaves]
+    gradients = [p.grad for p in leaves]
+    # The replica lets go of them: the caller owns them now, and they are not held twice.
+    for p in leaves:
+        p.grad = None
+    return part.share * loss.item(), gradients
 
 
 def _compute(replica, work):

@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import os
 
+from .parts import check_parts
+
 
 def cores():
     """How many processor cores this process may use."""
@@ -21,12 +23,14 @@ def parts_and_threads(parts, threads, backend):
     """
     if parts is None:
         parts = 2 if backend == "numpy" else 1
-        if threads is not None:
-            parts = max(parts, threads)
     if threads is None:
         threads = min(parts, cores()) if backend == "numpy" else 1
-    if not 1 <= threads <= parts:
-        raise ValueError(f"{threads} threads for {parts} parts: give 1 to {parts} threads")
+    if threads > parts:
+        raise ValueError(
+            f"{threads} threads for {parts} parts: give as many parts, which changes how numbers "
+            f"are rounded, or at most {parts} threads"
+        )
+    check_parts(parts, threads)
     if threads > 1 and backend != "numpy":
         raise ValueError(
             f"{threads} threads with backend {backend!r}: a GPU computes one part at a time; give 1"

@@ -100,11 +100,16 @@ def given_to_the_demo(monkeypatch, *arguments):
     return calls[0]
 
 
+def test_more_threads_than_parts_are_refused_with_what_to_give(capsys):
+    assert main(["demo", "--threads", "3"]) == 1
+    assert "3 threads for 2 parts: give as many parts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, size, out, seed, asked, rerun_command",
     [
         ([], demo.FULL, "minilora-demo", 0, (None, None), "minilora demo"),
-        (["--threads", "3"], demo.FULL, "minilora-demo", 0, (None, 3), "minilora demo"),
+        (["--parts", "3", "--threads", "3"], demo.FULL, "minilora-demo", 0, (3, 3), "minilora demo"),
         (["--parts", "4", "--threads", "1"], demo.FULL, "minilora-demo", 0, (4, 1), "minilora demo"),
         (["--quick"], demo.QUICK, "minilora-demo-quick", 0, (None, None), "minilora demo --quick"),
         (["--quick", "--seed", "7", "--out", "a b"], demo.QUICK, "a b", 7, (None, None),

@@ -26,7 +26,7 @@ from minilora.disk.family import Family, check_fields
 from minilora.disk.loaders import note_on_base
 from minilora.disk.tokenizer import load_tokenizer
 from minilora.graph import no_grad
-from minilora.nn import Embedding, Linear, Module, normal
+from minilora.nn import Embedding, Linear, Module, normal_or_zeros
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Layer(Module):
     """x + mix(gate(x) * value(x)): two linears that files join, and a square one."""
 
     def __init__(self, config, rng, dtype):
-        self.gate = Linear(normal(rng, 0.5, (config.width, config.width), dtype))
-        self.value = Linear(normal(rng, 0.5, (config.width, config.width), dtype))
-        self.mix = Linear(normal(rng, 0.5, (config.width, config.width), dtype))
+        self.gate = Linear(normal_or_zeros(rng, 0.5, (config.width, config.width), dtype))
+        self.value = Linear(normal_or_zeros(rng, 0.5, (config.width, config.width), dtype))
+        self.mix = Linear(normal_or_zeros(rng, 0.5, (config.width, config.width), dtype))
 
     def __call__(self, x):
         return x + self.mix(self.gate(x) * self.value(x))
@@ -55,9 +55,9 @@ class Gated(Module):
 
     def __init__(self, config, rng, dtype="float32"):
         self.config = config
-        self.embed = Embedding(normal(rng, 1.0, (config.vocab_size, config.width), dtype))
+        self.embed = Embedding(normal_or_zeros(rng, 1.0, (config.vocab_size, config.width), dtype))
         self.layers = [Layer(config, rng, dtype) for _ in range(config.depth)]
-        self.out = Embedding(normal(rng, 1.0, (config.vocab_size, config.width), dtype))
+        self.out = Embedding(normal_or_zeros(rng, 1.0, (config.vocab_size, config.width), dtype))
 
     def __call__(self, ids):
         x = self.embed(ids)
