@@ -128,6 +128,12 @@ def test_busy_is_neither_idle_nor_waiting_for_a_disk(tmp_path):
     assert processes.busy_seconds(tmp_path / "absent") is None
 
 
+@pytest.mark.parametrize("unit, settling, units", [(0.001, 100, 400), (0.3, 1, 1), (0.1, 1, 4), (0.6, 0, 1)])
+def test_a_call_lasts_as_long_as_was_asked_for_the_fastest_and_starts_untimed(unit, settling, units):
+    answers = {"slow": {"seconds": 5.0}, "fast": {"seconds": unit}, GEMM: {"seconds": 1e-9}}
+    assert rounds.units_per_call(answers, seconds=0.4) == (settling, units)
+
+
 # 3. The same numbers, or no times.
 
 
@@ -259,12 +265,13 @@ def measured(folder):
 
 def test_what_was_measured_before_an_interruption_is_kept(tmp_path, quick_run, capsys):
     quick_run(KeyboardInterrupt())
-    benchmark.main()
+    with pytest.raises(KeyboardInterrupt, match="^interrupted at tiny full, which is left out$"):
+        benchmark.main()
     kept = measured(tmp_path)
     assert [(r["size"], r["task"]) for r in kept["results"]] == [("tiny", "lora")]
     assert kept["machine"]["threads"] == 1
     assert kept["results"][0]["rows"][0]["library"] == "minilora"
-    assert capsys.readouterr().out.endswith("interrupted at tiny full, which is left out\n")
+    assert "tiny        lora        minilora" in capsys.readouterr().out
 
 
 def test_different_results_stop_the_run_and_what_was_measured_is_kept(tmp_path, quick_run):
