@@ -116,6 +116,12 @@ def test_a_loud_round_changes_no_median():
     ]
 
 
+def test_too_many_loud_rounds_are_counted_and_said_to_be():
+    loud = an_outcome(foreign=[0.2, 0.01, 0.4])
+    (remark,) = report.remarks("nano", "lora", loud)
+    assert remark.endswith("2 of 3 rounds had foreign load, at most 40%; counted all the same, they are too many")
+
+
 def test_foreign_load_is_a_part_of_the_whole_machine():
     answers = [{"foreign": 0.5, "wall": 1.0}, {"foreign": 0.0, "wall": 4.0}]
     assert processes.foreign_share(answers, cores=2) == 0.05
@@ -272,6 +278,14 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path, quick_run, c
     assert kept["machine"]["threads"] == 1
     assert kept["results"][0]["rows"][0]["library"] == "minilora"
     assert "tiny        lora        minilora" in capsys.readouterr().out
+
+
+def test_what_the_table_does_not_show_is_printed_at_the_end(monkeypatch, capsys):
+    monkeypatch.setattr(session, "measure_in_turns", lambda *args: an_outcome(failed={"torch": "why"}))
+    with session.session(threads=1, rounds=3, seconds=0.1, seed=0, path=None) as running:
+        running.measure("nano", NANO, "lora", [])
+        print("the table")
+    assert capsys.readouterr().out == "the table\nnano lora: torch ended: why\n"
 
 
 def test_different_results_stop_the_run_and_what_was_measured_is_kept(tmp_path, quick_run):
