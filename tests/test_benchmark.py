@@ -116,6 +116,12 @@ def test_a_loud_round_changes_no_median():
     ]
 
 
+def test_too_many_loud_rounds_are_counted_and_said_to_be():
+    loud = an_outcome(foreign=[0.2, 0.01, 0.4])
+    (remark,) = report.remarks("nano", "lora", loud)
+    assert remark.endswith("2 of 3 rounds had foreign load, at most 40%; counted all the same, they are too many")
+
+
 def test_foreign_load_is_a_part_of_the_whole_machine():
     answers = [{"foreign": 0.5, "wall": 1.0}, {"foreign": 0.0, "wall": 4.0}]
     assert processes.foreign_share(answers, cores=2) == 0.05
@@ -126,6 +132,12 @@ def test_busy_is_neither_idle_nor_waiting_for_a_disk(tmp_path):
     (tmp_path / "stat").write_text("cpu  1 2 4 1000 2000 8 16 32 64 128\ncpu0 9 9 9 9 9 9 9 9 9 9\n", encoding="utf-8")
     assert processes.busy_seconds(tmp_path / "stat") == 63 / os.sysconf("SC_CLK_TCK")
     assert processes.busy_seconds(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("unit, settling, units", [(0.001, 100, 400), (0.3, 1, 1), (0.1, 1, 4), (0.6, 0, 1)])
+def test_a_call_lasts_as_long_as_was_asked_for_the_fastest_and_starts_untimed(unit, settling, units):
+    answers = {"slow": {"seconds": 5.0}, "fast": {"seconds": unit}, GEMM: {"seconds": 1e-9}}
+    assert rounds.units_per_call(answers, seconds=0.4) == (settling, units)
 
 
 # 3. The same numbers, or no times.
@@ -259,12 +271,21 @@ def measured(folder):
 
 def test_what_was_measured_before_an_interruption_is_kept(tmp_path, quick_run, capsys):
     quick_run(KeyboardInterrupt())
-    benchmark.main()
+    with pytest.raises(KeyboardInterrupt, match="^interrupted at tiny full, which is left out$"):
+        benchmark.main()
     kept = measured(tmp_path)
     assert [(r["size"], r["task"]) for r in kept["results"]] == [("tiny", "lora")]
     assert kept["machine"]["threads"] == 1
     assert kept["results"][0]["rows"][0]["library"] == "minilora"
-    assert capsys.readouterr().out.endswith("interrupted at tiny full, which is left out\n")
+    assert "tiny        lora        minilora" in capsys.readouterr().out
+
+
+def test_what_the_table_does_not_show_is_printed_at_the_end(monkeypatch, capsys):
+    monkeypatch.setattr(session, "measure_in_turns", lambda *args: an_outcome(failed={"torch": "why"}))
+    with session.session(threads=1, rounds=3, seconds=0.1, seed=0, path=None) as running:
+        running.measure("nano", NANO, "lora", [])
+        print("the table")
+    assert capsys.readouterr().out == "the table\nnano lora: torch ended: why\n"
 
 
 def test_different_results_stop_the_run_and_what_was_measured_is_kept(tmp_path, quick_run):

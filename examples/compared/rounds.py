@@ -95,7 +95,7 @@ def measure_in_turns(programs, folder, threads, rounds, seconds):
         memory = workers.ask(labels, lambda label, worker: worker.answer())
         warm_up = [workers.call(labels, settling=0, units=1) for _ in range(WARM_UP)]
         same_tokens = compare(programs, _first_results(warm_up, workers.failed))
-        settling, units = _units_per_call(warm_up[-1], seconds)
+        settling, units = units_per_call(warm_up[-1], seconds)
         answers = []
         for k in range(rounds):
             first = k % len(labels)
@@ -125,7 +125,7 @@ def _first_results(warm_up, failed):
     return {label: [call[label]["results"][0] for call in warm_up] for label in labels}
 
 
-def _units_per_call(answers, seconds):
+def units_per_call(answers, seconds):
     """(untimed units, timed units) of a call, by what the fastest program took for one unit."""
     times = [answer["seconds"] for label, answer in answers.items() if label != GEMM]
     fastest = min(times, default=seconds)

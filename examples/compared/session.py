@@ -53,10 +53,10 @@ class Session:
 
 @contextlib.contextmanager
 def session(threads, rounds, seconds, seed, path):
-    """A Session with a folder of its own; at the end its remarks are printed.
+    """A Session with a folder of its own; however it ends, its remarks are printed.
 
-    Ctrl-C ends it early: what was measured until then is kept. If two programs computed different
-    things, the whole program stops there.
+    Ctrl-C, and two programs that compute different things, end the whole run with a line that says
+    where. What was measured until then has been printed and saved.
     """
     with tempfile.TemporaryDirectory() as folder:
         running = Session(folder, threads, rounds, seconds, seed, path)
@@ -65,6 +65,8 @@ def session(threads, rounds, seconds, seed, path):
         except DifferentResults as error:
             sys.exit(f"stopped at {running.current}: {error}")
         except KeyboardInterrupt:
-            running.remarks.append(f"interrupted at {running.current}, which is left out")
-    for remark in running.remarks:
-        print(remark)
+            message = f"interrupted at {running.current}, which is left out"
+            raise KeyboardInterrupt(message) from None
+        finally:
+            for remark in running.remarks:
+                print(remark)
