@@ -13,6 +13,7 @@ Without the others (pip install -e '.[peers]', and JAX) it measures minilora alo
 minute with --quick; the whole takes about an hour on two cores, and 16 GB for "small".
 """
 
+# Before the imports that take time: Ctrl-C ends this in one line.
 from minilora.cli.ctrl_c import one_line_on_ctrl_c
 
 one_line_on_ctrl_c()

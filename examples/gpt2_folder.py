@@ -9,6 +9,7 @@ model of GPT-2's own size instead, 124 million parameters, to see what that take
 Takes about two minutes on two cores.
 """
 
+# Before the imports that take time: Ctrl-C ends this in one line.
 from minilora.cli.ctrl_c import one_line_on_ctrl_c
 
 one_line_on_ctrl_c()

@@ -7,6 +7,7 @@ equal to the library's, to the bit. Takes about a second.
     python examples/lora_layer.py [--quick] [--seed 0]
 """
 
+# Before the imports that take time: Ctrl-C ends this in one line.
 from minilora.cli.ctrl_c import one_line_on_ctrl_c
 
 one_line_on_ctrl_c()

@@ -8,6 +8,7 @@ learnt. Takes two seconds.
     python examples/merge.py [--quick] [--seed 0]
 """
 
+# Before the imports that take time: Ctrl-C ends this in one line.
 from minilora.cli.ctrl_c import one_line_on_ctrl_c
 
 one_line_on_ctrl_c()

@@ -9,6 +9,7 @@ trained on, the other 128 were never seen.
 Takes about a minute on two cores, most of it for the base; --base DIR takes one that the demo kept.
 """
 
+# Before the imports that take time: Ctrl-C ends this in one line.
 from minilora.cli.ctrl_c import one_line_on_ctrl_c
 
 one_line_on_ctrl_c()

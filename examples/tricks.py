@@ -11,6 +11,7 @@ The processes are called in turn, and the median of the ratios of each round is 
 Takes about ten seconds with --quick; in full half an hour on two cores, and 12 GB for "small".
 """
 
+# Before the imports that take time: Ctrl-C ends this in one line.
 from minilora.cli.ctrl_c import one_line_on_ctrl_c
 
 one_line_on_ctrl_c()

@@ -58,6 +58,9 @@ def finetune(config, xp=np, *, parts=1, threads=1, resume=False, log=print, quie
     settings that do not fit; Interrupted on Ctrl-C, with the last whole step saved.
     """
     check_parts(parts, threads)
+    # A part needs a row; and where there are fewer parts, each has more of BLAS.
+    parts = min(parts, config.batch)
+    threads = min(threads, parts)
     _check_out(Path(config.out), resume)
     run = _prepare(config, xp, parts, log, quiet)
     progress = Progress()

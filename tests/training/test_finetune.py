@@ -332,7 +332,21 @@ def test_a_run_goes_on_in_as_many_parts_as_it_began_with(inputs, tmp_path):
         run(config, resume=True)
 
 
-def test_there_may_be_more_parts_than_rows(inputs, tmp_path):
+def test_there_are_no_more_parts_than_rows(inputs, tmp_path, monkeypatch):
+    """And each part has its share of BLAS's threads among those that there are."""
+    settings, real = [], finetune.train
+
+    def spied(*arguments, parts, threads, **options):
+        settings.append((parts, threads))
+        return real(*arguments, parts=parts, threads=threads, **options)
+
+    monkeypatch.setattr(finetune, "train", spied)
+    for batch in (1, 2, 4):
+        run(config_for(inputs, tmp_path / str(batch), batch=batch, eval_split=0.0), parts=3, threads=3)
+    assert settings == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_a_run_of_one_row_a_batch_is_the_same_however_many_parts_are_asked_for(inputs, tmp_path):
     config = config_for(inputs, tmp_path / "one part", batch=1, eval_split=0.0, dropout=0.0)
     whole = run(config)
     assert run(replace(config, out=str(tmp_path / "three parts")), parts=3, threads=2).losses == whole.losses
