@@ -9,6 +9,10 @@ import pytest
 import strict_array
 from hypothesis import settings
 
+# pytest looks for doctests in every file. The conftest of a folder has the same name as this one, which it would
+# import a second time.
+collect_ignore_glob = ["*conftest.py"]
+
 settings.register_profile("local", deadline=None, max_examples=25, print_blob=True)
 settings.register_profile("ci", deadline=None, max_examples=15, print_blob=True, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
