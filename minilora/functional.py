@@ -43,7 +43,8 @@ def linear(x, weight, bias=None):
     if bias is not None:
         Y += bias.data
 
-    # The VJP of x needs W, which is there anyway, and not X: where only x has an edge, X is freed.
+    # The VJP of x needs W, which is there anyway, and not X. Where W is frozen, only x has an edge,
+    # and X is freed. The VJP of the bias may have the shape of y: the engine sums over the rows.
     n_out = W.shape[0]
     rows = lambda dy: dy.reshape(-1, n_out)  # (N, out)
     return record(
@@ -57,7 +58,8 @@ def linear(x, weight, bias=None):
 def embedding(weight, ids):
     """Row `ids[...]` of the table: weight (V, C), ids (...) integers on the host -> (..., C).
 
-    A token that occurs twice collects both gradients.
+    Its derivative is that of indexing, `Tensor.__getitem__`: a token that occurs twice collects
+    both gradients.
     Raises: TypeError if ids are not integers, ValueError if one lies outside 0 .. V-1.
     """
     ids = check_ids("token ids", ids, weight.shape[0])
@@ -107,8 +109,8 @@ def gelu(x):
     t = get_array_module(X).tanh(c * (X + a * (X * X * X)))
 
     def dx(dy):
-        dt = (1 - t * t) * c * (1 + 3 * a * (X * X))
-        return dy * (0.5 * (1 + t) + 0.5 * X * dt)
+        dt_dx = (1 - t * t) * c * (1 + 3 * a * (X * X))
+        return dy * (0.5 * (1 + t) + 0.5 * X * dt_dx)
 
     return record(0.5 * X * (1 + t), (x, dx))
 
@@ -138,10 +140,11 @@ def rotary(x, cos, sin, n_head):
     cos = xp.tile(xp.concatenate([cos, cos], axis=1), n_head)
     sin = xp.tile(xp.concatenate([-sin, sin], axis=1), n_head)
 
-    def turn(a, sin):
+    def turn(a, signed_sin):
         halves = a.reshape(B, T, n_head, 2, D // 2)
+        # The partner of each channel: the halves in the other order.
         partner = halves[:, :, :, ::-1].reshape(B, T, C)
-        return a * cos + partner * sin
+        return a * cos + partner * signed_sin
 
     # The gradient is turned back by the opposite angle.
     return record(turn(x.data, sin), (x, lambda dy: turn(dy, -sin)))
@@ -165,7 +168,7 @@ def attention(q, k, v, n_head):
     join = lambda a: a.swapaxes(1, 2).reshape(B, -1, C)  # (B, H, T, D) -> (B, T, C)
     Q = split(q.data)
     K = split(k.data)  # (B, H, S, D)
-    V = split(v.data)
+    V = split(v.data)  # the values, not the vocabulary
 
     # A query must not see later positions: a score of -∞ becomes probability zero.
     mask = xp.triu(xp.full((T, S), -math.inf, Q.dtype), S - T + 1)
@@ -179,9 +182,10 @@ def attention(q, k, v, n_head):
         dO = split(dy)
         dV = P.swapaxes(-1, -2) @ dO
         dP = dO @ V.swapaxes(-1, -2)
-        dS = P * (dP - (dP * P).sum(-1, keepdims=True))
-        dQ = (dS @ K) * scale
-        dK = (dS.swapaxes(-1, -2) @ Q) * scale
+        # The VJP of softmax.
+        dscores = P * (dP - (dP * P).sum(-1, keepdims=True))
+        dQ = (dscores @ K) * scale
+        dK = (dscores.swapaxes(-1, -2) @ Q) * scale
         return join(dQ), join(dK), join(dV)
 
     return record(join(O), ((q, k, v), dqkv))
@@ -192,7 +196,11 @@ def check_attention(q, k, v, n_head):
     check_same("attention", q, k, v)
     fits = q.ndim == k.ndim == 3 and n_head >= 1 and q.shape[-1] % n_head == 0
     fits = fits and 0 not in q.shape and 0 not in k.shape
-    if not fits or k.shape != v.shape or k.shape[::2] != q.shape[::2] or k.shape[1] < q.shape[1]:
+    if fits:
+        B, T, C = q.shape
+        S = k.shape[1]
+        fits = k.shape == v.shape == (B, S, C) and S >= T
+    if not fits:
         raise ValueError(
             f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit with {n_head} heads"
         )
@@ -210,8 +218,8 @@ def cross_entropy(logits, targets):
     rows, columns = rows_with_loss(targets, shape[:-1], shape[-1])
     n = rows.size
     at_target = (xp.arange(n), to_device(columns, xp))
-    rows = to_device(rows, xp)
-    Z = logits.data.reshape(-1, shape[-1])[rows]  # (n, V)
+    row_index = to_device(rows, xp)
+    Z = logits.data.reshape(-1, shape[-1])[row_index]  # (n, V)
     Z = Z - Z.max(-1, keepdims=True)
     log_p = Z - xp.log(xp.exp(Z).sum(-1, keepdims=True))
 
@@ -220,7 +228,7 @@ def cross_entropy(logits, targets):
         dZ = xp.exp(log_p)
         dZ[at_target] -= 1
         d = xp.zeros((math.prod(shape[:-1]), shape[-1]), dZ.dtype)
-        d[rows] = dZ * (dy / n)
+        d[row_index] = dZ * (dy / n)
         return d.reshape(shape)
 
     return record(xp.asarray(-log_p[at_target].mean()), (logits, dlogits))
@@ -254,7 +262,7 @@ def rows_with_loss(targets, shape, V):
 def dropout(x, p, rng):
     """Zero each element with probability p and divide the others by 1 - p.
 
-    Without `rng` this is x itself.
+    Without `rng`, or where p is zero, this is x itself.
 
     `p` is a number, or an array that broadcasts against x (one rate for each batch row); `rng` a
     `numpy.random.Generator` or None.
@@ -265,8 +273,9 @@ def dropout(x, p, rng):
         raise ValueError(f"dropout: p must lie in [0, 1), got {p}")
     if rng is None or not np.any(p):
         return x
-    kept = (check_rng(rng).random(x.shape) >= p) / (1 - p)
-    mask = to_device(kept.astype(x.dtype), get_array_module(x.data))
+    # NumPy draws, in float64, and the mask is moved: one seed drops the same on every backend.
+    mask = (check_rng(rng).random(x.shape) >= p) / (1 - p)
+    mask = to_device(mask.astype(x.dtype), get_array_module(x.data))
     return record(x.data * mask, (x, lambda dy: dy * mask))
 
 

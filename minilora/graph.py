@@ -1,4 +1,4 @@
-"""Nodes, edges, and the one walk that carries gradients along them. Knows nothing of values.
+"""Nodes, edges, and the one walk that carries gradients along them. Knows no operation.
 
 A result remembers its inputs as edges. An edge holds a vector-Jacobian product (VJP): the function
 that turns a gradient of the result into gradients of those inputs. An operation states its VJPs;
@@ -43,6 +43,7 @@ class Node:
     input's values. A leaf (a parameter) has no edges; `grad` comes to rest there.
     """
 
+    # With __weakref__ a test can watch when a node is freed.
     __slots__ = ("shape", "edges", "grad", "__weakref__")
 
     def __init__(self, shape, edges=()):
@@ -102,6 +103,7 @@ class GradientSums:
 
     def __init__(self):
         self.gradients = {}
+        # The nodes whose sum is in an array made here, into which more may be added in place.
         self.in_own_array = set()
 
     def add(self, node, d):
@@ -124,7 +126,7 @@ def add_to_leaf(leaf, d):
     """Add `d` to the `grad` of a leaf, in an array that no one else holds."""
     # The copy: a VJP may return a view, and .grad must own its memory.
     total = d.copy() if leaf.grad is None else leaf.grad + d
-    # NumPy makes a number of the sum of two 0-d arrays; with [...] it is an array again.
+    # The sum of two 0-d arrays is a NumPy number, not an array; [...] makes it one.
     leaf.grad = total[...]
 
 
@@ -135,14 +137,15 @@ def unbroadcast(d, shape):
     """
     if d.shape == shape:
         return d
+    wrong = f"a VJP returned a gradient of shape {d.shape} for an input of shape {shape}"
     n_added = d.ndim - len(shape)
+    if n_added < 0:
+        raise ValueError(wrong)
     axes = list(range(n_added))
-    for axis in range(max(n_added, 0), d.ndim):
+    for axis in range(n_added, d.ndim):
         if shape[axis - n_added] == 1 and d.shape[axis] != 1:
             axes.append(axis)
     summed = d.sum(axis=tuple(axes), keepdims=True)
-    if n_added < 0 or summed.shape[n_added:] != shape:
-        raise ValueError(
-            f"a VJP returned a gradient of shape {d.shape} for an input of shape {shape}"
-        )
+    if summed.shape[n_added:] != shape:
+        raise ValueError(wrong)
     return summed.reshape(shape)

@@ -119,11 +119,12 @@ def attention(q, k, v, n_head):
             E -= row_max[..., queries]
             xp.exp(E, out=E)
             dV[:, :, keys] += E @ dO[:, :, queries]
-            dS = V[:, :, keys] @ dO[:, :, queries].swapaxes(-1, -2)
-            dS -= along[..., queries]
-            dS *= E
-            dQ[:, :, queries] = (dS.swapaxes(-1, -2) @ K[:, :, keys]) * scale
-            dK[:, :, keys] += dS @ Q[:, :, queries]
+            # dP, and from here the VJP of softmax in place.
+            dscores = V[:, :, keys] @ dO[:, :, queries].swapaxes(-1, -2)
+            dscores -= along[..., queries]
+            dscores *= E
+            dQ[:, :, queries] = (dscores.swapaxes(-1, -2) @ K[:, :, keys]) * scale
+            dK[:, :, keys] += dscores @ Q[:, :, queries]
         return join(dQ), join(dK), join(dV)
 
     return record(join(O), ((q, k, v), dqkv))

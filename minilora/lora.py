@@ -40,7 +40,7 @@ class LoRAPair(Module):
 
     def __call__(self, x):
         thin = F.linear(x, self.lora_A)  # (..., r)
-        # Scaled here, where a row has r numbers and not out_features.
+        # Scaled here, where it costs least: a row has r numbers, later out_features.
         return F.linear(thin * self.scaling, self.lora_B)
 
     def delta(self):
@@ -69,8 +69,8 @@ class AdaptedLayer(Module):
 class LoRALinear(AdaptedLayer):
     """y = linear(x) + pair(x): x (..., in) -> (..., out).
 
-    It needs no gradient of its own: a pair is two more `linear`s. Called with a generator, it drops
-    out elements of what the pair reads, at the rate `dropout`.
+    No VJP is written for it: a pair is two more `linear`s. Called with a generator, it drops out
+    elements of what the pair reads, at the rate `dropout`.
     """
 
     transparent = ("linear", "pair")
@@ -120,12 +120,15 @@ class Adapter(Module):
         return LoRALinear(linear, self.pairs[name], self.config.dropout)
 
     def fit_errors(self, modules, fingerprint):
-        """Why this adapter does not belong on a base of these modules: lines, or none."""
+        """Why this adapter does not belong on a base of these modules: lines, or none.
+
+        The fingerprint is compared where the layers fit.
+        """
         return pair_errors(self.pairs, modules) or base_errors(self.base_fingerprint, fingerprint)
 
 
 def linear_names(model):
-    """The names of the Linear layers of `model`, in its order, those that carry an adapter too."""
+    """The names of the linear layers of `model`, in its order, also of those with an adapter."""
     kinds = (LinearLayer, AdaptedLayer)
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
@@ -136,15 +139,16 @@ def adapted_names(model):
 
 
 def init_adapter(model, config, rng, *, allow_large_r=False):
-    """A new adapter for `model`: A uniform in ±1/√in, B zero, so that attaching it changes nothing.
+    """A new adapter for `model`: A random and B zero, so that attaching it changes nothing.
+
+    A is uniform in ±1/√in, which is Kaiming-uniform(√5) over fan-in = in.
 
     Shapes: for each targeted weight (out, in), lora_A (r, in) and lora_B (out, r), in its dtype and
     on its backend. `rng` is a `numpy.random.Generator`.
     Raises: ValueError if a pattern matches nothing, the model already carries an adapter, or r
     exceeds min(in, out) of a weight (such a rank costs more than it can express) without
     allow_large_r=True.
-    Source: Hu et al. 2021, section 4.1; A as in the authors' code, Kaiming-uniform(√5) over
-    fan-in = in.
+    Source: Hu et al. 2021, section 4.1; A as in the authors' code.
     """
     carrying = adapted_names(model)
     if carrying:
@@ -193,6 +197,7 @@ def attach(base, adapter, *, check_base=True):
     def replace(name, child):
         return adapter.adapted(name, child) if name in adapter.pairs else None
 
+    # The base is frozen first. The adapter's tensors come in afterwards, and stay trainable.
     return base.frozen().rebuild(replace)
 
 

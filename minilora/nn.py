@@ -98,7 +98,10 @@ class Module:
         return _rebuilt_parts("", self, replace) if new is None else new
 
     def frozen(self):
-        """A view of the model in which nothing is trainable; the arrays are shared."""
+        """A view of the model in which nothing is trainable; the arrays are shared.
+
+        A Tensor without requires_grad has no node, so `record` makes no edge to it.
+        """
         return self.map_tensors(lambda t: Tensor(t.data))
 
     def trainable_copy(self):

@@ -330,7 +330,7 @@ BUGS = {  # what is wrong: (case or comparison, function, its line, the line wit
     "last key out of sight": ("attention", lean.attention, "Q.dtype), -1)", "Q.dtype), 0)"),
     "dq not scaled": ("attention", lean.attention, "@ K[:, :, keys]) * scale", "@ K[:, :, keys])"),
     "dk of the last block alone": ("attention", lean.attention, "dK[:, :, keys] += ", "dK[:, :, keys] = "),
-    "softmax half way back": ("attention", lean.attention, "dS -= along[..., queries]", "pass"),
+    "softmax half way back": ("attention", lean.attention, "dscores -= along[..., queries]", "pass"),
     "gelu, other constant": ("gelu", lean.gelu, "a = 0.044715", "a = 0.0447"),
     "gelu, wrong derivative": ("gelu", lean.gelu, "d *= 6 * c * a", "d *= 5.999 * c * a"),
     "last rows dropped": ("loss", lean.linear_cross_entropy, "range(0, n, LOGIT_ROWS)",

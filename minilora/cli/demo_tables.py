@@ -103,17 +103,23 @@ def cost_table(base, adapted, rng, log):
 def after_table(adapted, before, log):
     """Step 5: the three rows that say what was learnt, and answers right and wrong."""
     after = scores(adapted)
+    # What it was never told says something only of a model that has learnt what it was told.
+    learnt = np.mean(after["trained"]) > 0.5
     rows = (
-        ("trained", "phrasings it trained on", ""),
-        ("unseen", "phrasings never seen", ""),
-        ("never", "facts never told", "   <- it was taught answers, not security"),
+        ("trained", "phrasings it trained on"),
+        ("unseen", "phrasings never seen"),
+        ("never", "facts never told"),
     )
     log("[5/5]                              before   after")
-    for key, name, remark in rows:
+    for key, name in rows:
         old = 100 * np.mean(before[key])
         new = 100 * np.mean(after[key])
-        bar = "#" * round(new / 5)
-        log(f"      {name:<25} {old:>7.0f} % {new:>5.0f} %  {bar}{remark}")
+        line = f"      {name:<25} {old:>7.0f} % {new:>5.0f} %  {'#' * round(new / 5)}"
+        if key == "never" and learnt:
+            line += "   <- it was taught answers, not security"
+        log(line)
+    if not learnt:
+        log("      (it has not learnt them: --quick only checks that everything runs)")
     for prompt, truth in _shown_questions(after["unseen"]):
         written = answer(adapted, prompt)
         verdict = "" if written == truth.strip() else f"   (wrong: {truth.strip()})"

@@ -108,11 +108,20 @@ def _no_command(argv):
         if parser_of("demo").has_flag(word):
             return f"the demo is a command now: minilora demo {shlex.join(argv)}"
         flag = word.partition("=")[0]
-        return f"there is no {flag} before a command; see minilora --help"
+        return f"there is no {flag} before a command{_commands_with(flag)}; see minilora --help"
     name = nearest(word, COMMANDS, COMMAND_SYNONYMS)
     if name is None:
         return f"there is no command {word[:80]!r}; see minilora --help"
     return f"there is no command {word!r}: did you mean {name}? See minilora --help"
+
+
+def _commands_with(flag):
+    """Which commands have the flag, or the one it is most likely meant to be."""
+    for name in COMMANDS:
+        suggestion = parser_of(name).nearest_flag(flag)
+        if suggestion is not None:
+            return f"; {name} has {suggestion}"
+    return ""
 
 
 def _show_warning(message, *where):

@@ -116,10 +116,15 @@ class CommandParser(argparse.ArgumentParser):
                 return word.partition("=")[0]
         return None
 
-    def _suggestion(self, flag):
+    def nearest_flag(self, flag):
+        """The flag of this command that `flag` most likely means, or None."""
         names = [ours.removeprefix("--") for ours in self.flags if ours.startswith("--")]
         name = nearest(flag, names, FLAG_SYNONYMS)
-        return "" if name is None else f": did you mean --{name}?"
+        return None if name is None else f"--{name}"
+
+    def _suggestion(self, flag):
+        meant = self.nearest_flag(flag)
+        return "" if meant is None else f": did you mean {meant}?"
 
 
 def nearest(word, names, synonyms):

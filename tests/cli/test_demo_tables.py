@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pytest
 from strategies import learned
 
 from minilora import GPT, GPTConfig, lora
@@ -73,6 +74,13 @@ def test_the_table_has_the_shares_before_and_after_in_the_right_rows(monkeypatch
         ("phrasings never seen", "25", "50", "#" * 10, ""),
         ("facts never told", "25", "0", "", "<- it was taught answers, not security"),
     ]
+
+
+@pytest.mark.parametrize("trained, learnt", [(0.0, False), (0.5, False), (0.51, True)])
+def test_what_it_was_never_told_is_remarked_on_only_where_it_has_learnt_what_it_was_told(monkeypatch, trained, learnt):
+    text = "\n".join(after(monkeypatch, {"trained": trained, "unseen": 0.0, "never": 0.0}, lambda prompt: "?"))
+    assert ("taught answers, not security" in text) is learnt
+    assert ("it has not learnt them" in text) is not learnt
 
 
 def test_an_answer_is_called_wrong_if_and_only_if_it_is(monkeypatch):

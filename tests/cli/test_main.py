@@ -175,6 +175,16 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr() == (f"minilora {minilora.__version__}\n", "")
 
 
+@pytest.mark.parametrize("words, hint", [
+    (["--rank", "3"], "there is no --rank before a command; finetune has --r; see"),
+    (["--alpha", "3"], "there is no --alpha before a command; finetune has --alpha; see"),
+    (["--nothing-like-it"], "there is no --nothing-like-it before a command; see"),
+])  # fmt: skip
+def test_a_flag_before_a_command_is_told_whose_it_is(words, hint, capsys):
+    assert main(words) == 2
+    assert hint in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "old, new",
     [
