@@ -75,7 +75,7 @@ class ForgetfulWorkers(PartWorkers):
 
     def backward(self, ids, targets, **options):
         """As `PartWorkers.backward`."""
-        for p in self.model.parameters():
+        for p in self.leaves:
             p.grad = None
         return super().backward(ids, targets, **options)
 

@@ -30,6 +30,14 @@ class Part:
     rng: np.random.Generator | None
 
 
+class Replica:
+    """A model over the same arrays as another, with gradients of its own."""
+
+    def __init__(self, model):
+        self.model = model.map_tensors(lambda t: Tensor(t.data, t.requires_grad))
+        self.leaves = trainable(self.model)
+
+
 class PartWorkers:
     """`threads` replicas of `model`, which compute the `parts` of each batch.
 
@@ -45,9 +53,8 @@ class PartWorkers:
     def __init__(self, model, parts=1, threads=1):
         check_parts(parts, threads)
         self.parts = parts
-        self.model = model
-        twin = lambda t: Tensor(t.data, t.requires_grad)
-        self.replicas = [model.map_tensors(twin) for _ in range(threads)]
+        self.leaves = trainable(model)
+        self.replicas = [Replica(model) for _ in range(threads)]
         # This thread computes as well. The pool starts no thread before there is work for it.
         self.pool = ThreadPoolExecutor(max(1, threads - 1))
 
@@ -68,10 +75,9 @@ class PartWorkers:
         Raises: as `model.loss`, with the gradients left as they were.
         """
         work = cut(ids, targets, self.parts, seed, step)
-        leaves = _leaves(self.model)
         for replica in self.replicas:
             # Adam writes in place, but another optimizer may put new arrays into the model.
-            for twin, leaf in zip(_leaves(replica), leaves, strict=True):
+            for twin, leaf in zip(replica.leaves, self.leaves, strict=True):
                 twin.data = leaf.data
         n_threads = len(self.replicas)
         work_of_thread = [work[i::n_threads] for i in range(n_threads)]
@@ -91,7 +97,7 @@ class PartWorkers:
         # Part i was computed by thread i % n_threads, as its number i // n_threads.
         in_order = [results[i % n_threads][i // n_threads] for i in range(len(work))]
         for _, gradients in in_order:
-            add_gradients(leaves, gradients)
+            add_gradients(self.leaves, gradients)
         return sum(loss for loss, _ in in_order)
 
 
@@ -132,10 +138,10 @@ def part_rng(seed, step, part):
 
 def part_gradients(replica, part):
     """(the part's share of the loss, the gradients of the replica's leaves)."""
-    leaves = _leaves(replica)
+    leaves = replica.leaves
     for p in leaves:
         p.grad = None
-    loss = replica.loss(part.ids, part.targets, rng=part.rng)
+    loss = replica.model.loss(part.ids, part.targets, rng=part.rng)
     loss.backward(get_array_module(loss.data).full_like(loss.data, part.share))
     gradients = [p.grad for p in leaves]
     # The replica lets go of them: the caller owns them now, and they are not held twice.
@@ -164,5 +170,6 @@ def add_gradients(leaves, gradients):
         p.grad = d
 
 
-def _leaves(model):
+def trainable(model):
+    """The tensors of `model` that a gradient is for."""
     return [p for p in model.parameters() if p.requires_grad]

@@ -216,7 +216,7 @@ def test_replicas_share_every_array_and_own_every_gradient():
     with PartWorkers(model, 3, 3) as workers:
         workers.backward(*batch(6))
         for replica in workers.replicas:
-            for p, twin in zip(model.parameters(), replica.parameters(), strict=True):
+            for p, twin in zip(model.parameters(), replica.model.parameters(), strict=True):
                 assert p is not twin
                 assert p.data is twin.data
                 # The model's leaves own the sum; a replica holds nothing on.
@@ -392,9 +392,9 @@ def test_each_planted_bug_is_killed(name, bug, monkeypatch):
 
 def test_a_replica_that_keeps_an_older_gradient_is_noticed(monkeypatch):
     def forgetful(replica, part):
-        loss = replica.loss(part.ids, part.targets)
+        loss = replica.model.loss(part.ids, part.targets)
         loss.backward(np.full_like(loss.data, part.share))
-        return part.share * loss.item(), [p.grad for p in replica.parameters() if p.requires_grad]
+        return part.share * loss.item(), [p.grad for p in replica.leaves]
 
     monkeypatch.setattr("minilora.training.parts.part_gradients", forgetful)
     with pytest.raises(AssertionError):
