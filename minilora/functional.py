@@ -1,7 +1,7 @@
 """The ops of a GPT as a textbook has them, each with its derivatives under it. Knows no modules.
 
-These are to be read. The models run attention, gelu and the loss from `lean.py`: the same
-functions in less memory and time.
+These are to be read. The models run layer norm, gelu, attention and the loss from `lean.py`: the
+same functions in less memory and time.
 
 Shapes: B batch, T time (positions), S positions attended to (S >= T), C channels, H heads,
 D = C / H, V vocabulary, N rows. A gradient of `x` is called `dx`.
@@ -71,12 +71,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization". Derived in examples/layer_norm.md.
     """
-    check_same("layer_norm", x, weight, bias)
-    if not x.shape[-1:] == weight.shape == bias.shape:
-        raise ValueError(
-            f"layer_norm: x {x.shape}, weight {weight.shape}, bias {bias.shape}: "
-            "the last axes must be equal"
-        )
+    check_layer_norm(x, weight, bias)
     w = weight.data
     xp = get_array_module(w)
     centred = x.data - x.data.mean(-1, keepdims=True)
@@ -95,6 +90,16 @@ def layer_norm(x, weight, bias, eps=1e-5):
         (weight, lambda dy: dy * normed),
         (bias, lambda dy: dy),
     )
+
+
+def check_layer_norm(x, weight, bias):
+    """Raise TypeError or ValueError, with the three shapes, unless they fit together."""
+    check_same("layer_norm", x, weight, bias)
+    if not x.shape[-1:] == weight.shape == bias.shape:
+        raise ValueError(
+            f"layer_norm: x {x.shape}, weight {weight.shape}, bias {bias.shape}: "
+            "the last axes must be equal"
+        )
 
 
 def gelu(x):

@@ -11,13 +11,41 @@ D = C / H, V vocabulary.
 import math
 
 from .backend import get_array_module, to_device
-from .functional import check_attention, rows_with_loss
+from .functional import check_attention, check_layer_norm, rows_with_loss
 from .graph import is_recording
 from .tensor import check_same, record
 
 # How many queries have scores at a time, and how many rows have logits.
 QUERY_BLOCK = 64
 LOGIT_ROWS = 256
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    """`functional.layer_norm`, in place, with each sum over channels as a matrix product.
+
+    A product of rows and a column of ones takes a fraction of the time of `.mean(-1)`.
+    """
+    check_layer_norm(x, weight, bias)
+    w = weight.data
+    xp = get_array_module(w)
+    C = w.size
+    ones = xp.ones((C, 1), w.dtype)
+    normed = x.data - (x.data @ ones) / C
+    var = _row_dot(normed, normed) / C  # (..., 1)
+    rstd = 1 / xp.sqrt(var + eps)
+    normed *= rstd  # (..., C)
+
+    def dx(dy):
+        d = dy * w
+        along = _row_dot(d, normed) / C
+        d -= (d @ ones) / C
+        d -= normed * along
+        d *= rstd
+        return d
+
+    y = normed * w
+    y += bias.data
+    return record(y, (x, dx), (weight, lambda dy: dy * normed), (bias, lambda dy: dy))
 
 
 def gelu(x):

@@ -265,6 +265,10 @@ OPS = [
        lambda x: dropout_formula(x, rates(len(x))),
        shapes=lambda n, m, k: [(n, m)], edges=1),
     # lean: the same formulas
+    Op("lean layer_norm", lean.layer_norm, layer_norm_formula,
+       shapes=lambda n, m, k: [(n, m), (m,), (m,)], edges=3),
+    Op("lean layer_norm of a batch", lean.layer_norm, layer_norm_formula,
+       shapes=lambda n, m, k: [(k, n, m), (m,), (m,)], edges=3),
     Op("lean gelu", lean.gelu, gelu_formula,
        shapes=lambda n, m, k: [(n, m)], edges=1),
     Op("lean attention", lambda q, k, v: lean.attention(q, k, v, 2), attention_formula,

@@ -144,10 +144,11 @@ def test_targets_of_minus_100_carry_neither_loss_nor_gradient(ops):
     assert not x.grad[1:3].any() and x.grad[[0, 3]].all()
 
 
+@both_forms
 @pytest.mark.parametrize("C", [3, 768])
-def test_the_layer_norm_of_a_large_constant_is_its_bias(C):
+def test_the_layer_norm_of_a_large_constant_is_its_bias(ops, C):
     w, b = (Tensor(np.full(C, value, np.float32)) for value in (2, 5))
-    assert np.array_equal(F.layer_norm(Tensor(np.full((1, C), 1e4, np.float32)), w, b).data, np.full((1, C), 5))
+    assert np.array_equal(ops.layer_norm(Tensor(np.full((1, C), 1e4, np.float32)), w, b).data, np.full((1, C), 5))
 
 
 @both_forms
@@ -213,7 +214,7 @@ f32 = np.float32
 
 
 def refused(ops):
-    attention, loss = ops.attention, ops.linear_cross_entropy
+    attention, loss, layer_norm = ops.attention, ops.linear_cross_entropy, ops.layer_norm
     return {  # what is wrong: (call, exception, what the message must show)
         "linear, in differs": (lambda: F.linear(T(2, 3), T(4, 5)), ValueError, ["(2, 3)", "(4, 5)"]),
         "linear, 0-d x": (lambda: F.linear(T(), T(4, 5)), ValueError, ["()", "(4, 5)"]),
@@ -226,9 +227,9 @@ def refused(ops):
         "embedding, id too large": (lambda: F.embedding(T(4, 3), [0, 4]), ValueError, ["0 .. 4", "0 .. 3"]),
         "embedding, id negative": (lambda: F.embedding(T(4, 3), [-1]), ValueError, ["-1", "0 .. 3"]),
         "embedding, float ids": (lambda: F.embedding(T(4, 3), [0.0]), TypeError, ["integers", "float64"]),
-        "layer_norm, weight": (lambda: F.layer_norm(T(2, 3), T(4), T(3)), ValueError, ["(2, 3)", "(4,)"]),
-        "layer_norm, bias": (lambda: F.layer_norm(T(2, 3), T(3), T(2, 3)), ValueError, ["(2, 3)", "(3,)"]),
-        "layer_norm, dtypes": (lambda: F.layer_norm(T(3), T(3), T(3, dtype=f32)), TypeError, ["float32", "float64"]),
+        "layer_norm, weight": (lambda: layer_norm(T(2, 3), T(4), T(3)), ValueError, ["(2, 3)", "(4,)"]),
+        "layer_norm, bias": (lambda: layer_norm(T(2, 3), T(3), T(2, 3)), ValueError, ["(2, 3)", "(3,)"]),
+        "layer_norm, dtypes": (lambda: layer_norm(T(3), T(3), T(3, dtype=f32)), TypeError, ["float32", "float64"]),
         "rotary, dtypes": (lambda: F.rotary(T(1, 2, 4, dtype=f32), np.ones((2, 1)), np.ones((2, 1)), 2), TypeError,
                            ["float32", "float64"]),
         "rotary, too few positions": (lambda: F.rotary(T(1, 3, 4), np.ones((2, 1)), np.ones((2, 1)), 2), ValueError,
@@ -266,7 +267,8 @@ def refused(ops):
     }  # fmt: skip
 
 
-LEAN = {f"lean {name}": case for name, case in refused(lean).items() if name.startswith(("attention", "loss"))}
+OF_LEAN = ("attention", "loss", "layer_norm")
+LEAN = {f"lean {name}": case for name, case in refused(lean).items() if name.startswith(OF_LEAN)}
 REFUSED = {**refused(F), **LEAN}
 
 

@@ -92,6 +92,30 @@ def gelu_bounds(x, dy, u):
     return [abs(x) * (e + u * s), abs(dy) * d]
 
 
+def layer_norm_bounds(x, weight, bias, dy, u):
+    """The mean is off by γ_{C+1} mean |x|, a centred x by that and a rounding, e; 1/std by ρ of itself; so is normed.
+
+    The variance is off by the mean of 2 |x - mean| e + e², and by γ_{C+2} of itself; 1/√ halves that, and adds 4u.
+    """
+    C, mean = x.shape[-1], lambda a: a.mean(-1, keepdims=True)
+    dev = x - mean(x)
+    e = gamma(C + 1, u) * mean(abs(x)) + u * abs(dev)
+    var = mean(dev * dev) + 1e-5
+    rho = (mean(2 * abs(dev) * e + e * e) + gamma(C + 2, u) * var) / (2 * var) + 4 * u
+    assert rho.max() < 1e-3
+    normed = abs(dev) / np.sqrt(var)
+    e = e / np.sqrt(var) + (rho + u) * normed
+    y = abs(weight) * (e + 2 * u * normed) + u * abs(bias)
+    # dx = (d - mean d - normed · mean(d normed)) / std with d = dy w: each term's own error, and three roundings.
+    d = abs(dy * weight)
+    m, along = mean(d), mean(d * normed)
+    terms = d + m + normed * along
+    off = u * d + gamma(C + 2, u) * m + normed * (mean(d * e) + gamma(C + 3, u) * along) + e * along + 3 * u * terms
+    rows = x.size // C
+    dweight = (abs(dy) * e + gamma(rows + 1, u) * abs(dy) * normed).reshape(-1, C).sum(0)
+    return [y, (off + (rho + u) * terms) / np.sqrt(var), dweight, gamma(rows, u) * abs(dy).reshape(-1, C).sum(0)]
+
+
 def loss_bounds(x, weight, targets, dy, u):
     """A logit is a sum of C products, off by at most e in its row; softmax, and -log of it, is then off by θ.
 
@@ -136,6 +160,8 @@ CASES = {  # name: (ours, the textbook's, bounds, inputs); ours is looked up whe
     ) for T, S in ((150, 150), (65, 65), (130, 167))},
     "gelu": (lambda x: lean.gelu(x), F.gelu, gelu_bounds,
              lambda rng: [np.append(3 * rng.standard_normal(1000), [0.0, -0.0, 11.0, -11.0])]),
+    "layer norm": (lambda *a: lean.layer_norm(*a), F.layer_norm, layer_norm_bounds,
+                   lambda rng: [2 + rng.standard_normal((60, 48)), *rng.standard_normal((2, 48))]),
     "loss": (lambda *a: lean.linear_cross_entropy(*a, TARGETS), lambda *a: F.linear_cross_entropy(*a, TARGETS),
              lambda x, W, dy, u: loss_bounds(x, W, TARGETS, dy, u),
              lambda rng: [rng.standard_normal((2, 350, 16)), rng.standard_normal((50, 16))]),
@@ -333,6 +359,9 @@ BUGS = {  # what is wrong: (case or comparison, function, its line, the line wit
     "softmax half way back": ("attention", lean.attention, "dscores -= along[..., queries]", "pass"),
     "gelu, other constant": ("gelu", lean.gelu, "a = 0.044715", "a = 0.0447"),
     "gelu, wrong derivative": ("gelu", lean.gelu, "d *= 6 * c * a", "d *= 5.999 * c * a"),
+    "other variance": ("layer norm", lean.layer_norm, "_row_dot(normed, normed) / C",
+                       "_row_dot(normed, normed) / (C - 1)"),
+    "two terms of three": ("layer norm", lean.layer_norm, "d -= normed * along", "pass"),
     "last rows dropped": ("loss", lean.linear_cross_entropy, "range(0, n, LOGIT_ROWS)",
                           "range(0, n - LOGIT_ROWS, LOGIT_ROWS)"),
     "dW of the last rows alone": ("loss", lean.linear_cross_entropy, "dW += ", "dW = "),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilora import Tensor, attach, functional, gpt, lean, no_grad, optim
+from minilora import Tensor, attach, functional, gpt, lean, nn, no_grad, optim
 from minilora.tensor import record
 from minilora.training.parts import PartWorkers
 
@@ -141,6 +141,10 @@ ABLATIONS = {
     "gelu: that, and x*x*x for x**3": Ablation(
         ("lora",),
         ((gpt, "gelu", gelu_power),),
+    ),
+    "layer norm: means by product": Ablation(
+        ("lora",),
+        ((nn, "layer_norm", functional.layer_norm),),
     ),
     "loss: blocks of logits": Ablation(
         ("lora",),
