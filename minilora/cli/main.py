@@ -93,7 +93,7 @@ def short_help():
         lines.append(f"            minilora {name} {command.example}")
     lines += [
         "",
-        "The demo takes a little over a minute, with --quick a few seconds, and no network.",
+        "The demo takes about a minute, with --quick a few seconds, and no network.",
         "The other examples work on what the quick demo leaves, and on a text of yours.",
         "Options of a command: minilora COMMAND --help",
     ]
