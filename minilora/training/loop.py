@@ -12,7 +12,7 @@ from ..graph import no_grad
 from ..optim import clip_grad_norm
 from .batches import pad_pairs
 from .parts import PartWorkers
-from .threads import blas_threads, cores
+from .threads import blas_threads, cores, ctrl_c_deferred
 
 
 class Interrupted(KeyboardInterrupt):
@@ -87,12 +87,18 @@ def train(
     return losses
 
 
+def _bar(*arguments, **options):
+    """A progress bar of tqdm's. One that Ctrl-C leaves half made complains when it is freed."""
+    with ctrl_c_deferred():
+        return tqdm(*arguments, **options)
+
+
 class _ProgressBar:
     """The bar of a run: steps, the last loss, tokens a second."""
 
     def __init__(self, steps, start, label, quiet):
         self.n_tokens = 0
-        self.bar = tqdm(
+        self.bar = _bar(
             total=steps, initial=start, desc=label, unit="step", disable=quiet, leave=False
         )
 
@@ -119,7 +125,7 @@ def heldout_loss(model, batches, label=None):
     """
     total = 0.0
     n_tokens = 0
-    bar = tqdm(batches, desc=label, unit="batch", disable=label is None, leave=False)
+    bar = _bar(batches, desc=label, unit="batch", disable=label is None, leave=False)
     with no_grad():
         for ids, targets in bar:
             n = int((targets != IGNORE).sum())

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import os
+import signal
+import threading
 
 from .parts import check_parts
 
@@ -43,8 +45,30 @@ def blas_threads(n):
     """Within this block each matrix multiplication of the process uses `n` threads."""
     import threadpoolctl
 
-    with threadpoolctl.threadpool_limits(n, user_api="blas"):
+    # To find the BLAS, threadpoolctl has the C library call Python functions. An exception in one
+    # is printed and lost: the program would go on.
+    with ctrl_c_deferred():
+        controller = threadpoolctl.ThreadpoolController()
+    with controller.limit(limits=n, user_api="blas"):
         yield
+
+
+@contextlib.contextmanager
+def ctrl_c_deferred():
+    """Within this block Ctrl-C waits for the end of the block: for what must not be cut in half."""
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if not on_main_thread or signal.getsignal(signal.SIGINT) is None:
+        # No Python code hears of Ctrl-C here.
+        yield
+        return
+    presses = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: presses.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if presses:
+        signal.raise_signal(signal.SIGINT)
 
 
 def keep_freed_memory():

@@ -355,7 +355,8 @@ def test_ctrl_c_leaves_whole_files_and_says_what_was_kept(tmp_path, after, kept)
     assert any(line.startswith(after) for line in process.stdout)
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
-    assert code == 130 and "Traceback" not in err
+    # Python ends by the signal itself where it fell into an `exec`, as imports have it; a shell says 130 of both.
+    assert code in (130, -signal.SIGINT) and "Traceback" not in err
     assert "interrupted in step" in err and kept in err
     assert not list(tmp_path.rglob(UNFINISHED))
     if kept != "Kept: nothing":

@@ -1,8 +1,10 @@
 """What a command does to its process: BLAS's threads for a while, malloc for good, and neither unless asked to."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +28,38 @@ def test_blas_has_n_threads_within_the_block_and_what_it_had_after_it():
     with pytest.raises(KeyError), blas_threads(1):
         raise KeyError
     assert blas_now() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal to itself")
+def test_ctrl_c_while_blas_is_looked_for_is_not_lost_and_leaves_blas_as_it_was(monkeypatch):
+    """threadpoolctl is called back by C, where an exception would be printed and forgotten."""
+    before, real = blas_now(), threadpoolctl.ThreadpoolController
+    found = []
+
+    def looked_for():
+        os.kill(os.getpid(), signal.SIGINT)
+        found.append(real())
+        return found[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threadpoolctl, "ThreadpoolController", looked_for)
+        with pytest.raises(KeyboardInterrupt), blas_threads(1):
+            raise AssertionError("Ctrl-C was lost")
+    assert found and blas_now() == before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_blas_is_limited_from_another_thread_too():
+    seen = []
+
+    def work():
+        with blas_threads(1):
+            seen.extend(blas_now())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert set(seen) == {1}
 
 
 def test_the_cores_are_those_of_this_process():
