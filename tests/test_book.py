@@ -39,8 +39,6 @@ def dotted(path):
 
 
 SOURCES = {dotted(path): path.read_text(encoding="utf-8") for path in sorted((ROOT / "minilora").rglob("*.py"))}
-PLAIN = [*FLOORS["book"], *(f"disk.{name}" for name in FLOORS["disk"]),
-         *(f"training.{name}" for name in FLOORS["training"])]  # fmt: skip
 MODULES = [name for name in SOURCES if name.rpartition(".")[2] not in ("__init__", "__main__")]
 NOT_OURS = re.compile(r"\.(?!ci$|gitignore$).*|__pycache__|build|dist|shared|out|(minilora|gpt2)-demo.*|.*\.egg-info")
 
@@ -269,7 +267,7 @@ def test_the_letters_of_the_shapes_are_explained(name):
 
 @pytest.mark.parametrize("rule", [long_lines, several_bindings, times_a_condition, undecided_errors, empty_sections],
                          ids=lambda rule: rule.__name__)  # fmt: skip
-@pytest.mark.parametrize("name", PLAIN)
+@every_module
 def test_a_file_has_room_to_breathe(name, rule):
     assert rule(SOURCES[name]) == []
 
