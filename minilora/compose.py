@@ -7,8 +7,8 @@ import numpy as np
 
 from . import functional as F
 from .backend import get_array_module, to_device
-from .lora import AdaptedLayer, Adapter
-from .nn import Module
+from .lora import Adapter
+from .nn import AdaptedLayer, Module
 from .tensor import Tensor, record
 
 

@@ -3,9 +3,8 @@
 An adapter is whatever offers `fit_errors(modules, fingerprint)`: lines that say what does not fit.
 """
 
-from .backend import get_array_module
-from .nn import LinearLayer
-from .tensor import check_same
+from .nn import AdaptedLayer, LinearLayer
+from .tensor import Tensor, check_same
 
 # How many reasons a message shows.
 MOST_LINES = 8
@@ -49,7 +48,7 @@ def pair_errors(pairs, modules):
         module = modules.get(name)
         if module is None:
             errors.append(f"{name} is adapted, but the base has nothing there")
-        elif module.carries_adapter:
+        elif isinstance(module, AdaptedLayer):
             errors.append(f"{name} already carries LoRA; merge first, or use stack")
         elif not isinstance(module, LinearLayer):
             errors.append(
@@ -62,19 +61,11 @@ def pair_errors(pairs, modules):
                 f"but lora_A {pair.lora_A.shape} and lora_B {pair.lora_B.shape}"
             )
         else:
-            _check_same_numbers(name, module, pair)
+            # An empty tensor stands for the layer, which may store its weight in another way.
+            numbers_of_layer = Tensor(module.xp.zeros(0, module.dtype))
+            who = f"attaching an adapter to {name}"
+            check_same(who, numbers_of_layer, pair.lora_A, pair.lora_B)
     return errors
-
-
-def _check_same_numbers(name, layer, pair):
-    """Raise TypeError unless the pair is on the backend of its layer, and in its dtype."""
-    who = f"attaching an adapter to {name}"
-    check_same(who, pair.lora_A, pair.lora_B)
-    get_array_module(layer.xp.zeros(0), pair.lora_A.data)
-    if pair.lora_A.dtype != layer.dtype:
-        raise TypeError(
-            f"{who} mixes {layer.dtype} and {pair.lora_A.dtype}; convert one with .astype"
-        )
 
 
 def base_errors(expected, fingerprint):

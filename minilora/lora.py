@@ -16,7 +16,7 @@ import math
 from . import functional as F
 from .fits import base_errors, check_fits, pair_errors
 from .lora_config import check_patterns, find_targets
-from .nn import LinearLayer, Module, uniform
+from .nn import AdaptedLayer, LinearLayer, Module, uniform
 from .tensor import Tensor
 
 
@@ -54,16 +54,6 @@ def _check_one_rank(lora_A, lora_B):
             f"LoRAPair: lora_A {lora_A.shape}, lora_B {lora_B.shape}: "
             "need (r, in) and (out, r) with one r"
         )
-
-
-class AdaptedLayer(Module):
-    """A layer that holds another one, `linear`, and adds an update to what that computes.
-
-    Parameters keep the names they had without it: `q_proj.weight`, not `q_proj.linear.weight`.
-    """
-
-    transparent = ("linear",)
-    carries_adapter = True
 
 
 class LoRALinear(AdaptedLayer):
@@ -135,7 +125,7 @@ def linear_names(model):
 
 def adapted_names(model):
     """The names of the layers of `model` that carry an adapter."""
-    return [name for name, module in model.named_modules() if module.carries_adapter]
+    return [name for name, module in model.named_modules() if isinstance(module, AdaptedLayer)]
 
 
 def init_adapter(model, config, rng, *, allow_large_r=False):

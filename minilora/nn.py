@@ -25,7 +25,6 @@ class Module:
     """
 
     transparent = ()
-    carries_adapter = False
 
     def named_children(self):
         """(name, Tensor or Module) for each direct child, in order of definition.
@@ -210,6 +209,15 @@ class LinearLayer(Module):
     It has `in_features` and `out_features`, the `dtype` and the array module `xp` in which it
     computes, `plus(update)`, and is called with x and `rng`, from which dropout draws.
     """
+
+
+class AdaptedLayer(Module):
+    """A layer that holds another one, `linear`, and adds an update to what that computes.
+
+    Parameters keep the names they had without it: `q_proj.weight`, not `q_proj.linear.weight`.
+    """
+
+    transparent = ("linear",)
 
 
 class Linear(LinearLayer):
