@@ -83,7 +83,7 @@ def verdict(check, *arguments):
     try:
         report = check(*arguments)
     except GradientError as error:
-        return f"WRONG at {error.where}: says {error.analytic:+.6f}, is {error.numerical:+.6f}"
+        return f"WRONG at {error.index}: says {error.analytic:+.6f}, is {error.numerical:+.6f}"
     n = report.compared
     return f"right: {n} numbers compared, largest relative error {report.worst:.1e}"
 

@@ -83,6 +83,54 @@ def _check_broadcast(op, a, b, but_last=0):
         raise ValueError(f"{op}: shapes {a} and {b} do not broadcast; reshape one") from None
 
 
+# NumPy's ufuncs that are operators, and what a Tensor calls them where it stands on the right.
+_REFLECTED = {
+    "add": "__radd__",
+    "subtract": "__rsub__",
+    "multiply": "__rmul__",
+    "divide": "__rtruediv__",
+    "matmul": "__rmatmul__",
+}
+# How to write with Tensors what NumPy has a function for.
+_WRITE = {
+    "add": "a + b",
+    "subtract": "a - b",
+    "multiply": "a * b",
+    "divide": "a / b",
+    "negative": "-t",
+    "matmul": "a @ b",
+    "dot": "a @ b",
+    "square": "t * t",
+    "exp": "t.exp()",
+    "log": "t.log()",
+    "tanh": "t.tanh()",
+    "sum": "t.sum(axis)",
+    "mean": "t.mean(axis)",
+    "reshape": "t.reshape(shape)",
+    "ravel": "t.reshape(-1)",
+    "transpose": "t.transpose(axes)",
+    "swapaxes": "t.transpose(axes)",
+    "squeeze": "t.reshape(shape)",
+    "expand_dims": "t[:, None]",
+    "take": "t[ids]",
+    "where": "t * mask, with a mask of zeros and ones",
+    "equal": "t.data == other",
+    "not_equal": "t.data != other",
+    "less": "t.data < other",
+    "less_equal": "t.data <= other",
+    "greater": "t.data > other",
+    "greater_equal": "t.data >= other",
+}
+
+
+def _refuse(name):
+    """Raise TypeError for NumPy's function `name` on a Tensor, with what to write instead."""
+    values = f"np.{name}(t.data) computes on the values, without a gradient"
+    if name in _WRITE:
+        raise TypeError(f"np.{name} does not take a Tensor; write {_WRITE[name]} ({values})")
+    raise TypeError(f"np.{name} does not take a Tensor; {values}")
+
+
 class Tensor:
     """An array of floats, and the node that knows where it came from.
 
@@ -99,8 +147,6 @@ class Tensor:
     """
 
     __slots__ = ("data", "node")
-    # With this, `array * tensor` comes to Tensor.__rmul__, for NumPy and CuPy alike.
-    __array_ufunc__ = None
 
     def __init__(self, data, requires_grad=False):
         if isinstance(data, Tensor):
@@ -182,6 +228,46 @@ class Tensor:
         if self.shape != other.shape:
             _check_broadcast(op, self.shape, other.shape)
         return other
+
+    # NumPy's functions would take a Tensor for one opaque object, and compute nonsense from it.
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        """`array * tensor` comes here, from NumPy and from CuPy. Other ufuncs are refused."""
+        name = _REFLECTED.get(ufunc.__name__)
+        is_operator = name and method == "__call__" and not kwargs and len(inputs) == 2
+        if is_operator and not isinstance(inputs[0], Tensor):
+            return getattr(self, name)(inputs[0])
+        return _refuse(ufunc.__name__)
+
+    def __array_function__(self, function, types, args, kwargs):
+        """np.argmax(t), np.where(mask, t, 0) and the like are refused; np.shape(t) is harmless."""
+        if function in (np.shape, np.ndim, np.size):
+            return function(self.data)
+        return _refuse(function.__name__)
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError(
+            "a Tensor is not an array, and nothing that is written into an array has a gradient; "
+            "for the values take t.data"
+        )
+
+    def _compare(self, other):
+        raise TypeError(
+            "a Tensor has no order and no equality; compare its values: t.data == other, "
+            "or t.item() < 1.0"
+        )
+
+    __eq__ = _compare
+    __ne__ = _compare
+    __lt__ = _compare
+    __le__ = _compare
+    __gt__ = _compare
+    __ge__ = _compare
+    # It is still an object of its own, in a set or as a key.
+    __hash__ = object.__hash__
+
+    def __bool__(self):
+        raise TypeError("a Tensor is neither true nor false; ask t.item(), or `t is not None`")
 
     def __add__(self, other):
         other = self._operand("+", other)

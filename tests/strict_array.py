@@ -125,10 +125,18 @@ def _function(name, *names):
     return function
 
 
+UFUNCS = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.divide, "floordiv": np.floor_divide,
+    "mod": np.remainder, "pow": np.power, "matmul": np.matmul, "eq": np.equal, "ne": np.not_equal, "lt": np.less,
+    "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "and_": np.bitwise_and, "or_": np.bitwise_or,
+}  # fmt: skip
+
+
 def _binary(name):
     def method(self, other):
-        if not isinstance(other, ndarray) and getattr(other, "__array_ufunc__", ()) is None:
-            return NotImplemented  # it wants to be asked itself: a Tensor on the right, as CuPy does it
+        asks = getattr(other, "__array_ufunc__", None)
+        if asks and not isinstance(other, (ndarray, np.ndarray, np.generic)):
+            return asks(UFUNCS[name], "__call__", self, other)  # a Tensor on the right, as CuPy does it
         return _wrap(getattr(operator, name)(self._host, _operand(other)))
 
     def reflected(self, other):

@@ -278,7 +278,7 @@ def test_the_search_for_tensors_finds_them():
     t = leaf(1.0)
     holder = types.SimpleNamespace(inside=[{"deep": (t,)}])
     for vjp in (lambda dy: dy * t, lambda dy, t=t: dy, lambda dy: holder):
-        assert t in contents([vjp])
+        assert any(x is t for x in contents([vjp]))
 
 
 # --- freezing is an edge that is not there ---------------------------------------------------------------------------
