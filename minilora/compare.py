@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 
 from .differences import (
+    EPS,
     FIRST_STEP,
     FLOAT32,
     HIDDEN,
@@ -30,11 +31,11 @@ from .subject import bracketed
 REMEDIES = {
     KINK: "move the input away from it",
     NOT_FINITE: "choose inputs inside its domain",
-    FLOAT32: "keep the dtype of its inputs, or differences cannot be taken",
+    FLOAT32: "keep the dtype of the inputs inside f, and subtract no large numbers there",
     HIDDEN: "pass a larger rtol, or choose inputs at which f is less flat",
 }
 # How many times elements with terms below 2⁻¹³ of the largest move among themselves.
-LEVELS = 3
+LEVELS = 8
 # How many elements that disturb a direction are looked at alone, at most.
 DISTURBERS = 8
 
@@ -117,13 +118,13 @@ class Comparison:
         self.noise = None
         self.sensitivity = None
         self._nearby = {}
-        self._norm = None
 
     def reasons(self):
         """A sentence for each reason why numbers could not be compared."""
         return [
             f"{n} of {self.path}: {reason}, {self.examples[reason]}"
             for reason, n in self.skipped.items()
+            if n > 0
         ]
 
     def index(self, i):
@@ -149,9 +150,10 @@ class Comparison:
         example = f"first at {self.where(i)}"
         if math.isfinite(settled.slope):
             error = max(settled.error, settled.kink / 2)
-            example += (
-                f" (gradient {self.dx[i]:.3g}, differences {settled.slope:.3g} ± {error:.2g})"
-            )
+            example += f" (gradient {self.dx[i]:.3g}, differences {settled.slope:.3g}"
+            if math.isfinite(error):
+                example += f" ± {error:.2g}"
+            example += ")"
         self.examples[settled.verdict] = f"{example}: {REMEDIES[settled.verdict]}"
 
     # One element alone.
@@ -162,29 +164,43 @@ class Comparison:
 
     def settle_element(self, i, step=FIRST_STEP):
         """The verdict on element i; `step` is in units of its size, if that is more than 1."""
-        size = 2.0 ** max(0, math.frexp(float(self.x[i]))[1])
-        where = slice(i, i + 1)
-        settled = self.settle_line(self.element(i), where, np.ones(1), 0.0, step * size)
+        if not math.isfinite(self.x[i]):
+            return Settled(NOT_FINITE, math.nan, math.inf, step, 0.0)
+        size = self.unit(i)
+        settled = self.settle_line(self.element(i), slice(i, i + 1), np.ones(1), 0.0, step * size)
         return settled._replace(h=settled.h / size)
 
+    def unit(self, i):
+        """The power of two next to the size of element i, and at least 1."""
+        return 2.0 ** min(1000, max(0, math.frexp(float(self.x[i]))[1]))
+
     def settle_line(self, line, where, v, spread, step):
-        """`settle`, and second thoughts on a gradient so small that it may be rounding's alone."""
+        """`settle`, and second thoughts before a gradient is called wrong, or hidden.
+
+        It may be small enough to be rounding's alone. And what it says of outputs that have not
+        moved may be too little to move them.
+        """
         analytic = float(np.dot(self.dx[where], v))
         settled = settle(line, analytic, self.rtol, step, spread)
-        if settled.verdict not in (WRONG, HIDDEN):
+        if settled.verdict not in (WRONG, HIDDEN, FLOAT32):
             return settled
-        if self._norm is None:
-            self._norm = norm(self.dy * self.subject.y)
-        # What changes the output by more than a millionth is no residue of rounding.
-        size = float(np.max(np.abs(self.x[where]) / np.abs(v))) if v.size == 1 else 1.0
-        if max(abs(analytic), spread) * max(1.0, size) > 2.0**-20 * self._norm:
-            return settled
-        if settled.verdict == WRONG:
+        distance = abs(analytic - settled.slope)
+        if settled.verdict == WRONG and distance <= 1e-3 * max(abs(analytic), abs(settled.slope)):
             own = [abs(np.dot(dx[where] - self.dx[where], v)) for dx in self.nearby(2.0**-50)]
             error = settled.error + 4 * float(max(own))
-            if abs(analytic - settled.slope) <= error:
+            if distance <= error:
                 settled = settled._replace(verdict=HIDDEN, error=error)
-        if abs(settled.slope) > settled.error + settled.kink / 2:
+        if settled.verdict == WRONG and self.says_more(line, where, v, settled, analytic):
+            settled = settled._replace(verdict=HIDDEN)
+        far_off = distance > 0.02 * max(abs(analytic), abs(settled.slope))
+        unsure = settled.verdict == WRONG and settled.chaos and far_off
+        if unsure and self.adds_up(line, where, v):
+            settled = settled._replace(verdict=FLOAT32)
+        if not abs(settled.slope) <= settled.error + settled.kink / 2:
+            return settled
+        # What changes f by more than a millionth of it is no residue.
+        reach = min(line.natural, 1e300)
+        if max(abs(analytic), spread) * reach > 2.0**-20 * line.magnitude_far > 0:
             return settled
         # Where the inputs move by a millionth, a gradient that means something hardly changes. What
         # remains of terms that cancel becomes another number: a zero that rounding has blurred.
@@ -192,6 +208,44 @@ class Comparison:
         if max(changes) > abs(analytic) / 8:
             return settled._replace(verdict=RIGHT, slope=analytic, h=step)
         return settled
+
+    def says_more(self, line, where, v, settled, analytic):
+        """Is what differs only what the gradient says of outputs too large to show it?"""
+        if line.moved is None or line.moved.all() or not line.moved.any():
+            return False
+        dx = self.subject.gradients(self.dy * line.moved)[self.k].reshape(-1)
+        seen = float(np.dot(dx[where], v))
+        size = max(abs(seen), abs(settled.slope))
+        if abs(seen - settled.slope) > self.rtol * size + 4 * settled.error:
+            return False
+        unmoved = norm(np.where(line.moved, 0.0, self.dy * self.subject.y))
+        return abs(analytic - seen) * line.natural <= 8 * EPS * unmoved
+
+    def adds_up(self, line, where, v):
+        """Is the sum of the gradient along the line what f changes by, over steps of some size?
+
+        Then it is right, and f is rounded too much to show it at the finest steps.
+        """
+        nodes, weights = np.polynomial.legendre.leggauss(8)
+        fits = 0
+        for h in (line.natural / 2, line.natural / 4, line.natural / 8, line.natural / 16):
+            pair = line.pair(h) if math.isfinite(h) else None
+            if pair is None:
+                continue
+            with np.errstate(all="ignore"):
+                change = float(np.dot(self.dy, pair[0] - pair[1]))
+            total = 0.0
+            for node, weight in zip(nodes, weights, strict=True):
+                xs = list(self.subject.xs)
+                xs[self.k] = line.point(node * h)[0].reshape(self.shape)
+                try:
+                    with np.errstate(all="ignore"):
+                        dx = self.subject.gradients(self.dy, xs)[self.k].reshape(-1)
+                except Exception:
+                    return False
+                total += weight * h * float(np.dot(dx[where], v))
+            fits += abs(change - total) <= 0.01 * abs(change) > 0
+        return fits >= 2
 
     def nearby(self, distance):
         """What vjp says where every input has moved by about `distance` of itself."""
@@ -216,8 +270,8 @@ class Comparison:
             try:
                 with np.errstate(all="ignore"):
                     dx = self.subject.gradients(self.dy, moved)[self.k]
-            except (ArithmeticError, ValueError, GradientError):
-                # It may have left the domain of f.
+            except Exception:
+                # It may have left the domain of f, which its author need not have guarded.
                 continue
             found.append(dx.reshape(-1))
         self._nearby[distance] = found
@@ -247,15 +301,18 @@ class Comparison:
         return self.failure_at(i, settled, everyone, numerical, errors)
 
     def look_at(self, elements, step):
-        """(slopes, their errors) of some elements, from one step each; nan where not finite."""
+        """(slopes, their errors) of some elements, from two steps; nan where not finite."""
         numerical = np.full(elements.size, np.nan)
         errors = np.full(elements.size, np.inf)
         for n, i in enumerate(elements):
-            size = 2.0 ** max(0, math.frexp(float(self.x[i]))[1])
-            d = self.element(i).estimate(step * size)
-            if d is not None:
-                numerical[n] = d.slope
-                errors[n] = d.truncation + d.noise + max(0.0, d.kink - d.kink_noise) / 2
+            for h in (step, FIRST_STEP):
+                e = self.element(i).estimate(h * self.unit(i))
+                if e is None:
+                    continue
+                error = e.truncation + e.noise + max(0.0, e.kink - e.kink_noise) / 2
+                if error < errors[n]:
+                    numerical[n] = e.slope
+                    errors[n] = error
         return numerical, errors
 
     def failure_at(self, i, settled, elements, numerical, errors):
@@ -299,7 +356,15 @@ class Comparison:
     def compare_directions(self, n):
         """Compare along n seeded directions, along the gradient's signs, at the ends of axes."""
         # Elements that were looked at alone, and stay where they are from then on.
-        self.alone = np.zeros(self.x.size, bool)
+        self.alone = ~np.isfinite(self.x)
+        self.is_compared = np.zeros(self.x.size, bool)
+        # Why an element could not be compared: the number of the reason, from 1 on.
+        self.reason_of = np.zeros(self.x.size, np.int8)
+        beyond = np.flatnonzero(self.alone)
+        if beyond.size:
+            self.pass_over(
+                beyond, int(beyond[0]), Settled(NOT_FINITE, math.nan, math.inf, 0.0, 0.0)
+            )
         self.relative = False
         everything = slice(0, self.x.size)
         seed, v, size = self.draw()
@@ -308,9 +373,14 @@ class Comparison:
             seed, v, size = self.draw()
             self.compare_along(everything, equalized(v, size)[0], seed)
         at_ends = ends(self.shape)
-        self.compare_along(at_ends, v[at_ends], seed)
+        if at_ends.size:
+            self.compare_along(at_ends, v[at_ends], seed)
         # Here no two terms have opposite signs, so an error of all elements alike shows most.
         self.compare_along(everything, np.copysign(v, self.dx, out=v), seed)
+        self.compared = int(np.count_nonzero(self.is_compared))
+        for number, reason in enumerate(self.examples, start=1):
+            left = np.count_nonzero((self.reason_of == number) & ~self.is_compared)
+            self.skipped[reason] = int(left)
 
     def draw(self):
         """(a seed, the direction it stands for, the size of each term of Σ dx v)."""
@@ -324,8 +394,6 @@ class Comparison:
         """Compare the elements of `where`, those with terms of one size at a time; count them."""
         for level in range(LEVELS):
             equal, small = equalized(v[where], size[where])
-            if level == LEVELS - 1:
-                small = small[:0]
             # Elements below 1 have moved by more than themselves. They may not have borne that.
             borne = self.relative or not (np.abs(self.x[where]) < 0.125).any()
             # The first looks for kinks too. All elements move, so it sees those of each.
@@ -333,24 +401,45 @@ class Comparison:
             if settled is None:
                 return
             if settled.verdict != RIGHT and not borne:
-                self.relative = True
-                self.compare_blocks(where, *self.draw())
-                return
+                if self.is_borne_by_parts(where):
+                    self.compare_blocks(where, *self.draw())
+                    return
+                settled = self.compare_along(where, equal, seed)
+                if settled is None:
+                    return
             self.count(where, small, settled)
             if small.size == 0:
                 return
             where = np.arange(self.x.size)[where][small]
+        # More than thirty digits below the largest: nobody has looked at these.
+        unseen = Settled(HIDDEN, math.nan, math.inf, self.step, 0.0)
+        self.count(where, np.zeros(0, np.int64), unseen)
+
+    def is_borne_by_parts(self, where):
+        """Does it agree if each element moves by parts of itself? Then go on like that."""
+        self.relative = True
+        seed, v, size = self.draw()
+        settled = self.compare_along(
+            where, equalized(v[where], size[where])[0], seed, closely=False
+        )
+        self.relative = settled is not None and settled.verdict == RIGHT
+        return self.relative
 
     def count(self, where, small, settled):
         """Count the elements that moved, but for the small ones and those looked at alone."""
         others = ~self.alone[where]
         others[small] = False
-        n = int(np.count_nonzero(others))
+        members = np.arange(self.x.size)[where][others]
         if settled.verdict == RIGHT:
-            self.compared += n
-        elif n:
-            first = np.arange(self.x.size)[where][np.argmax(others)]
-            self.skip(n, int(first), settled)
+            self.is_compared[members] = True
+        elif members.size:
+            self.pass_over(members, int(members[0]), settled)
+
+    def pass_over(self, members, i, settled):
+        """Note that `members` could not be compared, for the reason of element i."""
+        self.skip(0, i, settled)
+        self.is_compared[members] = False
+        self.reason_of[members] = list(self.examples).index(settled.verdict) + 1
 
     def compare_along(self, where, v, seed, quickly=True, closely=True):
         """The verdict along one direction, or None once a number was found wrong.
@@ -363,6 +452,9 @@ class Comparison:
         for _ in range(DISTURBERS):
             if self.alone.any():
                 v = np.where(self.alone[where], 0.0, v)
+            if not v.any():
+                # Each of its elements was looked at alone.
+                return Settled(RIGHT, 0.0, 0.0, self.step, 0.0)
             line, analytic, spread = self.line(where, v)
             if quickly and self.agrees_at_once(line, analytic, spread):
                 return Settled(RIGHT, analytic, 0.0, self.step, 0.0)
@@ -384,12 +476,17 @@ class Comparison:
         settled = self.settle_line(line, where, v, spread, self.step)
         if settled.verdict == WRONG:
             self.failure = self.failure_along(where, v, seed, settled)
+            return None
         return settled
 
     def line(self, where, v):
         """(the Line, the slope that the gradient says, the norm of its terms)."""
-        terms = self.dx[where] * v
+        with np.errstate(over="ignore"):
+            terms = self.dx[where] * v
         line = Line(self.f, self.x, where, v, self.dy, self.subject.y)
+        if self.relative:
+            # What of the input is a good part is unknown: it moves by parts of itself.
+            line.natural = math.inf
         if v.size < self.x.size:
             line.sensitivity = norm(self.dx[where] * self.x[where])
         else:
@@ -399,7 +496,7 @@ class Comparison:
             # Each output counts as one that moves, and the bound on rounding is the same for all
             # such lines.
             line.moved = None
-            line.noise = self.noise
+            line.known_noise = self.noise
         return line, float(terms.sum()), norm(terms)
 
     def agrees_at_once(self, line, analytic, spread):
@@ -433,13 +530,14 @@ class Comparison:
             # Then the disagreement lies elsewhere.
             return False
         if alone.verdict == RIGHT:
-            self.accept(1, self.dx[i], alone.slope)
+            self.accept(0, self.dx[i], alone.slope)
             self.alone[i] = True
+            self.is_compared[i] = True
             return True
         # A kink is seldom alone: what is 0 here is 0 elsewhere too, and bends there as well.
-        alike = (self.x == self.x[i]) & ~self.alone
-        self.skip(int(np.count_nonzero(alike)), i, alone)
-        self.alone |= alike
+        alike = np.flatnonzero((self.x == self.x[i]) & ~self.alone)
+        self.pass_over(alike, i, alone)
+        self.alone[alike] = True
         return True
 
     def residual(self, where, v, h):
@@ -449,7 +547,7 @@ class Comparison:
         line, analytic, _ = self.line(where, v)
         # Its rounding is not asked for: which outputs move makes no difference then.
         line.moved = None
-        line.noise = 0.0
+        line.known_noise = 0.0
         level = line.level(h, with_gap=False)
         return math.inf if level is None else analytic - level.slope
 

@@ -38,6 +38,10 @@ SEVERAL = 4
 # rtol. An error of 1e-5 is then seen at rtol = 1e-6, and more steps than one will do.
 TRUST = 4
 
+# SEVERAL steps in a row know a slope if they differ by no more than this part of it.
+KNOWN = 0.01
+# One part of the steps knows the slope apart from another if all between are this much vaguer.
+BARRIER = 30
 # If at the finest steps f still changes by more than this part of itself, steps see nothing of it.
 UNRESOLVED = 2.0**-8
 
@@ -46,14 +50,17 @@ Level = namedtuple("Level", "h slope noise gap gap_noise")
 # An extrapolated slope, the bounds on its truncation and its noise (rounding and position), and the
 # part of G that does not shrink with h.
 Estimate = namedtuple("Estimate", "h slope truncation noise kink kink_noise")
-# verdict: RIGHT, WRONG, or why nothing can be said; `error` bounds what `slope` is wrong by.
-Settled = namedtuple("Settled", "verdict slope error h kink")
+# What SEVERAL estimates in a row say: a slope, by how much they differ, and the kink they see.
+Window = namedtuple("Window", "h slope error kink kink_bound part")
+# verdict: RIGHT, WRONG, or why nothing can be said; `error` bounds what `slope` is wrong by; chaos:
+# whether the steps beside those that know the slope know nothing at all.
+Settled = namedtuple("Settled", "verdict slope error h kink chaos", defaults=[False])
 
 RIGHT = "right"
 WRONG = "wrong"
 KINK = "f has a kink there"
-NOT_FINITE = "f is not finite beside it"
-FLOAT32 = "f computes in less than float64 inside"
+NOT_FINITE = "f is not finite, or fails, beside it"
+FLOAT32 = "f is rounded to fewer digits than float64 has"
 HIDDEN = "rounding hides the slope"
 
 
@@ -87,13 +94,20 @@ class Line:
         self.sensitivity = 0.0
         # Which outputs have moved at any step so far; None stands for all.
         self.moved = np.zeros(y.shape, bool)
-        # h times the bound on the rounding of D(h); where all move it is computed once.
+        # h times the bound on the rounding of D(h), at the last step; one that was known before.
         self.noise = None
+        self.known_noise = None
+        # What counts as a good part of the input: an element, or 1 if that is more.
+        self.natural = 1.0
+        # The largest size of f's values seen so far, within that and anywhere.
+        self.magnitude = 0.0
+        self.magnitude_far = 0.0
         # What a step is measured by: the element that moves, or 1, since the components of a
         # direction have the size of the input already.
         self.size = 1.0
         if v.size == 1:
             self.size = abs(float(x[where][0])) or 1.0
+            self.natural = max(1.0, self.size)
 
     def point(self, t):
         """(x moved by t v, by how much its first moved element has really moved)."""
@@ -158,10 +172,15 @@ class Line:
             work *= dy
             np.abs(work, out=work)
             gap = float(work.sum()) / h
-        if self.moved is not None or self.noise is None:
+        if self.known_noise is not None:
+            self.noise = self.known_noise
+        else:
             size = norm(np.multiply(dy, up, out=work)) + norm(np.multiply(dy, y, out=work))
             # Below the smallest normal number digits are lost.
             self.noise = 2 * EPS * (size + TINY * math.sqrt(max(1, y.size)))
+            self.magnitude_far = max(self.magnitude_far, size)
+            if h <= self.natural:
+                self.magnitude = max(self.magnitude, size)
         sensitivity = self.sensitivity
         if self.v.size == 1:
             sensitivity = abs(float(self.x[self.where][0]) * slope)
@@ -177,41 +196,52 @@ class Line:
             return None
         return _extrapolated(wide, narrow)
 
-    def estimates(self, coarsest=math.inf):
-        """R(h) at the steps h that suit a function of unknown scale, from fine to coarse."""
-        steps = self.steps()
-        # Some of the coarser ones all the same: they show which outputs move at all.
-        for h in [h for h in steps if h > coarsest][::6]:
-            self.level(h)
-        levels = [self.level(h) for h in steps if h <= coarsest]
+    def estimates(self):
+        """(how far f stands still, R(h) for the steps beyond), from fine to coarse.
+
+        They suit a function of unknown scale. At a step where f stands still, to the bit, its slope
+        is not zero: it is too small to be seen there.
+        """
+        self.known_noise = None
+        levels = [self.level(h) for h in self.steps()]
+        finite = [level for level in levels if level is not None]
+        reach = 0.0
+        for level in reversed(finite):
+            if level.slope != 0 or level.gap != 0:
+                break
+            reach = level.h
         found = []
         for three in zip(levels, levels[1:], levels[2:], strict=False):
-            if None in three:
+            if None in three or three[2].h <= reach:
                 continue
             wide = _extrapolated(three[0], three[1])
             narrow = _extrapolated(three[1], three[2])
             slope = (16 * narrow.slope - wide.slope) / 15
             noise = (16 * narrow.noise + wide.noise) / 15
-            found.append(
-                narrow._replace(
-                    h=wide.h,
-                    slope=slope,
-                    truncation=abs(slope - narrow.slope) / 2,
-                    noise=noise,
-                )
-            )
-        return found[::-1]
+            truncation = abs(slope - narrow.slope) / 2
+            found.append(narrow._replace(h=wide.h, slope=slope, truncation=truncation, noise=noise))
+        found.reverse()
+        for n in range(len(found) - 1, 1, -1):
+            # At a quarter of the step truncation is a 4096th, so the two differ by that at h.
+            apart = abs(found[n].slope - found[n - 2].slope)
+            found[n] = found[n]._replace(truncation=min(found[n].truncation, apart))
+        return reach, found
 
     def steps(self):
-        """From coarse to fine: what moves at a coarse step is rounded anew at a fine one too."""
+        """From coarse to fine: what moves at a coarse step is rounded anew at a fine one too.
+
+        Each is half the one before, but none a power of two: of a staircase with steps of 1 those
+        would see a straight line.
+        """
         if self.v.size > 1:
             # The components of a direction have the scale of the input already.
-            return [2.0**k for k in range(3, -34, -1)]
-        x = float(self.x[self.where][0])
-        if x == 0:
-            return [2.0**k for k in range(6, -61, -1)]
-        exponent = math.frexp(x)[1]
-        return [2.0**k for k in range(max(6, exponent - 6), exponent - 34, -1)]
+            exponents = range(3, -34, -1)
+        elif self.x[self.where][0] == 0:
+            exponents = range(6, -61, -1)
+        else:
+            exponent = math.frexp(self.size)[1]
+            exponents = range(max(6, exponent - 6), exponent - 34, -1)
+        return [1.29296875 * 2.0**k for k in exponents]
 
 
 def _extrapolated(wide, narrow):
@@ -245,27 +275,53 @@ def settle(line, analytic, rtol, first=FIRST_STEP, spread=0.0):
     settled = settle_quickly(line, analytic, rtol, first, spread)
     if settled.verdict == RIGHT:
         return settled
-    # Two steps that agree and contradict `analytic` need no coarser ones; finer ones may differ.
-    found = line.estimates(8 * settled.h if settled.verdict == WRONG else math.inf)
-    if not found:
+    reach, found = line.estimates()
+    if not found and reach == 0:
         return Settled(NOT_FINITE, math.nan, math.inf, first, 0.0)
-    # The size of f's value, which its rounding was reckoned from.
-    value = line.noise / (4 * EPS)
-    settled = _judge(found, analytic, rtol, spread, value)
-    if settled.verdict == WRONG and abs(analytic - settled.slope) > 0.01 * abs(analytic):
-        if _seen_from_afar(found, analytic, line.size):
-            return settled._replace(verdict=FLOAT32)
+    windows = _windows(found)
+    size = max(abs(analytic), spread)
+    places = _places(windows, TRUST * rtol * size)
+    if not places and reach >= 2.0**-12 * line.natural:
+        # A constant, a staircase, or flat to the last digit, for a good part of its input.
+        return _judge_still(line, reach, found, analytic)
+    settled = _judge(line, reach, found, windows, places, analytic, rtol, spread)
+    if settled.verdict == HIDDEN and found and _has_kink(found):
+        kink = max(settled.kink, found[0].kink)
+        settled = settled._replace(verdict=KINK, kink=kink)
     return settled
 
 
-def _seen_from_afar(found, analytic, size):
-    """Do only the finest steps contradict `analytic`?
+def _judge_still(line, reach, found, analytic):
+    """The verdict where f does not change at all, not even when x moves by `reach`."""
+    for part in (0.5, 0.9, 0.99, 2.0):
+        # How large f is elsewhere: inside it, terms may be as large here.
+        line.level(part * line.size)
+    unseen = 8 * EPS * line.magnitude_far
+    if found:
+        # If it goes on with a step, of a staircase or of rounding, less than one is not seen.
+        unseen = max(unseen, 2 * _first_change(line, reach, found[0].h))
+    settled = Settled(HIDDEN, 0.0, unseen / reach, reach, 0.0)
+    if analytic == 0:
+        return settled._replace(verdict=RIGHT)
+    # Where f is zero wherever it was looked at, nothing tells how large its terms are.
+    if line.magnitude_far > 0 and abs(analytic) * reach > unseen:
+        return settled._replace(verdict=WRONG)
+    return settled
 
-    In float32 f stands still, or stumbles, until x moves by a good part of 1e-7 of itself.
-    """
-    far = [e for e in found if 2.0**-8 <= e.h / size <= 2.0**-3]
-    fit = [abs(analytic - e.slope) < 0.01 * abs(analytic) for e in far]
-    return sum(fit) >= SEVERAL
+
+def _first_change(line, reach, moving):
+    """By how much f changes at the first step that changes it, between `reach` and `moving`."""
+    change = math.inf
+    for _ in range(10):
+        middle = (reach + moving) / 2
+        level = line.level(middle)
+        if level is not None and level.slope == 0 and level.gap == 0:
+            reach = middle
+            continue
+        moving = middle
+        if level is not None:
+            change = level.h * (2 * abs(level.slope) + level.gap)
+    return change if math.isfinite(change) else 0.0
 
 
 def settle_quickly(line, analytic, rtol, first=FIRST_STEP, spread=0.0):
@@ -287,8 +343,7 @@ def settle_quickly(line, analytic, rtol, first=FIRST_STEP, spread=0.0):
             if analytic == 0 and e.slope == 0 and e.kink == 0 and _rests(line):
                 return Settled(RIGHT, 0.0, 0.0, first, 0.0)
             tried.append(e)
-            far_from_rounding = h >= 2.0**-21 * line.size
-            if far_from_rounding and _contradict(tried[-2:], analytic, rtol, spread):
+            if _contradict(tried[-2:], analytic, rtol, spread):
                 return Settled(WRONG, e.slope, e.truncation + e.noise, max(h, tried[-2].h), e.kink)
             far = TRUST * rtol * max(abs(analytic), abs(e.slope), spread)
             limited_by_noise = e.noise > far
@@ -339,7 +394,7 @@ def _contradict(pair, analytic, rtol, spread):
 def _rests(line):
     """Does f stay where it is, to the bit, when x moves by a good part of itself?"""
     for h in (2.0**-3, 2.0**-6, 2.0**-9):
-        pair = line.pair(h * max(1.0, line.size))
+        pair = line.pair(h * line.natural) if math.isfinite(line.natural) else None
         if pair is None:
             continue
         up, down, _ = pair
@@ -348,53 +403,118 @@ def _rests(line):
     return False
 
 
-def _judge(found, analytic, rtol, spread, value):
+def _windows(found):
+    """What each SEVERAL estimates in a row say together."""
+    windows = []
+    for i in range(len(found) - SEVERAL + 1):
+        part = found[i : i + SEVERAL]
+        slopes = sorted(e.slope for e in part)
+        slope = slopes[len(slopes) // 2]
+        error = slopes[-1] - slopes[0] + min(e.noise for e in part)
+        kink = max(0.0, min(e.kink - e.kink_noise for e in part))
+        kink_bound = min(e.kink + e.kink_noise for e in part)
+        windows.append(Window(part[0].h, slope, error, kink, kink_bound, part))
+    return windows
+
+
+def _places(windows, far):
+    """The windows that know a slope, each better than any beside it, the best first.
+
+    A smooth function has one. Where inside f terms cancel, or are rounded to fewer digits, the
+    finest steps can agree on another slope; then steps between know much less than either.
+    """
+    known = [w for w in windows if w.error <= KNOWN * abs(w.slope)]
+    if not known:
+        return []
+    best = min(known, key=lambda w: w.error / abs(w.slope))
+    places = [best]
+    for w in known:
+        low = min(w.h, best.h)
+        high = max(w.h, best.h)
+        between = [o.error for o in windows if low < o.h < high]
+        if max(between, default=0.0) >= BARRIER * w.error:
+            places.append(w)
+    # A kink that only coarser steps see lies beside x.
+    smooth = [w.h for w in places if w.kink <= max(far, KNOWN * abs(w.slope))]
+    finest = min(smooth, default=math.inf)
+    return [w for w in places if w.kink <= max(far, KNOWN * abs(w.slope)) or w.h < finest]
+
+
+def _judge(line, reach, found, windows, places, analytic, rtol, spread):
     """What estimates at many steps, from fine to coarse, say together of `analytic`.
 
-    Source: to go on to coarser steps for as long as each lies within what all finer ones leave
-    open, and there to take the best, is Lepski's method (1991).
+    It is right if one of the places says so, and wrong only if all contradict it.
     """
-    # If terms cancel inside f, rounding is worse than its bound, and the finest steps show it.
+    if not found:
+        return Settled(HIDDEN, 0.0, math.inf, reach, 0.0)
+    settled = Settled(HIDDEN, found[0].slope, math.inf, found[0].h, found[0].kink)
+    if not windows or not _is_resolved(line, found):
+        return settled
+    if not places:
+        return _judge_vague(line, reach, found, windows, analytic)
+    best = places[0]
+    settled = Settled(HIDDEN, best.slope, best.error, best.h, best.kink_bound)
+    # By how much f stands still too long, or scatters too much, for what float64 explains.
+    rough = max(abs(e.slope - best.slope) * e.h for e in found if e.h <= best.h)
+    rough = max(rough, abs(best.slope) * reach)
+    if rough <= 32 * EPS * (line.magnitude + line.size * abs(best.slope)):
+        rough = 0.0
+    stumbles = len(places) > 1 or rough > 0
+    for w in places:
+        size = max(abs(analytic), abs(w.slope), spread)
+        error = w.error if stumbles else min(e.truncation + e.noise for e in w.part)
+        far = rtol * size / 100 if stumbles else TRUST * rtol * size
+        if abs(analytic - w.slope) <= rtol * size and max(error, w.kink) <= far:
+            return Settled(RIGHT, w.slope, w.error, w.h, 0.0)
+    # Where many finer steps lie closer together than the bound on rounding, what they show counts.
+    finer = [abs(e.slope - best.slope) * e.h for e in found if e.h < best.h]
+    shown = 2 * max(finer) if len(finer) >= 2 * SEVERAL else math.inf
+    for e in found:
+        close = abs(e.slope - best.slope) <= 4 * best.error
+        e = e._replace(noise=min(e.noise, shown / e.h))
+        if close and not stumbles and agrees(analytic, e, rtol, spread):
+            return Settled(RIGHT, e.slope, e.truncation + e.noise, e.h, 0.0)
+    if analytic == 0 and reach > 0 and best.kink > KNOWN * abs(best.slope):
+        # It stands still up to a kink, which lies beside x.
+        return settled._replace(verdict=RIGHT, slope=0.0)
+    for w in places:
+        size = max(abs(analytic), abs(w.slope), spread)
+        error = 4 * w.error
+        if w.h >= best.h:
+            error += 4 * rough / w.h
+        if abs(analytic - w.slope) - w.kink_bound / 2 - rtol * size <= error:
+            return settled._replace(verdict=FLOAT32) if stumbles else settled
+    if analytic == 0 and rough > 0:
+        # The slope of a staircase is zero. Whether f is one, or only rounded, nobody can say.
+        return settled._replace(verdict=FLOAT32)
+    beside = [w for w in windows if best.h < w.h <= 512 * best.h]
+    chaos = any(w.error > abs(w.slope) for w in beside)
+    return settled._replace(verdict=WRONG, chaos=chaos)
+
+
+def _is_resolved(line, found):
+    """Does f change little from one of the finest steps to the next, measured by itself?"""
     fine = found[: SEVERAL + 1]
-    measured = max(
-        [abs(e.slope - next_.slope) * e.h for e, next_ in zip(fine, fine[1:], strict=False)]
-        or [0.0]
-    )
-    resolved = measured <= UNRESOLVED * value
-    low = -math.inf
-    high = math.inf
-    trusted = []
-    for n, e in enumerate(found):
-        truncation = e.truncation
-        if n > 1:
-            # At a quarter of the step truncation is a 4096th, so the two differ by that at h.
-            truncation = min(truncation, abs(e.slope - found[n - 2].slope))
-        if e.noise > 0:
-            worse = max(1.0, measured / e.h / e.noise)
-            e = e._replace(noise=worse * e.noise, kink_noise=worse * e.kink_noise)
-        error = truncation + e.noise
-        low = max(low, e.slope - error)
-        high = min(high, e.slope + error)
-        if low > high:
-            break
-        trusted.append((error, e))
-    error, best = min(trusted, key=lambda pair: pair[0])
-    size = max(abs(analytic), abs(best.slope), spread)
-    has_kink = _has_kink([e for _, e in trusted]) or _has_kink(found)
-    distance = abs(analytic - best.slope)
-    if analytic == 0 and distance <= error and not has_kink:
-        return Settled(RIGHT, 0.0, error, best.h, 0.0)
-    for own_error, e in trusted:
-        if agrees(analytic, e, rtol, spread, own_error):
-            return Settled(RIGHT, e.slope, own_error, e.h, 0.0)
-    against = [e for own_error, e in trusted if abs(analytic - e.slope) > rtol * size + own_error]
-    # Within a kink every slope between the two sides could be meant.
-    kink = min(e.kink + e.kink_noise for _, e in trusted)
-    if resolved and len(against) >= SEVERAL and distance - error - rtol * size > kink / 2:
-        return Settled(WRONG, best.slope, error, best.h, kink)
-    if has_kink:
-        return Settled(KINK, best.slope, error, best.h, max(kink, found[0].kink))
-    return Settled(HIDDEN, best.slope, error, best.h, kink)
+    steps = zip(fine, fine[1:], strict=False)
+    return max(abs(a.slope - b.slope) * a.h for a, b in steps) <= UNRESOLVED * line.magnitude
+
+
+def _judge_vague(line, reach, found, windows, analytic):
+    """The same where no steps know the slope: it may be zero, or lie below what can be seen."""
+    least = min(windows, key=lambda w: abs(w.slope) + w.error)
+    settled = Settled(HIDDEN, least.slope, least.error, least.h, least.kink_bound)
+    if _has_kink(found):
+        # Beside a kink, at finer steps, it may still have stood still.
+        return settled._replace(verdict=RIGHT, slope=0.0) if reach > 0 == analytic else settled
+    if analytic == 0:
+        allowed = all(abs(w.slope) <= 4 * w.error for w in windows)
+        return settled._replace(verdict=RIGHT, slope=0.0) if allowed else settled
+    for w in windows:
+        bound = abs(w.slope) + 4 * w.error + w.kink_bound / 2
+        bound += 8 * EPS * line.magnitude_far / w.h
+        if w.h <= line.natural and abs(analytic) <= 10 * bound:
+            return settled
+    return settled._replace(verdict=WRONG)
 
 
 def _has_kink(found):

@@ -6,11 +6,12 @@ layer norm have constant sums, so under ones the true gradient is zero, and a ba
 zero passes.
 """
 
+import numbers
 from collections import namedtuple
 
 import numpy as np
 
-from .backend import get_array_module, to_device, to_numpy
+from .backend import check_rng, get_array_module, to_device, to_numpy
 from .compare import Comparison, components, direction
 from .graph import is_recording
 from .mistakes import CannotCompareError, GradientError
@@ -144,7 +145,12 @@ def check_vjp(f, vjp, *inputs, rng=None, rtol=1e-6, max_elements=2000, direction
     2 of 2 numbers of it are wrong: each is 0.5 times the derivative: is a factor of 2 missing?
     """
     __tracebackhide__ = True
-    rng = rng or np.random.default_rng(0)
+    rng = check_rng(np.random.default_rng(0) if rng is None else rng)
+    if not 0 < rtol < 1:
+        raise ValueError(f"rtol must lie between 0 and 1, got {rtol}; the default is 1e-6")
+    for name, value in (("max_elements", max_elements), ("directions", directions)):
+        if not isinstance(value, numbers.Integral) or value < 0:
+            raise ValueError(f"{name} must be a whole number from 0 on, got {value!r}")
     subject = Subject(f, vjp, inputs)
     # No component of the cotangent is small, so every element of y counts.
     dy = components(rng, subject.y.size)
@@ -156,13 +162,14 @@ def check_vjp(f, vjp, *inputs, rng=None, rtol=1e-6, max_elements=2000, direction
     reasons = []
     for k, x in enumerate(subject.xs):
         comparison = Comparison(subject, k, dy, gradients[k], rtol, rng)
-        if x.size <= max_elements:
+        if x.size <= max(1, max_elements):
             comparison.compare_elements()
         else:
             comparison.compare_directions(directions)
         # If f changed an input that was to stay, nothing of this counts.
         subject.check_unwritten()
         if comparison.failure is not None:
+            subject.check_repeats()
             raise comparison.failure
         if comparison.compared == 0 and x.size:
             why = "; ".join(comparison.reasons())

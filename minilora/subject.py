@@ -108,6 +108,16 @@ class Subject:
         rewritten = any(np.may_share_memory(y, raw) for y in flat for raw in self.raw)
         return flat[0] if len(flat) == 1 and not rewritten else np.concatenate(flat)
 
+    def check_repeats(self):
+        """Raise ValueError if f of the inputs has become another than it was."""
+        __tracebackhide__ = True
+        again = self._flat(self._call(self.shared))
+        if self.y.shape != again.shape or not np.array_equal(self.y, again):
+            raise ValueError(
+                "f is not deterministic: after some calls it returns other values for the same "
+                "inputs; fix its randomness"
+            )
+
     def check_unwritten(self):
         """Raise ValueError if f has written to an input that was to stay where it is."""
         __tracebackhide__ = True
@@ -126,11 +136,12 @@ class Subject:
             values = list(self.shared)
             values[place] = x.reshape(shape)
             try:
-                # Beside its inputs f may leave its domain; of that its author need not hear.
+                # Beside its inputs f may leave its domain. Its author need not have guarded that.
                 with np.errstate(all="ignore"):
-                    y = self._flat(self._call(values))
-            except (ArithmeticError, ValueError):
+                    output = self._call(values)
+            except Exception:
                 return None
+            y = self._flat(output)
             if y.size != self.y.size:
                 raise TypeError(
                     f"f returned {self.y.size} numbers, and beside its inputs {y.size}; the shape "
@@ -189,6 +200,8 @@ def _shown(value):
 
 def _check_signature(who, function, form, arguments):
     __tracebackhide__ = True
+    if not callable(function):
+        raise TypeError(f"{who} must be a function, called as {form}; got {function!r:.60}")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -249,6 +262,8 @@ def _is_output(path, leaf):
         raise TypeError(f"{path} returned None; is its `return` missing?")
     if isinstance(leaf, Tensor):
         raise TypeError(f"{path} returned a Tensor; for functions of Tensors use gradcheck")
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise TypeError(f"{path} returned a masked array; return .filled()")
     if _is_complex(leaf):
         raise TypeError(_about_complex(f"the output of {path}"))
     if is_float(leaf) and np.asarray(leaf).dtype.itemsize < 8:
@@ -347,7 +362,14 @@ def _checked_gradient(path, x, dx):
     __tracebackhide__ = True
     if dx is None:
         return np.zeros_like(x)
-    dx = np.asarray(dx)
+    if isinstance(dx, np.ma.MaskedArray):
+        raise GradientError(
+            f"the gradient of {path} is a masked array; return .filled()", input=path
+        )
+    try:
+        dx = np.asarray(dx)
+    except ValueError:
+        raise GradientError(f"the gradient of {path} is no array: {dx!r:.60}", input=path) from None
     if dx.dtype.kind not in "fbiu":
         raise GradientError(
             f"the gradient of {path} holds {dx.dtype}, not real numbers", input=path

@@ -4,7 +4,6 @@ import functools
 import itertools
 import subprocess
 import sys
-from collections import OrderedDict, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from strategies import arrays, rngs, shapes
 from minilora import Tensor, check_vjp, gradcheck, no_grad
 from minilora import functional as F
 from minilora.backend import to_device
-from minilora.gradcheck import CannotCompareError, GradientError, Report, direction
+from minilora.gradcheck import CannotCompareError, GradientError, Report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -325,84 +324,6 @@ def test_a_function_may_return_the_same_array_from_each_call_or_its_own_input():
         check_vjp(into_a_buffer, lambda dy, x: x * dy, x)
 
 
-# --- large inputs ----------------------------------------------------------------------------------------------------
-
-
-def test_large_inputs_go_along_directions_and_count_every_number():
-    x = np.random.default_rng(0).normal(size=(60, 50))
-    calls = []
-
-    def f(x):
-        calls.append(1)
-        return np.sin(x)
-
-    vjp = lambda dy, x: (dy * np.cos(x),)
-    assert check_vjp(f, vjp, x).compared == 3000 and len(calls) < 60
-    assert check_vjp(f, vjp, x, directions=1).compared == 3000
-    calls.clear()
-    assert check_vjp(f, vjp, x, max_elements=3000).compared == 3000 and len(calls) > 6000
-
-
-@pytest.mark.parametrize("factor", [1.001, -1.0, 0.0, 2.0])
-@pytest.mark.parametrize("which", ["one", "one row", "one column", "all"])
-def test_in_a_large_input_an_element_that_is_wrong_is_named(factor, which):
-    x = np.random.default_rng(0).normal(size=(60, 50))
-    wrong = {"one": (7, 11), "one row": (7,), "one column": (slice(None), 11), "all": (slice(None),)}[which]
-    is_wrong = np.zeros(x.shape, bool)
-    is_wrong[wrong] = True
-
-    def vjp(dy, x):
-        return dy * np.cos(x) * np.where(is_wrong, factor, 1.0)
-
-    with pytest.raises(GradientError, match=r"at input 0\[\d+, \d+\]\n\d+ of the \d+ looked at") as caught:
-        check_vjp(np.sin, vjp, x)
-    assert is_wrong[caught.value.index] and caught.value.of < 20 and caught.value.wrong <= caught.value.of
-    assert caught.value.analytic == pytest.approx(factor * caught.value.numerical, rel=1e-5, abs=1e-9)
-
-
-@given(rngs, st.integers(0, 2999), st.sampled_from([-1.0, 0.0, 2.0]))
-def test_a_single_wrong_element_is_found_by_any_generator(rng, i, factor):
-    x = np.random.default_rng(0).normal(size=3000) + 3
-
-    def vjp(dy, x):
-        d = 2 * x * dy
-        d[i] *= factor
-        return d
-
-    with pytest.raises(GradientError) as caught:
-        check_vjp(square, vjp, x, rng=rng)
-    assert caught.value.index == (i,)
-
-
-@given(rngs)
-def test_no_generator_accuses_a_right_gradient_of_a_large_input(rng):
-    x = np.random.default_rng(0).normal(size=3000) * 10.0 ** (np.arange(3000) % 7 - 3)
-    assert check_vjp(np.sin, lambda dy, x: dy * np.cos(x), x, rng=rng).compared == 3000
-    assert check_vjp(lambda x: np.sin(x).sum(), lambda dy, x: dy * np.cos(x), x, rng=rng)
-
-
-def test_where_no_element_can_be_named_the_seed_of_the_direction_is():
-    """A function of two sums whose gradient mixes them up: along many elements wrong, along each alone too little."""
-    n = 4000
-    x = np.random.default_rng(0).normal(size=n)
-    f = lambda x: 1e9 + x.sum()
-    slope = 1 + 1e-4
-    with pytest.raises(GradientError) as caught:
-        check_vjp(f, lambda dy, x: np.full(n, slope * dy), x)
-    error = caught.value
-    if error.index is None:
-        assert error.seed is not None and "no single one was found wrong" in str(error)
-        assert direction(x, error.seed).shape == x.shape
-
-
-def test_a_direction_is_what_its_seed_says():
-    x = np.array([[0.5, -3.0], [0.0, 1e6]])
-    v = direction(x, 7)
-    assert np.array_equal(v, direction(x, 7)) and not np.array_equal(v, direction(x, 8))
-    assert ((np.abs(v) >= 0.5 * np.maximum(1, np.abs(x))) & (np.abs(v) <= np.maximum(1, np.abs(x)))).all()
-    assert (np.abs(direction(x, 7, relative=True)[0]) <= np.abs(x[0])).all()
-
-
 # --- what cannot be checked is named ---------------------------------------------------------------------------------
 
 KINKS = {
@@ -472,7 +393,7 @@ def test_a_function_that_is_not_finite_there_is_named(f, x, shown):
 
 
 def test_a_function_that_is_not_finite_on_one_side_is_named():
-    with pytest.raises(CannotCompareError, match=r"not finite beside it, first at input 0\[0\]: choose inputs inside"):
+    with pytest.raises(CannotCompareError, match=r"not finite, or fails, beside it, first at input 0\[0\]: choose inputs inside"):
         check_vjp(np.sqrt, zero_vjp, np.array([0.0]))
 
 
@@ -483,7 +404,7 @@ def test_a_function_that_raises_beside_its_inputs_is_outside_its_domain_there():
         return np.sqrt(x)
 
     assert check_vjp(strict_root, lambda dy, x: dy * 0.5 / np.sqrt(x), np.array([1e-9, 2.0])).compared == 2
-    with pytest.raises(CannotCompareError, match="not finite beside it"):
+    with pytest.raises(CannotCompareError, match="not finite, or fails, beside it"):
         check_vjp(strict_root, zero_vjp, np.array([0.0]))
 
 
@@ -522,164 +443,10 @@ def test_a_gradient_three_thousandths_wrong_does_not_pass_because_the_value_is_l
     assert check_vjp(lambda x: x + 1e3, lambda dy, x: dy, np.ones(2))
 
 
-# --- lists, dicts, integers ------------------------------------------------------------------------------------------
-
-Pair = namedtuple("Pair", "left right")
-
-
-def test_inputs_and_outputs_may_be_nested_and_keep_their_types():
-    x = {"w": np.full((2, 3), 0.5), "rest": [np.ones(3), Pair(np.array(2.0), 3.0)], "ids": np.array([1, 0])}
-    seen = []
-
-    def f(x, scale):
-        seen.append(x)
-        assert isinstance(x["rest"][1], Pair) and isinstance(x["rest"], list)
-        y = x["w"] * x["rest"][0] * scale
-        return OrderedDict(rows=y[x["ids"]], two=(x["rest"][1].left * x["rest"][1].right, np.array([7])))
-
-    def vjp(dy, x, scale):
-        assert isinstance(dy, OrderedDict) and dy["two"][1] is None
-        rows = dy["rows"][np.argsort(x["ids"])]
-        left, right = x["rest"][1]
-        dx = {
-            "w": rows * x["rest"][0] * scale,
-            "rest": [(rows * x["w"]).sum(0) * scale, (dy["two"][0] * right, dy["two"][0] * left)],
-            "ids": None,
-        }
-        return dx, (rows * x["w"] * x["rest"][0]).sum()
-
-    assert check_vjp(f, vjp, x, 1.5).compared == 6 + 3 + 2 + 1
-    assert all(np.array_equal(given["ids"], [1, 0]) for given in seen)
-
-    def wrong(dy, x, scale):
-        dx, dscale = vjp(dy, x, scale)
-        return {**dx, "rest": [dx["rest"][0], Pair(dx["rest"][1][0], 2 * dx["rest"][1][1])]}, dscale
-
-    with pytest.raises(GradientError, match=r"at input 0\['rest'\]\[1\]\[1\]") as caught:
-        check_vjp(f, wrong, x, 1.5)
-    assert caught.value.input == "input 0['rest'][1][1]" and caught.value.index == ()
-
-
-def test_integers_booleans_and_texts_pass_through_untouched():
-    def f(x, ids, mask, mode, n, nothing):
-        assert ids.dtype == np.int32 and mask.dtype == bool and (mode, n, nothing) == ("sum", 3, None)
-        return (x * mask)[ids] * n
-
-    def vjp(dy, x, ids, mask, mode, n, nothing):
-        dx = np.zeros_like(x)
-        np.add.at(dx, ids, dy)
-        return dx * mask * n, None, None, None, None, None
-
-    x, ids, mask = np.ones(3), np.array([0, 0, 2], np.int32), np.array([True, True, False])
-    assert check_vjp(f, vjp, x, ids, mask, "sum", 3, None).compared == 3
-    with pytest.raises(GradientError, match="input 1 has no derivative, but its gradient is int32; return None"):
-        check_vjp(f, lambda dy, x, ids, *rest: (*vjp(dy, x, ids, *rest)[:1], ids, *[None] * 4),
-                  x, ids, mask, "sum", 3, None)  # fmt: skip
-
-
-@pytest.mark.parametrize("bare", [True, False])
-@pytest.mark.parametrize("x", [[np.ones(2)], [np.ones(2), np.ones(3)], {"a": np.ones(2)}, [[np.ones(2)]]],
-                         ids=["one in a list", "two", "dict", "list in a list"])  # fmt: skip
-def test_the_gradient_of_a_single_nested_input_may_come_bare(x, bare):
-    f = lambda x: [leaf * leaf for leaf in flat(x)]
-
-    def vjp(dy, x):
-        dx = like(x, iter([2 * leaf * d for leaf, d in zip(flat(x), dy, strict=True)]))
-        return dx if bare else (dx,)
-
-    assert check_vjp(f, vjp, x).compared == sum(leaf.size for leaf in flat(x))
-
-
-def flat(x):
-    values = x.values() if isinstance(x, dict) else x
-    return [leaf for v in values for leaf in (flat(v) if isinstance(v, (list, dict)) else [v])]
-
-
-def like(x, new):
-    if isinstance(x, dict):
-        return {key: like(v, new) for key, v in x.items()}
-    return [like(v, new) for v in x] if isinstance(x, list) else next(new)
-
-
-@pytest.mark.parametrize("returned, shown", [
-    (lambda dy, x: ({"a": dy["a"]},), r"input 0 is a dict of \['a', 'b'\], but its gradient is \['a'\]"),
-    (lambda dy, x: (dy["a"],), "input 0 is a dict of .*, but its gradient is float64"),
-    (lambda dy, x: ({"a": dy["a"], "b": [dy["b"][0]]},), r"input 0\['b'\] is a list of 2, but .* a list of 1"),
-    (lambda dy, x: ({"a": dy["a"], "b": dy["b"][0]},), r"input 0\['b'\] is a list of 2, but its gradient is float64"),
-])  # fmt: skip
-def test_a_gradient_of_another_structure_is_named_by_its_path(returned, shown):
-    x = {"a": np.ones(2), "b": [np.ones(3), np.ones(1)]}
-    with pytest.raises(GradientError, match=shown):
-        check_vjp(lambda x: x, returned, x)
-
-
-# --- misuse ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("x, shown", [
-    (np.array([1j]), "input 1 holds complex numbers.*real and the imaginary part"),
-    (1j, "input 1 holds complex numbers"),
-    (Tensor(np.ones(2)), "input 1 is a Tensor.*gradcheck"),
-    (np.array([1, None]), "input 1: expected NumPy arrays.*an array of object"),
-    (object(), "input 1: expected NumPy arrays.*got object.*close over"),
-    (np.ma.masked_array([1.0]), "input 1 is a masked array"),
-    ({"a": [1j]}, r"input 1\['a'\]\[0\] holds complex"),
-], ids=lambda v: "" if isinstance(v, str) else repr(v)[:20])  # fmt: skip
-def test_an_input_that_cannot_be_one_is_named_with_the_remedy(x, shown):
-    with pytest.raises(TypeError, match=shown):
-        check_vjp(lambda w, x: w, zero_vjp, np.ones(2), x)
-
-
-@pytest.mark.parametrize("returned, shown", [
-    (lambda x: x.astype(np.float32), "f returned float32"),
-    (lambda x: {"a": x, "b": (x, x.astype(np.float16))}, r"f\['b'\]\[1\] returned float16"),
-    (lambda x: x.astype(np.int64), "f returned int64: nothing of it has a derivative"),
-    (lambda x: x * 1j, "the output of f holds complex numbers"),
-    (lambda x: None, "f returned None; is its `return` missing"),
-    (lambda x: (x, None), r"f\[1\] returned None"),
-    (lambda x: [], "f returned a list of 0: nothing of it has a derivative"),
-    (lambda x: "yes", "f returned str: nothing of it"),
-    (lambda x: Tensor(x), "f returned a Tensor; for functions of Tensors use gradcheck"),
-    (lambda x: object(), "f returned object; return arrays"),
-])  # fmt: skip
-def test_an_output_that_has_no_derivative_is_named(returned, shown):
-    with pytest.raises(TypeError, match=shown):
-        check_vjp(returned, zero_vjp, np.ones(2))
-
-
-@pytest.mark.parametrize("f, vjp, shown", [
-    (square, lambda x: 2 * x, r"vjp is called as vjp\(dy, \*inputs\), here with 2 arguments, and takes \(x\)"),
-    (square, lambda dy: dy, r"vjp is called as .* and takes \(dy\)"),
-    (lambda x, w: x, lambda dy, x: dy, r"f is called as f\(\*inputs\), here with 1 arguments, and takes \(x, w\)"),
-])  # fmt: skip
-def test_a_signature_that_does_not_fit_is_named(f, vjp, shown):
-    with pytest.raises(TypeError, match=shown):
-        check_vjp(f, vjp, np.ones(2))
-
-
-def test_a_shape_that_depends_on_the_values_is_named():
-    f = lambda x: x[x > 1.0]
-    with pytest.raises(TypeError, match="f returned 1 numbers, and beside its inputs 2"):
-        check_vjp(f, lambda dy, x: np.where(x > 1.0, dy, 0.0), np.array([1.0 - 1e-6, 2.0]))
-
-
 def test_float32_inside_is_told_from_a_kink():
     x = np.random.default_rng(0).normal(size=5)
-    with pytest.raises(CannotCompareError, match="computes in less than float64 inside.*keep the dtype"):
+    with pytest.raises(CannotCompareError, match="rounded to fewer digits than float64 has.*keep the dtype"):
         check_vjp(lambda x: np.sin(x.astype(np.float32)).astype(np.float64), lambda dy, x: dy * np.cos(x), x)
-
-
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_arrays_of_any_float_dtype_order_and_flags_are_taken(order, dtype):
-    x = np.array(np.random.default_rng(0).normal(size=(3, 4)), dtype=dtype, order=order)[:, ::2]
-    x.setflags(write=False)
-
-    def f(x):
-        assert x.dtype == np.float64
-        return x * x
-
-    assert check_vjp(f, square_vjp, x).compared == 6
 
 
 def test_pytest_shows_the_message_alone(tmp_path):

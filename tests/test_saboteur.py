@@ -183,7 +183,7 @@ def test_the_classic_blind_spots_are_seen(f, right, planted):
 @pytest.mark.parametrize("f, planted", [(softmax, no_gradient), (layer_norm, no_gradient)])
 def test_a_cotangent_of_ones_would_have_missed_them(f, planted):
     """What `f(x).sum()` in the place of a random cotangent sees: a true gradient of zero, like the planted one."""
-    ones_see = lambda x: f(x).sum()
+    ones_see = lambda x: 1.0 + f(x).sum()  # the 1.0: of a sum that is rounding alone, nothing could be said
     assert check_vjp(ones_see, lambda dy, x: planted(np.ones_like(x), x), X)
 
 
