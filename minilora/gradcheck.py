@@ -12,7 +12,8 @@ from collections import namedtuple
 import numpy as np
 
 from .backend import check_rng, get_array_module, to_device, to_numpy
-from .compare import Comparison, components, direction
+from .compare import Comparison
+from .directions import Directions, components, direction
 from .graph import is_recording
 from .mistakes import CannotCompareError, GradientError
 from .structure import leaves, with_leaves
@@ -122,9 +123,9 @@ def check_vjp(f, vjp, *inputs, rng=None, rtol=1e-6, max_elements=2000, direction
         ρ > 11 rtol √n + 2 noise / min             (2.5 % of 5,000,000 numbers; its own size is 1),
 
     for then it shows beside rtol |Σ g v|, which is below 5.3 rtol min √n for all but 1e-7 of the
-    seeds. Errors of several numbers may cancel; the probability is at most that part of ρ in each
-    direction. An error of all numbers alike shows in full along the gradient's signs. Whatever
-    disagrees is traced to a number, by halving.
+    seeds. Errors of several numbers may cancel in one direction, with a probability of at most
+    that bound divided by ρ; they would have to do so in each. An error of all numbers alike shows
+    in full along the gradient's signs. Whatever disagrees is traced to a number, by halving.
 
     Shapes: inputs of any shape, dy like y; `vjp` returns one gradient for each input, of its shape
     and structure, or None for "no gradient". Integers, booleans and texts are passed to `f` as they
@@ -141,8 +142,8 @@ def check_vjp(f, vjp, *inputs, rng=None, rtol=1e-6, max_elements=2000, direction
     2
     >>> check_vjp(lambda x: x * x, lambda dy, x: (dy * x,), np.array([1.0, 2.0]))
     Traceback (most recent call last):
-    minilora.gradcheck.GradientError: gradient 0.7697..., differences 1.539..., ... at input 0[0]
-    2 of 2 numbers of it are wrong: each is 0.5 times the derivative: is a factor of 2 missing?
+    minilora.mistakes.GradientError: gradient 0.6369..., differences 1.2739..., ... at input 0[0]
+    2 of 2 numbers are wrong: each is 0.5 times the derivative: is a factor of 2 missing?
     """
     __tracebackhide__ = True
     rng = check_rng(np.random.default_rng(0) if rng is None else rng)
@@ -161,11 +162,12 @@ def check_vjp(f, vjp, *inputs, rng=None, rtol=1e-6, max_elements=2000, direction
     skipped = 0
     reasons = []
     for k, x in enumerate(subject.xs):
-        comparison = Comparison(subject, k, dy, gradients[k], rtol, rng)
         if x.size <= max(1, max_elements):
-            comparison.compare_elements()
+            comparison = Comparison(subject, k, dy, gradients[k], rtol)
+            comparison.compare()
         else:
-            comparison.compare_directions(directions)
+            comparison = Directions(subject, k, dy, gradients[k], rtol, rng)
+            comparison.compare(directions)
         # If f changed an input that was to stay, nothing of this counts.
         subject.check_unwritten()
         if comparison.failure is not None:

@@ -125,10 +125,15 @@ _WRITE = {
 
 def _refuse(name):
     """Raise TypeError for NumPy's function `name` on a Tensor, with what to write instead."""
-    values = f"np.{name}(t.data) computes on the values, without a gradient"
     if name in _WRITE:
-        raise TypeError(f"np.{name} does not take a Tensor; write {_WRITE[name]} ({values})")
-    raise TypeError(f"np.{name} does not take a Tensor; {values}")
+        raise TypeError(
+            f"np.{name} does not take a Tensor; write {_WRITE[name]}, "
+            "or give it t.data for values without a gradient"
+        )
+    raise TypeError(
+        f"np.{name} does not take a Tensor; np.{name}(t.data) computes on its values, "
+        "without a gradient"
+    )
 
 
 class Tensor:

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # The reading order, and under it the floors, each with its own: a file imports only what stands before it.
 BOOK = ["backend", "graph", "tensor", "functional", "gradcheck", "nn", "optim", "gpt", "lora_config", "lora"]
 FLOORS = {
-    "book": ["backend", "graph", "tensor", "functional", "lean", "structure", "mistakes", "differences", "subject",
-             "compare", "gradcheck", "nn", "optim", "gpt", "lora_config", "fits", "lora", "generate", "compose",
-             "count"],
+    "book": ["backend", "graph", "tensor", "functional", "lean", "structure", "mistakes", "differences", "verdict",
+             "subject", "compare", "directions", "gradcheck", "nn", "optim", "gpt", "lora_config", "fits", "lora",
+             "generate", "compose", "count"],
     "disk": ["characters", "checks", "tensor_file", "folder", "family", "gpt2", "own", "models", "c_attn",
              "peft_config", "adapter_file", "peft", "loaders", "rounding", "tokenizer"],
     "training": ["corpus", "batches", "text_files", "datasets", "parts", "threads", "loop", "checkpoint", "progress",

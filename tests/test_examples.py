@@ -108,6 +108,17 @@ def test_swapping_asks_every_adapter_for_every_task(tmp_path):
     assert re.search(r"each adapter: [\d,]+ numbers; base changed by all this: False", out)
 
 
+def test_the_test_file_of_the_page_on_gradients_passes_under_pytest(tmp_path):
+    *_, test_file = python_blocks(ROOT / "examples" / "gradients.md")
+    assert test_file.startswith("# test_layers.py")
+    (tmp_path / "test_layers.py").write_text(test_file, encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_layers.py"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, encoding="utf-8", timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 0 and "4 passed" in result.stdout, result.stdout
+
+
 @pytest.mark.parametrize("page", DERIVATIONS, ids=lambda path: path.stem)
 def test_the_code_of_a_page_is_in_the_library_word_for_word_or_runs(page, capsys):
     source = Path(minilora.functional.__file__).read_text(encoding="utf-8")
@@ -118,7 +129,7 @@ def test_the_code_of_a_page_is_in_the_library_word_for_word_or_runs(page, capsys
     for block in quoted:
         assert block in source, f"functional.py no longer has these lines:\n{block}"
     exec(compile("\n".join(run_here), page.name, "exec"), {"__name__": page.stem})
-    assert "the gradient says" in capsys.readouterr().out, "the page shows its planted bug being found"
+    assert "differences" in capsys.readouterr().out, "the page shows its planted bug being found"
 
 
 def test_these_tests_can_fail(tmp_path):

@@ -164,3 +164,67 @@ def test_arrays_of_any_float_dtype_order_and_flags_are_taken(order, dtype):
         return x * x
 
     assert check_vjp(f, square_vjp, x).compared == 6
+
+
+@pytest.mark.parametrize("options, shown", [
+    ({"rtol": -1}, "rtol must lie between 0 and 1, got -1"), ({"rtol": float("nan")}, "got nan"),
+    ({"max_elements": -1}, "max_elements must be a whole number"), ({"directions": 1.5}, "directions must be a whole"),
+])  # fmt: skip
+def test_an_option_out_of_range_is_named(options, shown):
+    with pytest.raises(ValueError, match=shown):
+        check_vjp(square, square_vjp, np.ones(2), **options)
+
+
+@pytest.mark.parametrize("f, vjp, rng, shown", [
+    (3, square_vjp, None, r"f must be a function, called as f\(\*inputs\); got 3"),
+    (square, None, None, "vjp must be a function.*got None"), (square, square_vjp, 0, "rng must be a numpy.random.Gen"),
+])  # fmt: skip
+def test_what_is_no_function_or_generator_is_named(f, vjp, rng, shown):
+    with pytest.raises(TypeError, match=shown):
+        check_vjp(f, vjp, np.ones(2), rng=rng)
+
+
+def test_masked_arrays_are_refused_wherever_they_come_from():
+    masked = lambda x: np.ma.masked_array(x, [1, 0])
+    with pytest.raises(TypeError, match="f returned a masked array"):
+        check_vjp(masked, square_vjp, np.ones(2))
+    with pytest.raises(GradientError, match="gradient of input 0 is a masked array"):
+        check_vjp(square, lambda dy, x: masked(2 * x * dy), np.ones(2))
+
+
+def test_a_gradient_that_is_no_array_is_named():
+    with pytest.raises(GradientError, match="gradient of input 0 is no array"):
+        check_vjp(square, lambda dy, x: ([[1, 2], [3]],), np.ones(2))
+
+
+def test_any_exception_beside_the_inputs_means_that_f_is_not_defined_there():
+    table = np.linspace(0, 1, 9) ** 2
+    cell = lambda x: np.floor(x * 8).astype(int)
+    f = lambda x: table[cell(x)] + (x * 8 - cell(x)) * (table[cell(x) + 1] - table[cell(x)])
+    vjp = lambda dy, x: dy * 8 * (table[cell(x) + 1] - table[cell(x)])
+    assert check_vjp(f, vjp, np.array([0.33, 0.9, 1 - 1e-6])).compared == 3
+    with pytest.raises(GradientError, match="each is 2 times"):
+        check_vjp(f, lambda dy, x: 2 * vjp(dy, x), np.array([0.33, 0.9]))
+
+
+def test_a_function_that_changes_later_is_named_before_anybody_is_accused():
+    calls = iter(range(10**6))
+    with pytest.raises(ValueError, match="f is not deterministic: after some calls"):
+        check_vjp(lambda x: x * (1 + (next(calls) > 1)), lambda dy, x: dy, np.ones(3))
+
+
+@pytest.mark.filterwarnings("error")
+def test_inputs_of_any_size_are_moved_without_a_warning():
+    largest = np.finfo(np.float64).max
+    f = lambda x, m: np.where(m < 0, 0.0, x)
+    vjp = lambda dy, x, m: (np.where(m < 0, 0.0, dy), None)
+    assert check_vjp(f, vjp, np.ones(3), np.array([0.5, -largest, 0.5])).compared > 3
+    report = check_vjp(lambda x, m: np.exp(x + m), lambda dy, x, m: (dy * np.exp(x + m), dy * np.exp(x + m)),
+                       np.ones(3), np.array([0.0, -np.inf, 0.0]))  # fmt: skip
+    assert (report.compared, report.skipped) == (5, 1)
+    assert check_vjp(lambda x: x / 1e300, lambda dy, x: dy / 1e300, np.linspace(1e307, 2e307, 3000)).compared == 3000
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_one_number_is_compared_alone_whatever_the_limit(n):
+    assert check_vjp(square, square_vjp, np.array(3.0), max_elements=n).compared == 1

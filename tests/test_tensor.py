@@ -320,3 +320,67 @@ def test_a_wrong_backward_leaves_gradients_as_they_were():
         with pytest.raises((TypeError, ValueError)):
             (x * 2.0).backward(dy)
     assert np.array_equal(x.grad, before)
+
+
+# --- NumPy's functions on a Tensor -----------------------------------------------------------------------------------
+
+NUMPY_FUNCTIONS = {
+    "argmax": lambda t: np.argmax(t, axis=-1), "where": lambda t: np.where([True, False, True], t, 0.0),
+    "dot": lambda t: np.dot(np.ones(3), t), "array_equal": lambda t: np.array_equal(t, t.data),
+    "count_nonzero": lambda t: np.count_nonzero(t), "transpose": lambda t: np.transpose(t),
+    "concatenate": lambda t: np.concatenate([t, t]), "stack": lambda t: np.stack([t, t]),
+    "tile": lambda t: np.tile(t, 2), "outer": lambda t: np.outer(t, t), "sum": lambda t: np.sum(t),
+    "mean": lambda t: np.mean(t), "exp": lambda t: np.exp(t), "sqrt": lambda t: np.sqrt(t),
+    "add": lambda t: np.add(t, np.ones(3)), "multiply": lambda t: np.multiply(t, t),
+    "equal": lambda t: np.equal(t, 1.0), "isfinite": lambda t: np.isfinite(t), "allclose": lambda t: np.allclose(t, t),
+    "einsum": lambda t: np.einsum("i->", t), "copyto": lambda t: np.copyto(np.ones(3), t),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMPY_FUNCTIONS)
+def test_a_function_of_numpys_refuses_a_tensor_and_says_what_to_write(name):
+    t = Tensor(np.array([1.0, 10.0, 100.0]), requires_grad=True)
+    with pytest.raises(TypeError, match=rf"np\.{name} does not take a Tensor; .*t\.data.*without a gradient"):
+        NUMPY_FUNCTIONS[name](t)
+
+
+def test_what_to_write_instead_is_a_method_where_there_is_one():
+    t = Tensor(np.ones((2, 3)))
+    cases = [(np.exp, "t.exp()"), (np.sum, "t.sum(axis)"), (lambda t: np.dot(t, t), "a @ b"),
+             (lambda t: np.where(True, t, 0), "t * mask")]  # fmt: skip
+    for call, written in cases:
+        with pytest.raises(TypeError) as caught:
+            call(t)
+        assert f"write {written}" in str(caught.value)
+    assert (np.shape(t), np.ndim(t), np.size(t)) == ((2, 3), 2, 6)
+
+
+@pytest.mark.parametrize("compare", [
+    lambda t: t == 1.0, lambda t: t != t, lambda t: t < 1.0, lambda t: t >= np.ones(3), lambda t: np.ones(3) == t,
+    lambda t: 1.0 > t, lambda t: bool(t), lambda t: t in [1.0, 2.0],
+])  # fmt: skip
+def test_a_tensor_is_not_compared_but_its_values_are(compare):
+    with pytest.raises(TypeError, match=r"t\.data (==|>=) other|t\.item\(\)"):
+        compare(Tensor(np.ones(3)))
+
+
+def test_a_tensor_is_still_an_object_of_its_own():
+    t, u = Tensor(np.ones(3)), Tensor(np.ones(3))
+    assert len({t, u}) == 2 and {t: "mine"}[t] == "mine" and t in [u, t][1:]
+
+
+def test_a_tensor_written_into_an_array_is_refused_in_our_words():
+    t, a = Tensor(np.ones(3)), np.zeros((2, 3))
+    for write in (lambda: a.__setitem__(0, t), lambda: np.asarray(t), lambda: np.array([t, t]), lambda: a.__iadd__(t)):
+        with pytest.raises(TypeError, match="not an array.*t.data|np.add does not take a Tensor"):
+            write()
+    assert not a.any()
+
+
+@pytest.mark.parametrize("operator", [lambda a, t: a + t, lambda a, t: a - t, lambda a, t: a * t, lambda a, t: a / t,
+                                      lambda a, t: a @ t])  # fmt: skip
+def test_an_array_or_a_numpy_number_on_the_left_is_still_an_operand(operator, xp):
+    t = Tensor(to_device(np.arange(1.0, 4.0), xp), requires_grad=True)
+    y = operator(to_device(np.full(3, 2.0), xp), t)
+    assert isinstance(y, Tensor) and y.requires_grad and type(y.data) is xp.ndarray
+    assert isinstance(np.float64(2.0) * t, Tensor)

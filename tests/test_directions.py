@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import arrays, rngs, shapes
 
 from minilora import check_vjp
-from minilora.compare import LEVELS, components, direction, ends, equalized, scale
+from minilora.directions import LEVELS, components, direction, ends, equalized, scale
 from minilora.gradcheck import GradientError
 
 square = lambda x: x * x
