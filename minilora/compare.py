@@ -131,8 +131,9 @@ class Comparison:
         if not abs(settled.slope) <= settled.error + settled.kink / 2:
             return settled
         # What changes f by more than a millionth of it is no residue.
-        reach = min(line.natural, 1e300)
-        if max(abs(analytic), spread) * reach > 2.0**-20 * line.magnitude_far > 0:
+        claimed = max(abs(analytic), spread) * min(line.natural, 1e300)
+        limit = 2.0**-20 * line.magnitude_far
+        if limit > 0 and claimed > limit:
             return settled
         # Where the inputs move by a millionth, a gradient that means something hardly changes. What
         # remains of terms that cancel becomes another number: a zero that rounding has blurred.
@@ -176,7 +177,8 @@ class Comparison:
                 except Exception:
                     return False
                 total += weight * h * float(np.dot(dx[where], v))
-            fits += abs(change - total) <= 0.01 * abs(change) > 0
+            if change != 0 and abs(change - total) <= 0.01 * abs(change):
+                fits += 1
         return fits >= 2
 
     def nearby(self, distance):

@@ -294,10 +294,14 @@ def _judge_vague(line, reach, found, windows, analytic):
     settled = Settled(HIDDEN, least.slope, least.error, least.h, least.kink_bound)
     if _has_kink(found):
         # Beside a kink, at finer steps, it may still have stood still.
-        return settled._replace(verdict=RIGHT, slope=0.0) if reach > 0 == analytic else settled
+        if reach > 0 and analytic == 0:
+            return settled._replace(verdict=RIGHT, slope=0.0)
+        return settled
     if analytic == 0:
         allowed = all(abs(w.slope) <= 4 * w.error for w in windows)
-        return settled._replace(verdict=RIGHT, slope=0.0) if allowed else settled
+        if allowed:
+            return settled._replace(verdict=RIGHT, slope=0.0)
+        return settled
     for w in windows:
         bound = abs(w.slope) + 4 * w.error + w.kink_bound / 2
         bound += 8 * EPS * line.magnitude_far / w.h
