@@ -184,9 +184,11 @@ for row in large:
     # Side by side, so that what disturbs one disturbs all.
     for _ in range(3):
         for name, ask in checkers.items():
-            rounds[name].append(judge(ask, [row])[1])
+            if results[name][row.name] != NOT_ASKED:
+                rounds[name].append(judge(ask, [row])[1])
     for name in checkers:
-        times[name][row.name] = median(rounds[name])
+        if rounds[name]:
+            times[name][row.name] = median(rounds[name])
 
 owed = {row.name: row.verdict for row in [*small, *large]}
 names = list(results)

@@ -131,7 +131,9 @@ class Directions(Comparison):
                 if self.is_borne_by_parts(where):
                     self.compare_blocks(where, *self.draw())
                     return
-                settled = self.compare_along(where, equal, seed)
+                # To take every step for the few smallest terms of very many would take long.
+                if level == 0 or self.x.size <= 2**17:
+                    settled = self.compare_along(where, equal, seed)
                 if settled is None:
                     return
             self.count(where, small, settled)
