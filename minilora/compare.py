@@ -117,7 +117,8 @@ class Comparison:
         if settled.verdict not in (WRONG, HIDDEN, FLOAT32):
             return settled
         distance = abs(analytic - settled.slope)
-        if settled.verdict == WRONG and distance <= 1e-3 * max(abs(analytic), abs(settled.slope)):
+        close = distance <= 1e-3 * max(abs(analytic), abs(settled.slope))
+        if settled.verdict == WRONG and (close or abs(settled.slope) <= settled.error):
             own = [abs(np.dot(dx[where] - self.dx[where], v)) for dx in self.nearby(2.0**-50)]
             error = settled.error + 4 * float(max(own))
             if distance <= error:
