@@ -176,6 +176,7 @@ class Comparison:
                     with np.errstate(all="ignore"):
                         dx = self.subject.gradients(self.dy, xs)[self.k].reshape(-1)
                 except Exception:
+                    # The gradient has left its domain there, so its sum is not known.
                     return False
                 total += weight * h * float(np.dot(dx[where], v))
             if change != 0 and abs(change - total) <= 0.01 * abs(change):
@@ -244,7 +245,7 @@ class Comparison:
                 e = self.element(i).estimate(h * self.unit(i))
                 if e is None:
                     continue
-                error = e.truncation + e.noise + max(0.0, e.kink - e.kink_noise) / 2
+                error = e.error + max(0.0, e.kink - e.kink_noise) / 2
                 if error < errors[n]:
                     numerical[n] = e.slope
                     errors[n] = error

@@ -34,9 +34,21 @@ FIRST_STEP = 2.0**-15
 
 # D and G at one step, and bounds on the rounding of both.
 Level = namedtuple("Level", "h slope noise gap gap_noise")
-# An extrapolated slope, the bounds on its truncation and its noise (rounding and position), and the
-# part of G that does not shrink with h.
-Estimate = namedtuple("Estimate", "h slope truncation noise kink kink_noise")
+
+
+class Estimate(namedtuple("Estimate", "h slope truncation noise kink kink_noise")):
+    """An extrapolated slope and the bounds on its truncation and its noise (rounding and position).
+
+    `kink` is the part of G that does not shrink with h, `kink_noise` the bound on its rounding.
+    """
+
+    __slots__ = ()
+    error = property(lambda self: self.truncation + self.noise)
+
+
+def stands_still(level):
+    """Has f not changed at all, on neither side?"""
+    return level.slope == 0 and level.gap == 0
 
 
 def norm(a):
@@ -184,7 +196,7 @@ class Line:
         finite = [level for level in levels if level is not None]
         reach = 0.0
         for level in reversed(finite):
-            if level.slope != 0 or level.gap != 0:
+            if not stands_still(level):
                 break
             reach = level.h
         found = []

@@ -68,11 +68,11 @@ class Subject:
         __tracebackhide__ = True
         # From here on f gets these in the places of the inputs that stay where they are. To copy
         # them for each call would take longer than the call.
-        self.shared = [v.copy() if isinstance(v, np.ndarray) else v for v in self.values]
+        self.shared = self._copies()
         self.y = self._first()
         self.check_unwritten()
         second = self._flat(self._call(self.shared))
-        if self.y.shape != second.shape or not np.array_equal(self.y, second):
+        if not np.array_equal(self.y, second):
             gap = f"{self.y.size} numbers against {second.size}"
             if self.y.shape == second.shape:
                 gap = f"they differ by {np.max(np.abs(self.y - second)):.3g}"
@@ -80,6 +80,9 @@ class Subject:
                 f"f is not deterministic: two calls on the same inputs, and {gap}; "
                 "fix its randomness"
             )
+
+    def _copies(self):
+        return [v.copy() if isinstance(v, np.ndarray) else v for v in self.values]
 
     def _call(self, values):
         return self.f(*with_leaves(self.inputs, iter(values)))
@@ -95,12 +98,10 @@ class Subject:
             _check_finite(path, y)
         # Kept to see whether f returns the same array, written anew, from each call.
         self.raw = [y for _, y in outputs]
-        if len(self.raw) == 1:
-            return self.raw[0].flatten()
-        return np.concatenate([y.reshape(-1) for y in self.raw])
+        return self._flat(self.output)
 
     def _flat(self, output):
-        """The float64 numbers of an output of f, one after the other."""
+        """The float64 numbers of an output of f, in an array that f will not write anew."""
         if type(output) is np.ndarray and output.dtype == np.float64:
             flat = [output.reshape(-1)]
         else:
@@ -112,7 +113,7 @@ class Subject:
         """Raise ValueError if f of the inputs has become another than it was."""
         __tracebackhide__ = True
         again = self._flat(self._call(self.shared))
-        if self.y.shape != again.shape or not np.array_equal(self.y, again):
+        if not np.array_equal(self.y, again):
             raise ValueError(
                 "f is not deterministic: after some calls it returns other values for the same "
                 "inputs; fix its randomness"
@@ -158,7 +159,7 @@ class Subject:
         Raises: GradientError for another structure, shape, or what is not finite.
         """
         __tracebackhide__ = True
-        values = [v.copy() if isinstance(v, np.ndarray) else v for v in self.values]
+        values = self._copies()
         if xs is not None:
             for place, x in zip(self.places, xs, strict=True):
                 values[place] = x.copy()
@@ -320,15 +321,7 @@ def _one_for_each(inputs, returned):
 
 def _same_structure(value, other):
     """Do both hold leaves in the same places? A list and a tuple count as the same."""
-    if isinstance(value, dict):
-        if not isinstance(other, dict) or set(value) != set(other):
-            return False
-        return all(_same_structure(value[key], other[key]) for key in value)
-    if isinstance(value, (list, tuple)):
-        if not isinstance(other, (list, tuple)) or len(value) != len(other):
-            return False
-        return all(_same_structure(a, b) for a, b in zip(value, other, strict=True))
-    return not isinstance(other, (dict, list, tuple))
+    return {path for path, _ in leaves(value, "")} == {path for path, _ in leaves(other, "")}
 
 
 def _matched(value, gradient, path):

@@ -14,7 +14,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from .differences import EPS, FIRST_STEP
+from .differences import EPS, FIRST_STEP, stands_still
 
 # How many steps must agree with each other and contradict a gradient before it is called wrong, and
 # at how many a kink must show before f is said to have one.
@@ -44,13 +44,11 @@ FLOAT32 = "f is rounded to fewer digits than float64 has"
 HIDDEN = "rounding hides the slope"
 
 
-def agrees(analytic, estimate, rtol, spread, error=None):
+def agrees(analytic, estimate, rtol, spread):
     """Does this estimate show that `analytic` is right to rtol? Not if it could not tell."""
     size = max(abs(analytic), abs(estimate.slope), spread)
     far = TRUST * rtol * size
-    if error is None:
-        error = estimate.truncation + estimate.noise
-    if size == 0 or abs(analytic - estimate.slope) > rtol * size or error > far:
+    if size == 0 or abs(analytic - estimate.slope) > rtol * size or estimate.error > far:
         return False
     return estimate.kink - estimate.kink_noise <= far
 
@@ -104,7 +102,7 @@ def _first_change(line, reach, moving):
     for _ in range(10):
         middle = (reach + moving) / 2
         level = line.level(middle)
-        if level is not None and level.slope == 0 and level.gap == 0:
+        if level is not None and stands_still(level):
             reach = middle
             continue
         moving = middle
@@ -128,12 +126,12 @@ def settle_quickly(line, analytic, rtol, first=FIRST_STEP, spread=0.0):
         limited_by_noise = False
         if e is not None:
             if agrees(analytic, e, rtol, spread) and _leave_open(tried, h, analytic, rtol):
-                return Settled(RIGHT, e.slope, e.truncation + e.noise, h, 0.0)
+                return Settled(RIGHT, e.slope, e.error, h, 0.0)
             if analytic == 0 and e.slope == 0 and e.kink == 0 and _rests(line):
                 return Settled(RIGHT, 0.0, 0.0, first, 0.0)
             tried.append(e)
             if _contradict(tried[-2:], analytic, rtol, spread):
-                return Settled(WRONG, e.slope, e.truncation + e.noise, max(h, tried[-2].h), e.kink)
+                return Settled(WRONG, e.slope, e.error, max(h, tried[-2].h), e.kink)
             far = TRUST * rtol * max(abs(analytic), abs(e.slope), spread)
             limited_by_noise = e.noise > far
         if before is not None and limited_by_noise != before:
@@ -153,14 +151,14 @@ def settle_quickly(line, analytic, rtol, first=FIRST_STEP, spread=0.0):
     if len(bent) == len(tried):
         e = min(bent, key=lambda e: e.h)
         return Settled(KINK, e.slope, math.inf, e.h, e.kink)
-    e = min(tried, key=lambda e: e.truncation + e.noise)
-    return Settled(HIDDEN, e.slope, e.truncation + e.noise, e.h, e.kink)
+    e = min(tried, key=lambda e: e.error)
+    return Settled(HIDDEN, e.slope, e.error, e.h, e.kink)
 
 
 def _leave_open(tried, h, analytic, rtol):
     """Is `analytic` possible by the estimates at steps finer than h?"""
     for e in tried:
-        error = e.truncation + e.noise + e.kink
+        error = e.error + e.kink
         if e.h < h and abs(analytic - e.slope) > 2 * error + rtol * abs(analytic):
             return False
     return True
@@ -170,7 +168,7 @@ def _contradict(pair, analytic, rtol, spread):
     """Do two steps agree with each other, and not with `analytic`?"""
     if len(pair) < 2 or pair[0].h == pair[1].h:
         return False
-    errors = [e.truncation + e.noise for e in pair]
+    errors = [e.error for e in pair]
     if abs(pair[0].slope - pair[1].slope) > sum(errors):
         return False
     for e, error in zip(pair, errors, strict=True):
@@ -251,7 +249,7 @@ def _judge(line, reach, found, windows, places, analytic, rtol, spread):
     stumbles = len(places) > 1 or rough > 0
     for w in places:
         size = max(abs(analytic), abs(w.slope), spread)
-        error = w.error if stumbles else min(e.truncation + e.noise for e in w.part)
+        error = w.error if stumbles else min(e.error for e in w.part)
         far = rtol * size / 100 if stumbles else TRUST * rtol * size
         if abs(analytic - w.slope) <= rtol * size and max(error, w.kink) <= far:
             return Settled(RIGHT, w.slope, w.error, w.h, 0.0)
@@ -262,7 +260,7 @@ def _judge(line, reach, found, windows, places, analytic, rtol, spread):
         close = abs(e.slope - best.slope) <= 4 * best.error
         e = e._replace(noise=min(e.noise, shown / e.h))
         if close and not stumbles and agrees(analytic, e, rtol, spread):
-            return Settled(RIGHT, e.slope, e.truncation + e.noise, e.h, 0.0)
+            return Settled(RIGHT, e.slope, e.error, e.h, 0.0)
     if analytic == 0 and reach > 0 and best.kink > KNOWN * abs(best.slope):
         # It stands still up to a kink, which lies beside x.
         return settled._replace(verdict=RIGHT, slope=0.0)
