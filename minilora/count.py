@@ -3,6 +3,7 @@
 from collections import namedtuple
 
 from .graph import count_consumers
+from .packed import PackedTensor
 
 
 class ParameterReport(namedtuple("ParameterReport", "trainable total trainable_bytes total_bytes")):
@@ -26,8 +27,8 @@ def parameter_report(model):
     return ParameterReport(
         trainable=sum(t.size for t in trainable),
         total=sum(t.size for t in tensors),
-        trainable_bytes=sum(t.data.nbytes for t in trainable),
-        total_bytes=sum(t.data.nbytes for t in tensors),
+        trainable_bytes=sum(t.nbytes for t in trainable),
+        total_bytes=sum(t.nbytes for t in tensors),
     )
 
 
@@ -37,7 +38,7 @@ def activation_bytes(loss, model):
     Counted by a walk over the graph: an array is held if some VJP closes over it, directly, in a
     tuple or list, or through a function.
     """
-    model_arrays = {id(_owner(p.data)) for p in model.parameters()}
+    model_arrays = {id(_owner(_stored(p))) for p in model.parameters()}
     held = {}
     for node in count_consumers(loss.node):
         for _, vjp in node.edges:
@@ -58,6 +59,11 @@ def _closed_over(value):
     else:
         for cell in getattr(value, "__closure__", None) or ():
             yield from _closed_over(cell.cell_contents)
+
+
+def _stored(tensor):
+    """What holds the numbers of a tensor: a weight of few bits is not widened to be counted."""
+    return tensor.packed if isinstance(tensor, PackedTensor) else tensor.data
 
 
 def _owner(array):

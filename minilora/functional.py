@@ -1,10 +1,10 @@
-"""The ops of a GPT as a textbook has them, each with its derivatives under it. Knows no modules.
+"""The ops of a decoder as a textbook has them, each with its derivatives. Knows no modules.
 
-These are to be read. The models run layer norm, gelu, attention and the loss from `lean.py`: the
-same functions in less memory and time.
+These are to be read. The models run the norms, gelu, swiglu, attention and the loss from `lean.py`:
+the same functions in less memory and time.
 
 Shapes: B batch, T time (positions), S positions attended to (S >= T), C channels, H heads,
-D = C / H, V vocabulary, N rows. A gradient of `x` is called `dx`.
+D = C / H, G heads in a group, V vocabulary, N rows. A gradient of `x` is called `dx`.
 Constants come from `math`: a NumPy scalar would turn float32 into float64.
 """
 
@@ -102,6 +102,35 @@ def check_layer_norm(x, weight, bias):
         )
 
 
+def rms_norm(x, weight, eps=1e-6):
+    """y = x / sqrt(mean(x²) + eps) * weight over the last axis: (..., C) -> (..., C).
+
+    Layer normalisation without the mean and without the bias.
+    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4.
+    """
+    check_rms_norm(x, weight)
+    w = weight.data
+    X = x.data
+    rstd = 1 / get_array_module(w).sqrt((X * X).mean(-1, keepdims=True) + eps)  # (..., 1)
+    normed = X * rstd  # (..., C)
+
+    def dx(dy):
+        d = dy * w
+        along = (d * normed).mean(-1, keepdims=True)
+        return (d - normed * along) * rstd
+
+    return record(normed * w, (x, dx), (weight, lambda dy: dy * normed))
+
+
+def check_rms_norm(x, weight):
+    """Raise TypeError or ValueError, with both shapes, unless they fit together."""
+    check_same("rms_norm", x, weight)
+    if weight.ndim != 1 or x.shape[-1:] != weight.shape:
+        raise ValueError(
+            f"rms_norm: x {x.shape}, weight {weight.shape}: the last axes must be equal"
+        )
+
+
 def gelu(x):
     """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), element by element: GPT-2's `gelu_new`.
 
@@ -120,11 +149,61 @@ def gelu(x):
     return record(0.5 * X * (1 + t), (x, dx))
 
 
+def swiglu(gate, up):
+    """silu(gate) * up, element by element, with silu(g) = g sigmoid(g).
+
+    Shapes: both (..., C) -> (..., C). Raises: ValueError with both shapes if they differ.
+    Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
+    """
+    check_swiglu(gate, up)
+    g = gate.data
+    u = up.data
+    # sigmoid(g) by tanh, which cannot overflow: exp(-g) would for a g far below zero.
+    s = 0.5 * (1 + get_array_module(g).tanh(0.5 * g))
+    silu = g * s
+    # d silu / dg = s + g s (1 - s)
+    return record(
+        silu * u,
+        (gate, lambda dy: dy * u * (s + silu * (1 - s))),
+        (up, lambda dy: dy * silu),
+    )
+
+
+def check_swiglu(gate, up):
+    """Raise TypeError or ValueError, with both shapes, unless they are alike."""
+    check_same("swiglu", gate, up)
+    if gate.shape != up.shape:
+        raise ValueError(f"swiglu: gate {gate.shape}, up {up.shape}: both must have one shape")
+
+
+def concatenate(tensors, axis=0):
+    """Tensors one after the other along `axis`; the other axes are alike.
+
+    Raises: ValueError with the shapes if they do not fit.
+    """
+    tensors = tuple(tensors)
+    if not tensors:
+        raise ValueError("concatenate: there is no tensor to concatenate")
+    check_same("concatenate", *tensors)
+    xp = get_array_module(*[t.data for t in tensors])
+    shapes = [t.shape for t in tensors]
+    try:
+        y = xp.concatenate([t.data for t in tensors], axis=axis)
+    except ValueError:
+        shown = ", ".join(map(str, shapes))
+        raise ValueError(
+            f"concatenate: shapes {shown} differ in another axis than {axis}"
+        ) from None
+    ends = np.cumsum([shape[axis] for shape in shapes])[:-1].tolist()
+    return record(y, (tensors, lambda dy: tuple(xp.split(dy, ends, axis=axis))))
+
+
 def rotary(x, cos, sin, n_head):
     """Turn each pair of channels (i, i + D/2) of every head by the angle of its position.
 
     The score of a rotated query and key then depends only on the distance of their positions.
-    Shapes: x (B, T, C) -> (B, T, C); cos and sin are arrays (T, D/2), in the dtype of x.
+    Shapes: x (B, T, C) -> (B, T, C); cos and sin are arrays (T, D/2), or (B, T, D/2) where rows
+    differ in their positions, in the dtype of x.
     Source: Su et al. 2021, "RoFormer", eq. 34, with the halves paired as in GPT-NeoX.
     """
     xp = get_array_module(x.data, cos, sin)
@@ -132,7 +211,7 @@ def rotary(x, cos, sin, n_head):
         raise ValueError(f"rotary: x {x.shape} does not fit with {n_head} heads of pairs")
     B, T, C = x.shape
     D = C // n_head
-    if not cos.shape == sin.shape == (T, D // 2):
+    if cos.shape != sin.shape or cos.shape not in ((T, D // 2), (B, T, D // 2)):
         raise ValueError(
             f"rotary: x {x.shape}, cos {cos.shape}, sin {sin.shape} do not fit with {n_head} heads"
         )
@@ -142,8 +221,8 @@ def rotary(x, cos, sin, n_head):
         )
     # Each half of a head has the same angles, and each head has them all: (T, D/2) -> (T, C).
     # first' = first cos - second sin, second' = second cos + first sin: hence the minus.
-    cos = xp.tile(xp.concatenate([cos, cos], axis=1), n_head)
-    sin = xp.tile(xp.concatenate([-sin, sin], axis=1), n_head)
+    cos = xp.tile(xp.concatenate([cos, cos], axis=-1), n_head)
+    sin = xp.tile(xp.concatenate([-sin, sin], axis=-1), n_head)
 
     def turn(a, signed_sin):
         halves = a.reshape(B, T, n_head, 2, D // 2)
@@ -158,30 +237,33 @@ def rotary(x, cos, sin, n_head):
 def attention(q, k, v, n_head):
     """softmax(q kᵀ / √D + mask) v in each of `n_head` heads, causal.
 
-    Query t is position S - T + t (with a key/value cache S > T) and sees keys 0 .. S - T + t.
-    Shapes: q (B, T, C), k and v (B, S, C) -> (B, T, C).
+    Query t is position S - T + t (with a key/value cache S > T) and sees keys 0 .. S - T + t. Keys
+    and values may have fewer heads: each then serves a group of G queries' heads, one after the
+    other (grouped queries; one head for all of them is called multi-query).
+    Shapes: q (B, T, C), k and v (B, S, C / G) -> (B, T, C). D = C / n_head.
     Raises: ValueError with the three shapes if they do not fit.
-    Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1.
+    Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1; Ainslie et al. 2023, "GQA".
     """
-    check_attention(q, k, v, n_head)
+    n_kv_head = check_attention(q, k, v, n_head)
     B, T, C = q.shape
     S = k.shape[1]
     D = C // n_head
     scale = 1 / math.sqrt(D)
     xp = get_array_module(q.data)
-    split = lambda a: a.reshape(B, -1, n_head, D).swapaxes(1, 2)  # (B, T, C) -> (B, H, T, D)
-    join = lambda a: a.swapaxes(1, 2).reshape(B, -1, C)  # (B, H, T, D) -> (B, T, C)
+    # (B, T, C) -> (B, n_kv_head, G, T, D) and back; keys and values have one head for a group.
+    split = lambda a: a.reshape(B, a.shape[1], n_kv_head, -1, D).transpose(0, 2, 3, 1, 4)
+    join = lambda a: a.transpose(0, 3, 1, 2, 4).reshape(B, a.shape[3], -1)
     Q = split(q.data)
-    K = split(k.data)  # (B, H, S, D)
+    K = split(k.data)  # (B, n_kv_head, 1, S, D)
     V = split(v.data)  # the values, not the vocabulary
 
     # A query must not see later positions: a score of -∞ becomes probability zero.
     mask = xp.triu(xp.full((T, S), -math.inf, Q.dtype), S - T + 1)
-    scores = (Q @ K.swapaxes(-1, -2)) * scale + mask  # (B, H, T, S)
+    scores = (Q @ K.swapaxes(-1, -2)) * scale + mask  # (B, n_kv_head, G, T, S)
     # The largest score of a row is subtracted, so that exp cannot overflow. P does not change.
     E = xp.exp(scores - scores.max(-1, keepdims=True))
     P = E / E.sum(-1, keepdims=True)
-    O = P @ V  # (B, H, T, D)
+    O = P @ V  # (B, n_kv_head, G, T, D)
 
     def dqkv(dy):
         dO = split(dy)
@@ -191,24 +273,33 @@ def attention(q, k, v, n_head):
         dscores = P * (dP - (dP * P).sum(-1, keepdims=True))
         dQ = (dscores @ K) * scale
         dK = (dscores.swapaxes(-1, -2) @ Q) * scale
-        return join(dQ), join(dK), join(dV)
+        # A key and a value collect the gradients of all heads of their group.
+        over_group = lambda a: a.sum(2, keepdims=True)
+        return join(dQ), join(over_group(dK)), join(over_group(dV))
 
     return record(join(O), ((q, k, v), dqkv))
 
 
 def check_attention(q, k, v, n_head):
-    """Raise TypeError or ValueError, with the three shapes, unless attention can be computed."""
+    """The number of heads of k and v, if attention can be computed.
+
+    Raises: TypeError or ValueError, with the three shapes, if it cannot.
+    """
     check_same("attention", q, k, v)
     fits = q.ndim == k.ndim == 3 and n_head >= 1 and q.shape[-1] % n_head == 0
     fits = fits and 0 not in q.shape and 0 not in k.shape
     if fits:
         B, T, C = q.shape
         S = k.shape[1]
-        fits = k.shape == v.shape == (B, S, C) and S >= T
+        D = C // n_head
+        n_kv_head = k.shape[2] // D
+        fits = k.shape == v.shape == (B, S, n_kv_head * D) and S >= T
+        fits = fits and n_kv_head >= 1 and n_head % n_kv_head == 0
     if not fits:
         raise ValueError(
             f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit with {n_head} heads"
         )
+    return n_kv_head
 
 
 def cross_entropy(logits, targets):

@@ -1,7 +1,8 @@
 """A GPT: token ids in, logits out. Knows nothing of LoRA.
 
-Shapes: B batch, T time (positions), S positions in the key/value cache, C channels (n_embd),
-H heads, D = C / H, V vocabulary.
+Attention, cache and head are in decoder.py: every decoder has them.
+
+Shapes: B batch, T time (positions), C channels (n_embd), H heads, D = C / H, V vocabulary.
 """
 
 import sys
@@ -9,10 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import functional as F
-from .backend import get_array_module, on_host, to_device
-from .graph import is_recording
-from .lean import attention, gelu, linear_cross_entropy
+from .decoder import Decoder, SelfAttention, rotary_tables
+from .lean import gelu
 from .nn import Embedding, LayerNorm, Linear, Module, normal_or_zeros
 from .tensor import Tensor
 
@@ -67,39 +66,8 @@ class GPTConfig:
         raise ValueError(f"GPTConfig: {name} must {need}, got {getattr(self, name)!r}")
 
 
-class KeyValueCache:
-    """One layer's keys and values of up to `size` positions: a new token goes through alone."""
-
-    def __init__(self, size):
-        self.size = size
-        # How many positions are taken, and the array (2, B, size, C) that holds keys and values.
-        self.length = 0
-        self.keys_and_values = None
-
-    def extend(self, k, v):
-        """Append k, v (B, T, C); returns all keys and all values as Tensors (B, S + T, C)."""
-        B, T, C = k.shape
-        stop = self.length + T
-        cached = self.keys_and_values
-        if cached is None:
-            cached = get_array_module(k.data).empty((2, B, self.size, C), k.dtype)
-        if cached.shape != (2, B, self.size, C) or cached.dtype != k.dtype or stop > self.size:
-            raise ValueError(
-                f"a cache of {cached.shape[1:]} {cached.dtype}, {self.length} positions taken, "
-                f"cannot go on with {k.shape} {k.dtype}: make one for each batch, and long enough"
-            )
-        cached[0, :, self.length : stop] = k.data
-        cached[1, :, self.length : stop] = v.data
-        self.keys_and_values = cached
-        self.length = stop
-        return Tensor(cached[0, :, :stop]), Tensor(cached[1, :, :stop])
-
-
-class Attention(Module):
-    """Causal self-attention, (B, T, C) -> (B, T, C).
-
-    The projections are separate layers, so that each can carry its own LoRA.
-    """
+class Attention(SelfAttention):
+    """Causal self-attention, (B, T, C) -> (B, T, C), with as many heads of keys as of queries."""
 
     def __init__(self, config, rng, dtype):
         C = config.n_embd
@@ -108,18 +76,6 @@ class Attention(Module):
         self.k_proj = Linear.init(C, C, rng, dtype)
         self.v_proj = Linear.init(C, C, rng, dtype)
         self.o_proj = Linear.init(C, C, rng, dtype)
-
-    def __call__(self, x, rope=None, cache=None, rng=None):
-        q = self.q_proj(x, rng)
-        k = self.k_proj(x, rng)
-        v = self.v_proj(x, rng)
-        if rope is not None:
-            cos, sin = rope
-            q = F.rotary(q, cos, sin, self.n_head)
-            k = F.rotary(k, cos, sin, self.n_head)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        return self.o_proj(attention(q, k, v, self.n_head), rng)
 
 
 class MLP(Module):
@@ -153,7 +109,7 @@ def _layer_norm(config, dtype):
     return LayerNorm(weight, bias, config.layer_norm_epsilon)
 
 
-class GPT(Module):
+class GPT(Decoder):
     """A GPT. Its head is its embedding table, transposed, unless the config unties the two.
 
     Weights are drawn from `rng`, a `numpy.random.Generator`: one seed gives the same weights on
@@ -183,75 +139,32 @@ class GPT(Module):
         if not config.tie_word_embeddings:
             self.lm_head = table(config.vocab_size)
 
-    def __call__(self, ids, *, cache=None, rng=None):
-        return self.head(self.hidden(ids, cache, rng))
-
     def hidden(self, ids, cache=None, rng=None):
         """Ids to the states that the head reads: (B, T) -> (B, T, C).
 
         `cache`, from `new_cache`, holds the positions before these ids, and takes these up.
         """
-        start = cache[0].length if cache else 0
-        ids = self._checked(ids, start, cache)
-        positions = np.arange(start, start + ids.shape[1])
+        ids, positions = self.checked(ids, cache)
         x = self.wte(ids)
         rope = None
         if self.config.positions == "learned":
             x = x + self.wpe(positions)
         else:
-            rope = self._rope(positions)
+            rope = self._rope(positions, x)
         for i, block in enumerate(self.h):
             x = block(x, rope, None if cache is None else cache[i], rng)
         return self.ln_f(x)
 
-    def head(self, hidden):
-        """Hidden states to logits: (..., C) -> (..., V)."""
-        return F.linear(hidden, self._head_weight())
+    def blocks(self):
+        """The layers, in order."""
+        return self.h
 
-    def loss(self, ids, targets, rng=None):
-        """Mean next-token loss in nats: ids and targets (B, T) -> a scalar Tensor.
+    def head_layer(self):
+        """The Embedding whose table is the head."""
+        return self.wte if self.config.tie_word_embeddings else self.lm_head
 
-        A target of -100 carries no loss. `rng`: as in `model(ids, rng=...)`.
-        """
-        return linear_cross_entropy(self.hidden(ids, rng=rng), self._head_weight(), targets)
-
-    def new_cache(self, size):
-        """An empty key/value cache of `size` positions, for one batch: one for each block."""
-        return [KeyValueCache(size) for _ in self.h]
-
-    def _head_weight(self):
-        table = self.wte if self.config.tie_word_embeddings else self.lm_head
-        return table.weight
-
-    def _checked(self, ids, start, cache):
-        """`ids` on the host, if the model can read them after `start` positions."""
-        ids = on_host(ids)
-        if cache is not None and len(cache) != len(self.h):
-            raise ValueError(
-                f"GPT: the cache has {len(cache)} layers, the model {len(self.h)}: "
-                "make it with model.new_cache(size)"
-            )
-        if cache is not None and is_recording():
-            raise ValueError(
-                "GPT: a cache carries no gradients back to earlier positions; "
-                "use it under no_grad()"
-            )
-        if ids.ndim != 2 or ids.size == 0:
-            raise ValueError(f"GPT: ids must have shape (B, T) with B, T >= 1, got {ids.shape}")
-        stop = start + ids.shape[1]
-        if stop > self.config.block_size:
-            raise ValueError(
-                f"GPT: {stop} positions do not fit in a context of {self.config.block_size} "
-                "(block_size); shorten the input"
-            )
-        return ids
-
-    def _rope(self, positions):
-        """cos and sin of the rotary angles, (T, D/2), as the model's arrays are."""
+    def _rope(self, positions, x):
+        """cos and sin of the rotary angles, (T, D/2), as the Tensor x is."""
         D = self.config.n_embd // self.config.n_head
-        angles = positions[:, None] * self.config.rope_theta ** (-np.arange(0, D, 2) / D)
-        table = self.wte.weight.data
-        xp = get_array_module(table)
-        cos = to_device(np.cos(angles).astype(table.dtype), xp)
-        sin = to_device(np.sin(angles).astype(table.dtype), xp)
-        return cos, sin
+        frequencies = self.config.rope_theta ** (-np.arange(0, D, 2) / D)
+        return rotary_tables(positions, frequencies, x)

@@ -5,19 +5,28 @@ Arrays are made block by block, results are written into arrays the op owns, and
 to keep is computed again for the gradient.
 
 Shapes: as in functional.py: B batch, T time, S positions attended to, C channels, H heads,
-D = C / H, V vocabulary.
+D = C / H, G heads in a group, V vocabulary.
 """
 
 import math
 
 from .backend import get_array_module, to_device
-from .functional import check_attention, check_layer_norm, rows_with_loss
+from .functional import (
+    check_attention,
+    check_layer_norm,
+    check_rms_norm,
+    check_swiglu,
+    rows_with_loss,
+)
 from .graph import is_recording
 from .tensor import check_same, record
 
 # How many queries have scores at a time, and how many rows have logits.
 QUERY_BLOCK = 64
 LOGIT_ROWS = 256
+# The score of a key that is hidden from every query of its row. Its probability is zero beside any
+# other key, and where a query sees no other, the row is finite still.
+HIDDEN = -1e30
 
 
 def layer_norm(x, weight, bias, eps=1e-5):
@@ -46,6 +55,55 @@ def layer_norm(x, weight, bias, eps=1e-5):
     y = normed * w
     y += bias.data
     return record(y, (x, dx), (weight, lambda dy: dy * normed), (bias, lambda dy: dy))
+
+
+def rms_norm(x, weight, eps=1e-6):
+    """`functional.rms_norm`, in place, with the sums as products of rows."""
+    check_rms_norm(x, weight)
+    w = weight.data
+    X = x.data
+    C = w.size
+    rstd = _row_dot(X, X)
+    rstd *= 1 / C
+    rstd += eps
+    rstd **= -0.5  # (..., 1)
+    normed = X * rstd  # (..., C)
+
+    def dx(dy):
+        d = dy * w
+        along = _row_dot(d, normed)
+        along *= 1 / C
+        d -= normed * along
+        d *= rstd
+        return d
+
+    return record(normed * w, (x, dx), (weight, lambda dy: dy * normed))
+
+
+def swiglu(gate, up):
+    """`functional.swiglu`, in place, with nothing kept for the gradients but the derivatives.
+
+    With s = sigmoid(g):
+
+        y = g s u        dy/du = g s        dy/dg = u (s + g s (1 - s))
+    """
+    check_swiglu(gate, up)
+    g = gate.data
+    u = up.data
+    xp = get_array_module(g)
+    s = xp.multiply(g, 0.5, out=xp.empty_like(g))
+    xp.tanh(s, out=s)
+    s += 1
+    s *= 0.5
+    silu = g * s
+    y = silu * u
+    if not (_needs_gradient(gate) or _needs_gradient(up)):
+        return record(y)
+    # silu - silu s + s, times u: in the array of s, which is not needed any more.
+    s *= 1 - silu
+    s += silu
+    s *= u
+    return record(y, (gate, lambda dy: dy * s), (up, lambda dy: dy * silu))
 
 
 def gelu(x):
@@ -84,44 +142,64 @@ def gelu(x):
     return record(y, (x, lambda dy: dy * d))
 
 
-def attention(q, k, v, n_head):
+def attention(q, k, v, n_head, hidden=None):
     """`functional.attention` in blocks of queries; the gradient computes the probabilities again.
 
-    Only QUERY_BLOCK queries have scores in memory at a time, against the keys that the last of them
-    sees. Of the softmax, each row's largest score and sum are kept.
+    Only QUERY_BLOCK positions have scores in memory at a time, against the keys that the last of
+    them sees. Of the softmax, each row's largest score and sum are kept. The G queries of a group
+    lie one after the other, as G rows of the matrix that meets their one key: so keys and values
+    are not repeated, and a product sums their gradients.
+
+    `hidden`, a boolean array (B, S), says which keys no query of a batch row sees: those of the
+    padding before a short prompt.
     Source: Dao et al. 2022, "FlashAttention", algorithms 1 and 4.
     """
-    check_attention(q, k, v, n_head)
+    n_kv_head = check_attention(q, k, v, n_head)
     B, T, C = q.shape
     S = k.shape[1]
     D = C // n_head
+    G = n_head // n_kv_head
     scale = 1 / math.sqrt(D)
     xp = get_array_module(q.data)
-    split = lambda a: a.reshape(B, -1, n_head, D).swapaxes(1, 2)  # (B, T, C) -> (B, H, T, D)
-    join = lambda a: a.swapaxes(1, 2).reshape(B, -1, C)  # (B, H, T, D) -> (B, T, C)
+
+    def split(a):
+        # (B, T, C) -> (B, n_kv_head, T * G, D), and G = 1 for keys and values.
+        heads = a.reshape(B, a.shape[1], n_kv_head, -1, D)
+        return heads.swapaxes(1, 2).reshape(B, n_kv_head, -1, D)
+
+    def join(a, n_positions):
+        groups = a.reshape(B, n_kv_head, n_positions, -1, D)
+        return groups.swapaxes(1, 2).reshape(B, n_positions, -1)
+
     Q = split(q.data * scale)
-    K = split(k.data)  # (B, H, S, D)
+    K = split(k.data)  # (B, n_kv_head, S, D)
     V = split(v.data)
     O = xp.empty_like(Q)
-    row_max = xp.empty((B, n_head, 1, T), Q.dtype)
-    row_sum = xp.empty((B, n_head, 1, T), Q.dtype)
+    row_max = xp.empty((B, n_kv_head, 1, T * G), Q.dtype)
+    row_sum = xp.empty((B, n_kv_head, 1, T * G), Q.dtype)
+    mask = None
+    if hidden is not None:
+        mask = to_device(hidden, xp)[:, None, :, None] * xp.asarray(HIDDEN, Q.dtype)
 
-    # The queries of each block, and the keys up to the last that one of them sees. Keys start at 0:
-    # a causal query sees all before it.
+    # The rows of each block, and the keys up to the last that one of them sees. Keys start at 0: a
+    # causal query sees all before it.
     blocks = []
     for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
-        blocks.append((slice(start, stop), slice(0, S - T + stop)))
+        blocks.append((slice(start * G, stop * G), slice(0, S - T + stop)))
 
     def scores(queries, keys):
-        # Keys come first, (B, H, keys, queries): NumPy takes a maximum over the last axis but one
-        # several times faster than over the last.
+        # Keys come first, (B, n_kv_head, keys, queries): NumPy takes a maximum over the last axis
+        # but one several times faster than over the last.
         block = K[:, :, keys] @ Q[:, :, queries].swapaxes(-1, -2)
-        n = block.shape[-1]
-        # A single query, as in generation, sees every key.
+        n = block.shape[-1] // G
+        # A single position, as in generation, sees every key.
         if n > 1:
             # The last n keys are the block's own positions: below the diagonal lies the future.
-            block[:, :, -n:] += xp.tril(xp.full((n, n), -math.inf, Q.dtype), -1)
+            future = xp.tril(xp.full((n, n), -math.inf, Q.dtype), -1)
+            block[:, :, -n:] += xp.repeat(future, G, axis=1)
+        if mask is not None:
+            block += mask[:, :, keys]
         return block
 
     for queries, keys in blocks:
@@ -153,9 +231,9 @@ def attention(q, k, v, n_head):
             dscores *= E
             dQ[:, :, queries] = (dscores.swapaxes(-1, -2) @ K[:, :, keys]) * scale
             dK[:, :, keys] += dscores @ Q[:, :, queries]
-        return join(dQ), join(dK), join(dV)
+        return join(dQ, T), join(dK, S), join(dV, S)
 
-    return record(join(O), ((q, k, v), dqkv))
+    return record(join(O, T), ((q, k, v), dqkv))
 
 
 def linear_cross_entropy(x, weight, targets):

@@ -1,4 +1,4 @@
-"""Named tensors in a tree, rebuilt out of place; three layers. Knows nothing of GPT or of LoRA."""
+"""Named tensors in a tree, rebuilt out of place; four layers. Knows nothing of GPT or of LoRA."""
 
 import copy
 import hashlib
@@ -8,7 +8,8 @@ import numpy as np
 
 from . import functional as F
 from .backend import check_rng, get_array_module, to_device, to_numpy
-from .lean import layer_norm
+from .lean import layer_norm, rms_norm
+from .packed import PackedTensor, StoredTensor, packed_linear
 from .tensor import Tensor, check_same_layout
 
 
@@ -102,10 +103,13 @@ class Module:
 
         A Tensor without requires_grad has no node, so `record` makes no edge to it.
         """
-        return self.map_tensors(lambda t: Tensor(t.data))
+        return self.map_tensors(lambda t: t if isinstance(t, StoredTensor) else Tensor(t.data))
 
     def trainable_copy(self):
-        """An independent model with arrays of its own, all trainable: for full fine-tuning."""
+        """An independent model with arrays of its own, all trainable: for full fine-tuning.
+
+        Weights that are stored in fewer bits become float32.
+        """
         return self.map_tensors(lambda t: Tensor(t.data.copy(), requires_grad=True))
 
     def astype(self, dtype):
@@ -113,8 +117,17 @@ class Module:
         return self.map_tensors(lambda t: Tensor(t.data.astype(dtype), t.requires_grad))
 
     def to_device(self, xp):
-        """A copy whose arrays belong to the array module `xp`, numpy or cupy."""
-        return self.map_tensors(lambda t: Tensor(to_device(t.data.copy(), xp), t.requires_grad))
+        """A copy whose arrays belong to the array module `xp`, numpy or cupy.
+
+        What nobody can write, the tensors of a file, may be shared instead of copied.
+        """
+
+        def moved(t):
+            if isinstance(t, StoredTensor):
+                return t.to_device(xp)
+            return Tensor(to_device(t.data.copy(), xp), t.requires_grad)
+
+        return self.map_tensors(moved)
 
     def map_tensors(self, f):
         """A copy in which each Tensor t is f(t); a Tensor that is shared stays shared."""
@@ -125,9 +138,10 @@ class Module:
         """{name: 16 hex digits of the SHA-256 of shape and values} of every tensor.
 
         It tells which base this is. Values are hashed as float32: a copy in float64, made for
-        checking, is still the same base.
+        checking, is still the same base, and so is a base whose weights are stored in fewer bits
+        and widened to these values. What a file holds is hashed once.
         """
-        return {name: _digest(p.data) for name, p in self.named_parameters()}
+        return {name: digest_of(p) for name, p in self.named_parameters()}
 
 
 def _joined(path, name):
@@ -175,6 +189,13 @@ def _rebuilt_parts(name, module, replace):
     return new
 
 
+def digest_of(tensor):
+    """16 hex digits of the SHA-256 of a tensor's shape and of its values as float32."""
+    if isinstance(tensor, StoredTensor):
+        return tensor.digest(_digest)
+    return _digest(tensor.data)
+
+
 def _digest(array):
     # A float64 too large for float32 becomes inf, which is as good a value to hash as any.
     with np.errstate(over="ignore"):
@@ -194,11 +215,11 @@ def uniform(rng, bound, shape, dtype, xp):
 def normal_or_zeros(rng, std, shape, dtype):
     """A trainable Tensor of normal numbers with standard deviation `std`, drawn in float64.
 
-    Without `rng` it holds zeros: memory that is not touched until a loader puts the real numbers
-    in their place.
+    Without `rng` it holds zeros, all of them in the place of one: a loader puts the real numbers
+    there.
     """
     if rng is None:
-        return Tensor(np.zeros(shape, dtype), requires_grad=True)
+        return Tensor(np.broadcast_to(np.zeros((), dtype), shape), requires_grad=True)
     values = check_rng(rng).standard_normal(shape) * std
     return Tensor(values.astype(dtype), requires_grad=True)
 
@@ -221,7 +242,10 @@ class AdaptedLayer(Module):
 
 
 class Linear(LinearLayer):
-    """y = x Wᵀ + b with weight (out, in), bias (out,) or None. It has no dropout."""
+    """y = x Wᵀ + b with weight (out, in), bias (out,) or None. It has no dropout.
+
+    A weight that is stored in fewer bits, a PackedTensor, is widened for each product.
+    """
 
     def __init__(self, weight, bias=None):
         bias_shape = None if bias is None else bias.shape
@@ -234,18 +258,31 @@ class Linear(LinearLayer):
         self.bias = bias
 
     @classmethod
-    def init(cls, in_features, out_features, rng, dtype="float32"):
-        """Weights normal with variance 1 / in: outputs are as large as inputs. The bias is zero."""
+    def init(cls, in_features, out_features, rng, dtype="float32", bias=True):
+        """Weights normal with variance 1 / in: outputs are as large as inputs. The bias is zero.
+
+        With bias=False there is none.
+        """
         std = 1 / math.sqrt(in_features)
         weight = normal_or_zeros(rng, std, (out_features, in_features), dtype)
+        if not bias:
+            return cls(weight)
         return cls(weight, Tensor(np.zeros(out_features, dtype), requires_grad=True))
 
     out_features = property(lambda self: self.weight.shape[0])
     in_features = property(lambda self: self.weight.shape[1])
     dtype = property(lambda self: self.weight.dtype)
-    xp = property(lambda self: get_array_module(self.weight.data))
+
+    @property
+    def xp(self):
+        """The array module that owns the weight."""
+        if isinstance(self.weight, PackedTensor):
+            return self.weight.xp
+        return get_array_module(self.weight.data)
 
     def __call__(self, x, rng=None):
+        if isinstance(self.weight, PackedTensor):
+            return packed_linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def plus(self, update):
@@ -260,7 +297,17 @@ class Embedding(Module):
         self.weight = weight
 
     def __call__(self, ids):
+        if isinstance(self.weight, PackedTensor):
+            # Frozen: there is no gradient to record. Only the rows that are asked for are widened.
+            ids = F.check_ids("token ids", ids, self.weight.shape[0])
+            return Tensor(self.weight.packed.rows(to_device(ids, self.weight.xp)))
         return F.embedding(self.weight, ids)
+
+    def table(self):
+        """The weight (V, C) as a Tensor that can stand in a product: widened, if it is packed."""
+        if isinstance(self.weight, PackedTensor):
+            return Tensor(self.weight.data)
+        return self.weight
 
 
 class LayerNorm(Module):
@@ -273,3 +320,14 @@ class LayerNorm(Module):
 
     def __call__(self, x):
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(Module):
+    """Root mean square normalisation with weight (C,): x (..., C) -> (..., C)."""
+
+    def __init__(self, weight, eps=1e-6):
+        self.weight = weight
+        self.eps = eps
+
+    def __call__(self, x):
+        return rms_norm(x, self.weight, self.eps)

@@ -175,6 +175,7 @@ class Tensor:
     ndim = property(lambda self: self.data.ndim)
     size = property(lambda self: self.data.size)
     dtype = property(lambda self: self.data.dtype)
+    nbytes = property(lambda self: self.data.nbytes)
     requires_grad = property(lambda self: self.node is not None)
 
     @property

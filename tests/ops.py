@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from minilora import compose, lean, tensor
+from minilora import compose, lean, packed, tensor
 from minilora import functional as F
 from minilora.backend import get_array_module, to_device
 from minilora.compose import pad_and_stack
 
-RECORDERS = [compose, F, lean, tensor]  # the modules whose ops call `record`; a test asserts that there are no others
+# The modules whose ops call `record`; a test asserts that there are no others.
+RECORDERS = [compose, F, lean, packed, tensor]
 
 
 @contextlib.contextmanager
@@ -86,15 +87,59 @@ def softmax_formula(x):
     return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
 
 
-def attention_formula(q, k, v, n_head=2):
+def attention_formula(q, k, v, n_head=2, starts=None):
+    """A head of queries reads the head of keys and values that its group shares, from its row's start on."""
     y, (B, T, C), S = np.zeros_like(q), q.shape, k.shape[1]
+    D = C // n_head
+    group = n_head // (k.shape[2] // D)
     for b in range(B):
-        for head in np.split(np.arange(C), n_head):
+        first = 0 if starts is None else starts[b]
+        for h in range(n_head):
+            head, shared = slice(h * D, h * D + D), slice(h // group * D, h // group * D + D)
             for t in range(T):
-                seen = S - T + t + 1
-                scores = k[b, :seen, head].T @ q[b, t, head] / np.sqrt(C / n_head)
-                y[b, t, head] = softmax_formula(scores) @ v[b, :seen, head].T
+                seen = slice(first, S - T + t + 1)
+                scores = k[b, seen, shared] @ q[b, t, head] / np.sqrt(D)
+                y[b, t, head] = softmax_formula(scores) @ v[b, seen, shared]
     return y
+
+
+starts = lambda B: np.arange(B) % 2  # where the rows of a batch begin, if some are filled up by one key
+
+
+def padded_attention(q, k, v):
+    """Queries after the padding: the padding's own would see no key."""
+    hidden = np.arange(k.shape[1]) < starts(len(k.data))[:, None]
+    return lean.attention(q, k, v, 2, hidden)
+
+
+def bits_of(n_out, n_in):
+    """A weight of that shape as bfloat16: the upper halves of float32 numbers."""
+    values = np.sin(1.0 + np.arange(n_out * n_in, dtype=np.float32)).reshape(n_out, n_in)
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def packed_linear(n_out):
+    def linear(x, bias=None):
+        weight = packed.PackedTensor("BF16", (n_out, x.shape[-1]), bits_of(n_out, x.shape[-1]))
+        return packed.packed_linear(x, weight.to_device(get_array_module(x.data)), bias)
+
+    return linear
+
+
+def packed_linear_formula(n_out):
+    def formula(x, bias=0.0):
+        weight = (bits_of(n_out, x.shape[-1]).astype(np.uint32) << 16).view(np.float32)
+        return linear_formula(x, weight.astype(np.float64), bias)
+
+    return formula
+
+
+def rms_norm_formula(x, weight):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
+
+
+def swiglu_formula(gate, up):
+    return gate / (1 + np.exp(-gate)) * up
 
 
 def loss_of(function):
@@ -255,6 +300,23 @@ OPS = [
        shapes=lambda n, m, k: [(n, m, 2 * k), (n, m + 2, 2 * k), (n, m + 2, 2 * k)], edges=3, dims=(2, 2, 2)),
     Op("attention to itself", lambda x: F.attention(x, x, x, 2), lambda x: attention_formula(x, x, x),
        shapes=lambda n, m, k: [(n, m, 2 * k)], edges=3, dims=(2, 4, 2)),
+    Op("attention, grouped queries", lambda q, k, v: F.attention(q, k, v, 4),
+       lambda q, k, v: attention_formula(q, k, v, 4),
+       shapes=lambda n, m, k: [(n, m, 4 * k), (n, m, 2 * k), (n, m, 2 * k)], edges=3, dims=(2, 4, 1)),
+    Op("attention, one head of keys, after a cache", lambda q, k, v: F.attention(q, k, v, 3),
+       lambda q, k, v: attention_formula(q, k, v, 3),
+       shapes=lambda n, m, k: [(n, m, 3 * k), (n, m + 1, k), (n, m + 1, k)], edges=3, dims=(2, 3, 4)),
+    Op("rms_norm", F.rms_norm, rms_norm_formula,
+       shapes=lambda n, m, k: [(n, m), (m,)], edges=2),
+    Op("rms_norm of a batch", F.rms_norm, rms_norm_formula,
+       shapes=lambda n, m, k: [(k, n, m), (m,)], edges=2),
+    Op("swiglu", F.swiglu, swiglu_formula,
+       shapes=lambda n, m, k: [(n, m), (n, m)], edges=2),
+    Op("concatenate", lambda *parts: F.concatenate(parts), lambda *parts: np.concatenate(parts),
+       shapes=lambda n, m, k: [(n, m), (k, m), (m, m)], edges=3),
+    Op("concatenate along the last axis", lambda *parts: F.concatenate(parts, axis=-1),
+       lambda *parts: np.concatenate(parts, -1),
+       shapes=lambda n, m, k: [(2, n, m), (2, n, k)], edges=2),
     Op("cross_entropy", cross_entropy, cross_entropy_formula,
        shapes=lambda n, m, k: [(n, m, k)], edges=1, dims=(2, 3, 3)),
     Op("linear_cross_entropy", loss_of(F.linear_cross_entropy), linear_cross_entropy_formula,
@@ -285,11 +347,32 @@ OPS = [
     Op("lean attention after a cache, in blocks", in_blocks_of_two(lambda q, k, v: lean.attention(q, k, v, 2)),
        attention_formula,
        shapes=lambda n, m, k: [(n, m, 2 * k), (n, m + 1, 2 * k), (n, m + 1, 2 * k)], edges=3, dims=(2, 3, 2)),
+    Op("lean attention, grouped queries", lambda q, k, v: lean.attention(q, k, v, 4),
+       lambda q, k, v: attention_formula(q, k, v, 4),
+       shapes=lambda n, m, k: [(n, m, 4 * k), (n, m, 2 * k), (n, m, 2 * k)], edges=3, dims=(2, 4, 1)),
+    Op("lean attention, grouped, after a cache, in blocks",
+       in_blocks_of_two(lambda q, k, v: lean.attention(q, k, v, 4)),
+       lambda q, k, v: attention_formula(q, k, v, 4),
+       shapes=lambda n, m, k: [(n, m, 4 * k), (n, m + 1, 2 * k), (n, m + 1, 2 * k)], edges=3, dims=(2, 3, 1)),
+    Op("lean attention after padding", padded_attention,
+       lambda q, k, v: attention_formula(q, k, v, 2, starts(len(q))),
+       shapes=lambda n, m, k: [(n, m, 2 * k), (n, m + 1, 2 * k), (n, m + 1, 2 * k)], edges=3, dims=(2, 3, 2)),
+    Op("lean rms_norm", lean.rms_norm, rms_norm_formula,
+       shapes=lambda n, m, k: [(n, m), (m,)], edges=2),
+    Op("lean rms_norm of a batch", lean.rms_norm, rms_norm_formula,
+       shapes=lambda n, m, k: [(k, n, m), (m,)], edges=2),
+    Op("lean swiglu", lean.swiglu, swiglu_formula,
+       shapes=lambda n, m, k: [(n, m), (n, m)], edges=2),
     Op("lean linear_cross_entropy", loss_of(lean.linear_cross_entropy), linear_cross_entropy_formula,
        shapes=lambda n, m, k: [(n, m, k), (m, k)], edges=2, dims=(2, 3, 3)),
     Op("lean linear_cross_entropy, in blocks", in_blocks_of_two(loss_of(lean.linear_cross_entropy)),
        linear_cross_entropy_formula,
        shapes=lambda n, m, k: [(n, m, k), (m, k)], edges=2, dims=(2, 4, 4)),
+    # packed
+    Op("packed linear", packed_linear(3), packed_linear_formula(3),
+       shapes=lambda n, m, k: [(n, m), (3,)], edges=2),
+    Op("packed linear of a batch, no bias", packed_linear(2), packed_linear_formula(2),
+       shapes=lambda n, m, k: [(k, n, m)], edges=1),
     # compose
     Op("pad_and_stack", lambda a, b: pad_and_stack([a, None, b]), stack_formula,
        shapes=lambda n, m, k: [(n, m), (k, m + 1)], edges=2, dims=(3, 3, 4)),

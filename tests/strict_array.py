@@ -58,6 +58,12 @@ class ndarray:
         """A copy on the host."""
         return self._host.copy()
 
+    def view(self, dtype):
+        """The same memory as numbers of another size: CuPy asks that it be in one piece."""
+        if not self._host.flags.c_contiguous:
+            raise ValueError("the array must be C-contiguous to be viewed in another dtype")
+        return _wrap(self._host.view(dtype))
+
 
 def _wrap(host):
     x = object.__new__(ndarray)
@@ -129,6 +135,7 @@ UFUNCS = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.divide, "floordiv": np.floor_divide,
     "mod": np.remainder, "pow": np.power, "matmul": np.matmul, "eq": np.equal, "ne": np.not_equal, "lt": np.less,
     "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "and_": np.bitwise_and, "or_": np.bitwise_or,
+    "lshift": np.left_shift, "rshift": np.right_shift,
 }  # fmt: skip
 
 
@@ -150,6 +157,9 @@ def _binary(name):
 
 
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
+    for _prefix, _f in zip(("", "r", "i"), _binary(_name), strict=True):
+        setattr(ndarray, f"__{_prefix}{_name}__", _f)
+for _name in ("lshift", "rshift"):
     for _prefix, _f in zip(("", "r", "i"), _binary(_name), strict=True):
         setattr(ndarray, f"__{_prefix}{_name}__", _f)
 for _name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_"):
@@ -181,10 +191,15 @@ for _name, _names in {
     "minimum": "x1 x2 out", "matmul": "x1 x2 out", "where": "condition x y", "triu": "m k", "tril": "m k",
     "sum": "a axis dtype out keepdims", "mean": "a axis dtype out keepdims", "max": "a axis out keepdims",
     "argmax": "a axis dtype out keepdims", "argsort": "a axis", "broadcast_to": "array shape",
-    "tile": "A reps",
+    "tile": "A reps", "repeat": "a repeats axis", "ascontiguousarray": "a dtype",
     "concatenate": "tup axis out", "stack": "tup axis out", "swapaxes": "a axis1 axis2", "array_equal": "x1 x2",
 }.items():  # fmt: skip
     globals()[_name] = _function(_name, *_names.split())
+
+
+def split(ary, indices_or_sections, axis=0):
+    """Views, cut at the indices."""
+    return [_wrap(part) for part in np.split(_operand(ary), indices_or_sections, axis=axis)]
 
 
 def einsum(subscripts, *operands):

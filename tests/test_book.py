@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BOOK = ["backend", "graph", "tensor", "functional", "gradcheck", "nn", "optim", "gpt", "lora_config", "lora"]
 FLOORS = {
     "book": ["backend", "graph", "tensor", "functional", "lean", "structure", "mistakes", "differences", "verdict",
-             "subject", "compare", "directions", "gradcheck", "nn", "optim", "gpt", "lora_config", "fits", "lora",
-             "generate", "compose", "count"],
+             "subject", "compare", "directions", "gradcheck", "packed", "nn", "quant", "optim", "decoder", "gpt",
+             "llama", "lora_config", "fits", "lora", "generate", "compose", "count"],
     "disk": ["characters", "checks", "tensor_file", "folder", "family", "gpt2", "own", "models", "c_attn",
              "peft_config", "adapter_file", "peft", "loaders", "rounding", "tokenizer"],
     "training": ["corpus", "batches", "text_files", "datasets", "parts", "threads", "loop", "checkpoint", "progress",
@@ -27,7 +27,8 @@ FLOORS = {
             "options", "table", "main"],
 }
 ORDER = [name if floor == "book" else f"{floor}.{name}" for floor, names in FLOORS.items() for name in names]
-STRANGERS = {("gpt", "lora"), ("lora", "gpt")}  # though one stands after the other, neither may know it
+# Though one stands after the other, neither may know it.
+STRANGERS = {("gpt", "lora"), ("lora", "gpt"), ("lora", "llama"), ("llama", "gpt")}
 # Everyone may import NumPy, nobody the rest.
 GUESTS = {"disk.tensor_file": {"safetensors", "ml_dtypes"}, "disk.tokenizer": {"tokenizers"}, "disk.rounding": {"tqdm"},
           "training.datasets": {"tqdm"}, "training.loop": {"tqdm"}, "training.threads": {"threadpoolctl"},

@@ -21,10 +21,11 @@ from strategies import (
     tiny_gpt,
 )  # fmt: skip
 
+from minilora import decoder
 from minilora import functional as F
-from minilora import gpt
+from minilora.decoder import KeyValueCache
 from minilora.generate import generate
-from minilora.gpt import GPT, GPTConfig, KeyValueCache
+from minilora.gpt import GPT, GPTConfig
 from minilora.gradcheck import gradcheck
 from minilora.graph import no_grad
 from minilora.optim import Adam
@@ -183,7 +184,7 @@ def only_distances_matter(model_and_ids):
     """A rotary model whose positions all start 100 later computes the same; 1e-9 of the largest logit is a margin."""
     model, ids = model_and_ids
     here = gpt_logits(model, ids)
-    model._rope = lambda positions: type(model)._rope(model, positions + 100)
+    model._rope = lambda positions, x: type(model)._rope(model, positions + 100, x)
     assert np.abs(gpt_logits(model, ids) - here).max() <= 1e-9 * np.abs(here).max()
 
 
@@ -279,21 +280,21 @@ def test_a_cache_does_not_go_on_with_what_does_not_fit():
 def sees_one_token_ahead(attention):
     """A key that is not there, put behind the others, moves the diagonal of the mask by one."""
 
-    def wrong(q, k, v, n_head):
+    def wrong(q, k, v, *rest):
         behind = np.zeros((k.shape[0], 1, k.shape[2]), k.dtype)
         longer = lambda t: Tensor(np.concatenate([t.data, behind], axis=1))
-        return attention(q, longer(k), longer(v), n_head)
+        return attention(q, longer(k), longer(v), *rest)
 
     return wrong
 
 
 def sees_the_first_row(attention):
     """A billionth of the first row's values in those of every row."""
-    return lambda q, k, v, n_head: attention(q, k, Tensor(v.data + 1e-9 * v.data[:1]), n_head)
+    return lambda q, k, v, *rest: attention(q, k, Tensor(v.data + 1e-9 * v.data[:1]), *rest)
 
 
 def angles_grow_with_the_square(rope):
-    return lambda self, positions: rope(self, positions * positions)
+    return lambda self, positions, x: rope(self, positions * positions, x)
 
 
 def keys_turned_backwards(rotary):
@@ -303,8 +304,8 @@ def keys_turned_backwards(rotary):
 
 
 def one_position_behind(extend):
-    def wrong(self, k, v):
-        held = extend(self, k, v)
+    def wrong(self, k, v, front=None):
+        held = extend(self, k, v, front)
         self.length -= 1
         return held
 
@@ -312,9 +313,10 @@ def one_position_behind(extend):
 
 
 PLANTED = {
-    "a mask off by one": (gpt, "attention", sees_one_token_ahead, gpts_and_ids(), later_tokens_change_nothing_earlier),
-    "a row that others see": (gpt, "attention", sees_the_first_row, gpts_and_ids(), other_rows_change_nothing),
-    "a row that others see, moved": (gpt, "attention", sees_the_first_row, moved_rows(), a_row_may_lie_anywhere),
+    "a mask off by one": (decoder, "attention", sees_one_token_ahead, gpts_and_ids(),
+                          later_tokens_change_nothing_earlier),
+    "a row that others see": (decoder, "attention", sees_the_first_row, gpts_and_ids(), other_rows_change_nothing),
+    "a row that others see, moved": (decoder, "attention", sees_the_first_row, moved_rows(), a_row_may_lie_anywhere),
     "angles not proportional": (GPT, "_rope", angles_grow_with_the_square, rotary_prompts, only_distances_matter),
     "keys turned the wrong way": (F, "rotary", keys_turned_backwards, rotary_prompts, only_distances_matter),
     "a cache one position behind": (KeyValueCache, "extend", one_position_behind, gpts_and_ids(),
@@ -447,6 +449,6 @@ model = gpt.GPT(gpt.GPTConfig(1, 2, 8, 11, 16), np.random.default_rng(0))
 model.loss(np.array([[1, 2]]), np.array([[2, 3]])).backward()
 generate.generate(model, np.array([[1, 2]]), 3)
 """
-    folder = Path(gpt.__file__).parent
+    folder = Path(decoder.__file__).parent
     done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilora import Tensor, attach, functional, gpt, lean, nn, no_grad, optim
+from minilora import Tensor, attach, decoder, functional, gpt, lean, nn, no_grad, optim
 from minilora.tensor import record
 from minilora.training.parts import PartWorkers
 
@@ -31,17 +31,27 @@ def gelu_power(x):
     return record(y, (x, lambda dy: dy * slope()))
 
 
+def textbook_attention(q, k, v, n_head, hidden=None):
+    """`functional.attention`, which knows no padding."""
+    return functional.attention(q, k, v, n_head)
+
+
 class GrowingCache:
     """One layer's keys and values in arrays that are made anew, one position longer, each time."""
 
-    def __init__(self, size):
+    def __init__(self, size, starts=None):
+        self.starts = starts
         # Arrays (B, S, C), once there are any.
         self.k = None
         self.v = None
 
     length = property(lambda self: 0 if self.k is None else self.k.shape[1])
 
-    def extend(self, k, v):
+    def hidden(self):
+        """No batch is filled up here."""
+        return None
+
+    def extend(self, k, v, front=None):
         """Append k and v, (B, T, C); returns all of them so far, as Tensors (B, S + T, C)."""
         if self.k is None:
             self.k = k.data
@@ -132,7 +142,7 @@ ABLATIONS = {
     ),
     "attention: all of it": Ablation(
         ("lora",),
-        ((gpt, "attention", functional.attention),),
+        ((decoder, "attention", textbook_attention),),
     ),
     "gelu: in place, derivative kept": Ablation(
         ("lora",),
@@ -152,7 +162,7 @@ ABLATIONS = {
     ),
     "loss: that, and gradient at once": Ablation(
         ("lora",),
-        ((gpt, "linear_cross_entropy", functional.linear_cross_entropy),),
+        ((decoder, "linear_cross_entropy", functional.linear_cross_entropy),),
     ),
     "Adam in blocks": Ablation(
         ("full",),
@@ -164,7 +174,7 @@ ABLATIONS = {
     ),
     "a cache that is made once": Ablation(
         ("generate",),
-        ((gpt, "KeyValueCache", GrowingCache),),
+        ((decoder, "KeyValueCache", GrowingCache),),
     ),
     "merging first": Ablation(
         ("generate",),

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..backend import get_array_module, on_host
 from ..functional import IGNORE
+from ..packed import StoredTensor
 from ..tensor import Tensor
 
 
@@ -34,8 +35,13 @@ class Replica:
     """A model over the same arrays as another, with gradients of its own."""
 
     def __init__(self, model):
-        self.model = model.map_tensors(lambda t: Tensor(t.data, t.requires_grad))
+        self.model = model.map_tensors(_twin)
         self.leaves = trainable(self.model)
+
+
+def _twin(t):
+    """A Tensor over the same array, with a gradient of its own; what is stored has none."""
+    return t if isinstance(t, StoredTensor) else Tensor(t.data, t.requires_grad)
 
 
 class PartWorkers:

@@ -33,8 +33,9 @@ from minilora import (
     save_adapter,
     save_gpt2,
 )
-from minilora.gpt import KeyValueCache
+from minilora.decoder import KeyValueCache
 from minilora.lora import LoRALinear
+from minilora.nn import Embedding
 
 WHY = "not here, so nothing is compared live: pip install -e '.[peers]'"
 torch = pytest.importorskip("torch", reason=f"torch is {WHY}")
@@ -518,7 +519,7 @@ def test_a_gradient_that_stops_at_an_adapter_is_noticed(tmp_path, rng, monkeypat
 
 
 def test_a_tied_head_without_its_gradient_is_noticed(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr(GPT, "_head_weight", lambda self: Tensor(self.wte.weight.data))
+    monkeypatch.setattr(GPT, "head_layer", lambda self: Embedding(Tensor(self.wte.weight.data)))
     with pytest.raises(AssertionError, match="wte.weight: differ by"):
         check_base_gradients(tmp_path, rng)
 
@@ -599,8 +600,8 @@ def test_greedy_generation_takes_the_same_tokens(tmp_path, rng, stop):
 
 
 def test_a_cache_that_loses_its_place_is_noticed(tmp_path, rng, monkeypatch):
-    def behind(self, k, v, extend=KeyValueCache.extend):
-        held = extend(self, k, v)
+    def behind(self, k, v, front=None, extend=KeyValueCache.extend):
+        held = extend(self, k, v, front)
         self.length -= 1
         return held
 
