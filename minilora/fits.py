@@ -3,11 +3,19 @@
 An adapter is whatever offers `fit_errors(modules, fingerprint)`: lines that say what does not fit.
 """
 
-from .nn import AdaptedLayer, LinearLayer
+from collections import namedtuple
+
+from .nn import AdaptedLayer, LinearLayer, digest_of
+from .packed import PackedTensor
+from .quant import KINDS, quantized, storage_of
 from .tensor import Tensor, check_same
 
 # How many reasons a message shows.
 MOST_LINES = 8
+
+# A weight that is stored in another precision than when an adapter was trained on it: how it was
+# stored then, how it is now, and ‖difference‖ / ‖the one with more bits‖.
+OtherPrecision = namedtuple("OtherPrecision", "trained_on now error")
 
 
 def check_fits(who, base, adapter, check_base=True):
@@ -31,6 +39,41 @@ def check_fits(who, base, adapter, check_base=True):
         f"{who}: this adapter does not fit this base; give the one it was trained on:"
         + indented(errors)
     )
+
+
+def other_precisions(base, fingerprint, stored):
+    """{tensor: OtherPrecision} of what differs, if `base` is the base of an adapter but for that.
+
+    `fingerprint` is that of the adapter's base, `stored` {tensor: kind} of its packed weights.
+    None if the two differ in more than their precision: if one is not what `quantize` makes of the
+    other. {} if they do not differ.
+    """
+    tensors = dict(base.named_parameters())
+    if fingerprint is None or fingerprint.keys() != tensors.keys():
+        return None
+    differing = {}
+    for name, tensor in tensors.items():
+        if digest_of(tensor) == fingerprint[name]:
+            continue
+        differing[name] = _other_precision(name, tensor, fingerprint[name], stored.get(name))
+        if differing[name] is None:
+            return None
+    return differing
+
+
+def _other_precision(name, tensor, expected, kind):
+    """The OtherPrecision of one tensor; `expected` is the digest it should have, stored as `kind`.
+
+    None if neither is the other one quantised.
+    """
+    source = tensor.source if isinstance(tensor, PackedTensor) else None
+    if source is not None and source.digest == expected:
+        return OtherPrecision(source.kind, tensor.kind, source.error)
+    if kind in KINDS:
+        as_trained = quantized(name, tensor, kind)
+        if digest_of(as_trained) == expected:
+            return OtherPrecision(kind, storage_of(tensor), as_trained.source.error)
+    return None
 
 
 def indented(lines):

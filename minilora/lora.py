@@ -17,6 +17,7 @@ from . import functional as F
 from .fits import base_errors, check_fits, pair_errors
 from .lora_config import check_patterns, find_targets
 from .nn import AdaptedLayer, LinearLayer, Module, uniform
+from .quant import stored_as
 from .tensor import Tensor
 
 
@@ -85,13 +86,14 @@ class Adapter(Module):
     It is trained, saved, loaded, stacked and refused as one object. `pairs` maps a module's name to
     its LoRAPair, and is all that computes. `config`, a LoRAConfig, is the recipe by which they were
     made. `base_fingerprint` is that of the model they belong to (`model.fingerprint()`), or None if
-    it is unknown. The optimizer is given `parameters()`.
+    it is unknown; `base_stored`, {tensor: kind}, says which of its weights were stored in few bits
+    (`stored_as(model)`). The optimizer is given `parameters()`.
 
     Raises: ValueError if there is no pair.
     Source: Hu et al. 2021, section 4.1.
     """
 
-    def __init__(self, config, pairs, base_fingerprint):
+    def __init__(self, config, pairs, base_fingerprint, base_stored=None):
         if not pairs:
             raise ValueError(
                 "Adapter: no pair of lora_A and lora_B; use init_adapter or load_adapter"
@@ -99,6 +101,7 @@ class Adapter(Module):
         self.config = config
         self.pairs = dict(pairs)
         self.base_fingerprint = base_fingerprint
+        self.base_stored = dict(base_stored or {})
 
     def named_parameters(self):
         """(name, Tensor) for every lora_A and lora_B: `h.0.attn.q_proj.lora_A`."""
@@ -163,7 +166,7 @@ def init_adapter(model, config, rng, *, allow_large_r=False):
         A = uniform(rng, bound, (r, layer.in_features), layer.dtype, layer.xp)
         B = Tensor(layer.xp.zeros((layer.out_features, r), layer.dtype), requires_grad=True)
         pairs[name] = LoRAPair(A, B, config.scaling_of(name))
-    return Adapter(config, pairs, model.fingerprint())
+    return Adapter(config, pairs, model.fingerprint(), stored_as(model))
 
 
 def attach(base, adapter, *, check_base=True):

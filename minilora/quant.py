@@ -55,14 +55,17 @@ def quantize(model, kind, *, on_layer=None):
                 f"quantize: {name} carries an adapter; quantise the base, then attach to it"
             )
         if isinstance(module, LinearLayer):
-            packed[f"{name}.weight"] = _quantized(f"{name}.weight", module.weight, kind)
+            packed[f"{name}.weight"] = quantized(f"{name}.weight", module.weight, kind)
             if on_layer is not None:
                 on_layer(name)
     return model.rebuild(lambda name, x: packed.get(name))
 
 
-def _quantized(name, weight, kind):
-    """The PackedTensor of a weight, on its backend."""
+def quantized(name, weight, kind):
+    """The PackedTensor of the tensor `weight`, called `name`, on its backend; kind: as in KINDS.
+
+    Raises: as `quantize`.
+    """
     values = to_numpy(weight.data).astype(np.float32, copy=False)
     if not np.isfinite(values).all():
         raise ValueError(f"quantize: {name} holds inf or nan, which no code stands for")
@@ -72,7 +75,7 @@ def _quantized(name, weight, kind):
         arrays = [quantized_blocks(name, values, kind)]
     tensor = PackedTensor(kind, values.shape, *arrays)
     tensor.source = Source(
-        kind=getattr(weight, "kind", weight.dtype.name),
+        kind=storage_of(weight),
         digest=digest_of(weight),
         error=relative_error(tensor.data, values),
     )
@@ -215,10 +218,6 @@ def stored_as(model):
     return {n: t.kind for n, t in model.named_parameters() if isinstance(t, PackedTensor)}
 
 
-def source_fingerprint(model):
-    """`model.fingerprint()` as it was before `quantize`: of the weights it was made from."""
-    fingerprint = model.fingerprint()
-    for name, t in model.named_parameters():
-        if isinstance(t, PackedTensor) and t.source is not None:
-            fingerprint[name] = t.source.digest
-    return fingerprint
+def storage_of(tensor):
+    """How the values of a tensor are stored: "Q4_1", "NF4", "float32", ..."""
+    return tensor.kind if isinstance(tensor, PackedTensor) else tensor.dtype.name

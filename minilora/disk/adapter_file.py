@@ -23,6 +23,7 @@ PREFIX = "base_model.model."
 # Where our own notes are among the metadata.
 NOTE = "minilora.adapter"
 BASE_NOTE = "minilora.base"
+STORED_NOTE = "minilora.stored"
 # Keys that PEFT skips or reads as something else, and what they tell. The last one is in every key.
 _STRANGE_KEYS = (
     (f"{PREFIX}{PREFIX}", "the model was wrapped twice: take one prefix out of every key"),
@@ -44,7 +45,8 @@ class AdapterFile:
     This library's own notes, in our names; None or {} in the files of others:
     our_config: the LoRAConfig by which the pairs were made. columns: {our module: (start, stop)}
     of the columns of lora_B that are its own. recorded: {our module: (r, scaling)}, None from
-    version 0.1.0. fingerprint: the base's.
+    version 0.1.0. fingerprint: the base's. stored: {our tensor of the base: how it was stored}, for
+    what was stored in few bits.
     """
 
     fields: dict
@@ -54,6 +56,7 @@ class AdapterFile:
     columns: dict
     recorded: dict | None
     fingerprint: dict | None
+    stored: dict
 
 
 def read_adapter(folder):
@@ -70,8 +73,10 @@ def read_adapter(folder):
         our_config = LoRAConfig(**note.get("config", {})) if note else None
         recorded = _recorded_pairs(note.get("pairs"))
     fingerprint = json_object(f"{folder / TENSORS}: its {BASE_NOTE}", metadata.get(BASE_NOTE))
+    where = f"{folder / TENSORS}: its {STORED_NOTE}"
+    stored = json_object(where, metadata.get(STORED_NOTE)) or {}
     columns = note.get("columns", {})
-    return AdapterFile(fields, config, factors, our_config, columns, recorded, fingerprint)
+    return AdapterFile(fields, config, factors, our_config, columns, recorded, fingerprint, stored)
 
 
 def _check_folder(folder):

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from ..backend import get_array_module, to_device, to_numpy
-from ..fits import check_fits
+from ..fits import check_fits, other_precisions
 from ..lora import Adapter, LoRAPair, init_adapter, linear_names
 from ..lora_config import check_patterns, find_targets
+from ..quant import stored_as
 from ..tensor import Tensor
-from .adapter_file import BASE_NOTE, CONFIG, NOTE, PREFIX, TENSORS, read_adapter
+from .adapter_file import BASE_NOTE, CONFIG, NOTE, PREFIX, STORED_NOTE, TENSORS, read_adapter
 from .c_attn import join, take_apart
 from .checks import check_same_tensors, errors_name, listed
 from .folder import save_folder
@@ -102,14 +103,19 @@ def _metadata(adapter, columns):
     metadata = {NOTE: json.dumps(note)}
     if adapter.base_fingerprint is not None:
         metadata[BASE_NOTE] = json.dumps(adapter.base_fingerprint)
+    if adapter.base_stored:
+        metadata[STORED_NOTE] = json.dumps(adapter.base_stored)
     return metadata
 
 
-def load_adapter(folder, base, *, say=print):
+def load_adapter(folder, base, *, other_precision=False, say=print):
     """The adapter that PEFT or `save_adapter` wrote, checked against `base`.
 
     `say` gets a receipt of what went where. A file that does not name its base is loaded, and the
-    receipt says so.
+    receipt says so. A base whose weights are stored in other bits, with the same values, is the
+    same base. One that was quantised, or is not any more, is another one: its values differ. It is
+    accepted with other_precision=True, if that is all that differs; the receipt says how much.
+    `attach` is then given check_base=False.
     Shapes: as saved, on the backend of `base` and at least in its dtype; each tensor is used once,
     each target matched.
     Raises: FileNotFoundError, or ValueError that names the file and what is wrong: a field this
@@ -133,11 +139,46 @@ def load_adapter(folder, base, *, say=print):
         config = file.our_config
         if config is None:
             config = config_in_our_names(file.config, used, table)
-        adapter = Adapter(config, pairs, file.fingerprint)
-    known = file.fingerprint is not None
-    check_fits(f"load_adapter({str(folder)!r})", base, adapter, check_base=known)
-    say(receipt(folder, file, used))
+        adapter = Adapter(config, pairs, file.fingerprint, file.stored)
+    differing = _check_base(folder, base, adapter, other_precision)
+    say(receipt(folder, file, used, stored_as(base), differing))
     return adapter
+
+
+def _check_base(folder, base, adapter, other_precision):
+    """{tensor: OtherPrecision} of what differs between `base` and that of `adapter`, {} for nothing.
+
+    Raises: ValueError unless `adapter`, read from `folder`, belongs on `base`.
+    """
+    who = f"load_adapter({str(folder)!r})"
+    known = adapter.base_fingerprint is not None
+    differing = None
+    if known:
+        differing = other_precisions(base, adapter.base_fingerprint, adapter.base_stored)
+    if not differing:
+        check_fits(who, base, adapter, check_base=known)
+        return {}
+    check_fits(who, base, adapter, check_base=False)
+    if not other_precision:
+        raise ValueError(
+            f"{who}: this is the base of the adapter in another precision: "
+            f"{_precisions(differing)}; load the base as it was in training, or accept it with "
+            "other_precision=True (--other-precision)"
+        )
+    return differing
+
+
+def _precisions(differing):
+    """In words, how the weights of a base differ from those in training: {name: OtherPrecision}."""
+    kinds = Counter((p.trained_on, p.now) for p in differing.values())
+    changes = [
+        f"{n} weights were {was} in training and are {now} here" for (was, now), n in kinds.items()
+    ]
+    errors = [p.error for p in differing.values()]
+    return (
+        f"{', '.join(changes)}, which moves a weight by {np.mean(errors):.2%} of itself on average,"
+        f" {max(errors):.2%} at most"
+    )
 
 
 def _read_pairs(file, module, names, like):
@@ -214,13 +255,14 @@ def init_peft_adapter(model, config, rng, *, allow_large_r=False):
         for name in table[module]:
             pair = adapter.pairs[name]
             pairs[name] = LoRAPair(shared_A, pair.lora_B, pair.scaling)
-    return Adapter(ours, pairs, adapter.base_fingerprint)
+    return Adapter(ours, pairs, adapter.base_fingerprint, adapter.base_stored)
 
 
-def receipt(folder, file, used):
+def receipt(folder, file, used, stored, differing):
     """What a load put where, as lines: kinds of modules, their r and scaling, and the base.
 
-    `used` is {module of the AdapterFile `file`: our modules}.
+    `used` is {module of the AdapterFile `file`: our modules}, `stored` {tensor: kind} of what the
+    base holds in few bits, `differing` {tensor: OtherPrecision} of what differs from training.
     """
     kinds = Counter()
     for module, names in used.items():
@@ -234,9 +276,22 @@ def receipt(folder, file, used):
     lines += [f"  {n} x {kind}" for kind, n in kinds.items()]
     if file.fingerprint is None:
         lines.append("  base: UNVERIFIED, the file does not say which base it was trained on")
+    elif differing:
+        lines.append(f"  base: recognised, in ANOTHER PRECISION: {_precisions(differing)}")
     else:
         lines.append(f"  base: recognised, fingerprint {digest_of(file.fingerprint)}")
+        if stored != file.stored:
+            lines.append(
+                f"  base: the same values, stored as {_storage(file.stored)} in training and as "
+                f"{_storage(stored)} here"
+            )
     return "\n".join(lines)
+
+
+def _storage(stored):
+    """In words, how weights are stored: {tensor: kind} -> "210 Q4_1 and 1 Q8_0"."""
+    kinds = Counter(stored.values())
+    return " and ".join(f"{n} {kind}" for kind, n in kinds.items()) or "plain numbers"
 
 
 def digest_of(fingerprint):
