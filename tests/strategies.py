@@ -178,7 +178,7 @@ def tiny_gpt(positions="learned", seed=0, dtype="float64", **changes):
 def gpt_logits(model, ids, cache=None):
     """The logits of ids (B, T), as an array."""
     with no_grad():
-        return F.linear(model.hidden(np.asarray(ids), cache), model.wte.weight).data
+        return model.head(model.hidden(np.asarray(ids), cache)).data
 
 
 @st.composite

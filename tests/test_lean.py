@@ -52,11 +52,15 @@ def attention_bounds(q, k, v, dy, u):
         top + log sum, and s minus it                     (A + log S) u, (2A + log S) u
         exp, and a division                               8u, u
     """
-    split = lambda a: a.reshape(*a.shape[:2], HEADS, -1).swapaxes(1, 2)
+    D = q.shape[2] // HEADS
+    group = HEADS // (k.shape[2] // D)  # so many heads of queries share one of keys, and its gradient is a sum
+    split = lambda a: a.reshape(*a.shape[:2], -1, D).swapaxes(1, 2)
     join = lambda a: a.swapaxes(1, 2).reshape(a.shape[0], a.shape[2], -1)
     turned = lambda a: a.swapaxes(-1, -2)
+    over_group = lambda a: a.reshape(a.shape[0], -1, group, *a.shape[2:]).sum(2)
     q, k, v, dO = map(split, (q, k, v, dy))
-    T, S, D = q.shape[2], k.shape[2], q.shape[3]
+    k, v = (np.repeat(a, group, axis=1) for a in (k, v))
+    T, S = q.shape[2], k.shape[2]
     scale, seen = D**-0.5, np.tril(np.ones((T, S), bool), S - T)
     s = np.where(seen, q @ turned(k) * scale, -np.inf)
     P = np.exp(s - s.max(-1, keepdims=True))
@@ -73,8 +77,8 @@ def attention_bounds(q, k, v, dy, u):
     g = (P * G).sum(-1, keepdims=True)
     off, M = P * (2 * theta + gamma(S, u) + gamma(D, u) + 2 * u) * (G + g), P * (G + g)
     dq = (off + (gamma(S, u) + 3 * u) * M) @ k * scale
-    dk = turned(off + (gamma(T, u) + 3 * u) * M) @ q * scale
-    return [join(a) for a in (y, dq, dk, turned((theta + gamma(T, u)) * P) @ dO)]
+    dk = over_group(turned(off + (gamma(T * group, u) + 3 * u) * M) @ q * scale)
+    return [join(a) for a in (y, dq, dk, over_group(turned((theta + gamma(T * group, u)) * P) @ dO))]
 
 
 def gelu_bounds(x, dy, u):
@@ -91,6 +95,37 @@ def gelu_bounds(x, dy, u):
     p = abs(x) * s * (1 - s) * w
     d = abs(x) * w * (e + u + s * (1 - s) * gamma(14, u)) + e + 4 * u * (1 + p)
     return [abs(x) * (e + u * s), abs(dy) * d]
+
+
+def swiglu_bounds(g, up, dy, u):
+    """s = (1 + t) / 2 with t = tanh(g / 2), and g / 2 is exact: e for s, as in gelu. Then silu = g s, y = silu up.
+
+    The derivative by g is up (s + silu (1 - s)): s, 1 - s, silu and the products are off.
+    """
+    t = np.tanh(g / 2)
+    s = (1 + t) / 2
+    e = 4 * u * abs(t) + 2 * u * s
+    silu = abs(g) * (e + u * s)
+    d = abs(up) * (e + silu * (1 - s) + abs(g) * s * (e + 3 * u) + 4 * u * (s + abs(g) * s))
+    return [abs(up) * (silu + u * abs(g) * s), abs(dy) * (d + u * abs(up) * s), abs(dy) * (silu + u * abs(g) * s)]
+
+
+def rms_norm_bounds(x, weight, dy, u):
+    """The mean of squares is off by γ_{C+3} of itself; 1/√ halves that, and adds 4u: ρ for 1/rms, and so for normed."""
+    C, mean = x.shape[-1], lambda a: a.mean(-1, keepdims=True)
+    rms = np.sqrt(mean(x * x) + 1e-6)
+    rho = gamma(C + 3, u) / 2 + 4 * u
+    assert rho < 1e-3
+    normed = abs(x) / rms
+    e = (rho + u) * normed
+    # dx = (d - normed · mean(d normed)) / rms with d = dy w: each term's own error, and three roundings.
+    d = abs(dy * weight)
+    along = mean(d * normed)
+    terms = d + normed * along
+    off = u * d + normed * (mean(d * e) + gamma(C + 3, u) * along) + e * along + 3 * u * terms
+    rows = x.size // C
+    dweight = (abs(dy) * e + gamma(rows + 1, u) * abs(dy) * normed).reshape(-1, C).sum(0)
+    return [abs(weight) * (e + 2 * u * normed), (off + (rho + u) * terms) / rms, dweight]
 
 
 def layer_norm_bounds(x, weight, bias, dy, u):
@@ -159,6 +194,15 @@ CASES = {  # name: (ours, the textbook's, bounds, inputs); ours is looked up whe
         lambda *qkv: lean.attention(*qkv, HEADS), lambda *qkv: F.attention(*qkv, HEADS), attention_bounds,
         lambda rng, T=T, S=S: attention_inputs(rng, T, S),
     ) for T, S in ((150, 150), (65, 65), (130, 167))},
+    "attention, one head of keys for all": (
+        lambda *qkv: lean.attention(*qkv, HEADS), lambda *qkv: F.attention(*qkv, HEADS), attention_bounds,
+        lambda rng: attention_inputs(rng, 130, 150, n_kv_head=1),
+    ),
+    "swiglu": (lambda *a: lean.swiglu(*a), F.swiglu, swiglu_bounds,
+               lambda rng: [np.append(3 * rng.standard_normal(1000), [0.0, -0.0, 50.0, -50.0]),
+                            rng.standard_normal(1004)]),
+    "rms norm": (lambda *a: lean.rms_norm(*a), F.rms_norm, rms_norm_bounds,
+                 lambda rng: [1 + rng.standard_normal((60, 48)), rng.standard_normal(48)]),
     "gelu": (lambda x: lean.gelu(x), F.gelu, gelu_bounds,
              lambda rng: [np.append(3 * rng.standard_normal(1000), [0.0, -0.0, 11.0, -11.0])]),
     "layer norm": (lambda *a: lean.layer_norm(*a), F.layer_norm, layer_norm_bounds,
@@ -362,6 +406,11 @@ BUGS = {  # what is wrong: (case or comparison, function, its line, the line wit
     "dq not scaled": ("attention", lean.attention, "@ K[:, :, keys]) * scale", "@ K[:, :, keys])"),
     "dk of the last block alone": ("attention", lean.attention, "dK[:, :, keys] += ", "dK[:, :, keys] = "),
     "softmax half way back": ("attention", lean.attention, "dscores -= along[..., queries]", "pass"),
+    "the group's mask not repeated": ("attention, one head", lean.attention, "xp.repeat(future, G, axis=1)",
+                                      "xp.tile(future, (1, G))"),
+    "silu, wrong derivative": ("swiglu", lean.swiglu, "s *= 1 - silu", "s *= 1 - s"),
+    "mean of a square too few": ("rms norm", lean.rms_norm, "rstd *= 1 / C", "rstd *= 1 / (C - 1)"),
+    "rms norm taken for a scale": ("rms norm", lean.rms_norm, "d -= normed * along", "pass"),
     "gelu, other constant": ("gelu", lean.gelu, "a = 0.044715", "a = 0.0447"),
     "gelu, wrong derivative": ("gelu", lean.gelu, "d *= 6 * c * a", "d *= 5.999 * c * a"),
     "other variance": ("layer norm", lean.layer_norm, "_row_dot(normed, normed) / C",

@@ -75,6 +75,8 @@ def read_adapter(folder):
     fingerprint = json_object(f"{folder / TENSORS}: its {BASE_NOTE}", metadata.get(BASE_NOTE))
     where = f"{folder / TENSORS}: its {STORED_NOTE}"
     stored = json_object(where, metadata.get(STORED_NOTE)) or {}
+    if not all(isinstance(kind, str) for kind in stored.values()):
+        raise ValueError(f"{where} must name the kind of each tensor, got {stored!r:.200}")
     columns = note.get("columns", {})
     return AdapterFile(fields, config, factors, our_config, columns, recorded, fingerprint, stored)
 

@@ -146,7 +146,7 @@ def load_adapter(folder, base, *, other_precision=False, say=print):
 
 
 def _check_base(folder, base, adapter, other_precision):
-    """{tensor: OtherPrecision} of what differs between `base` and that of `adapter`, {} for nothing.
+    """{tensor: OtherPrecision}: what differs between `base` and that of `adapter`; {} for nothing.
 
     Raises: ValueError unless `adapter`, read from `folder`, belongs on `base`.
     """
