@@ -187,7 +187,7 @@ def test_another_precision_is_refused_with_the_way_out_and_accepted_on_request(t
 def test_another_base_is_not_taken_for_another_precision(tmp_path):
     saved(quantize(base_model(), "nf4"), tmp_path)
     others = [base_model(seed=1), quantize(base_model(seed=1), "nf4"), quantize(base_model(), "q4_0"),
-              base_model(num_hidden_layers=3)]
+              base_model(attention_bias=True)]
     for other in others:
         with pytest.raises(ValueError, match="does not fit this base"):
             load(tmp_path, other, other_precision=True)
