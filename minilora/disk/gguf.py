@@ -1,0 +1,214 @@
+"""A model of Llama's family in a GGUF file: its tensors under the names that transformers has.
+
+Knows what llama.cpp's converter does to tensors, and knows no model class.
+Source: convert_hf_to_gguf.py and gguf-py of llama.cpp.
+"""
+
+import warnings
+
+import numpy as np
+
+from ..quant import PackedTensor
+from .checks import check_same_tensors
+from .gguf_fields import EMBEDDING, HEAD, ROPE_FACTORS, fields_of
+from .gguf_file import read_gguf
+
+# Matrices that stay as they are stored: blocks of 32 numbers, and bits of 16.
+BLOCKS = ("Q8_0", "Q4_0", "Q4_1")
+HALVES = ("F16", "BF16")
+# Bytes of a block, and how many 16-bit numbers, its scale and its minimum, are in front of it.
+_SCALES = {"Q8_0": (34, 1), "Q4_0": (18, 1), "Q4_1": (20, 2)}
+# The bits of an exponent. If all are set, the number is inf or nan.
+_EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80}
+# Numbers that are looked at or widened at once.
+_CHUNK = 2**20
+
+_MODULES = {"token_embd": "embed_tokens", "output_norm": "norm"}
+_IN_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def load_gguf(path):
+    """(fields, tensors) of a GGUF file, as transformers would have them in a folder.
+
+    `fields` are those of `config.json`. `tensors` is {name: array} with the prefix "model.". A
+    matrix of Q8_0, Q4_0, Q4_1, F16 or BF16 is a PackedTensor and stays as it is stored; F32 is a
+    float32 array. Both are read-only maps of the file, but for the rows of q and k in a llama,
+    which its converter has permuted: these are copies in the order that transformers has. Norms and
+    biases are float32. A matrix of any other type is widened to float32 here, with a warning.
+    Shapes: (out, in), as everywhere here; nothing is transposed.
+    Raises: FileNotFoundError, or ValueError that names the file and what is wrong: damage, another
+    architecture, a setting or a tensor that is not computed here, inf or nan.
+    """
+    settings, stored = read_gguf(path)
+    fields = fields_of(path, settings, stored)
+    expected = _expected_shapes(fields, stored)
+    shapes = {name: array.shape for name, array in stored.items()}
+    check_same_tensors(f"{path}, its tensors", shapes, expected)
+    _warn_of_widening(path, stored)
+    tensors = {}
+    for name, array in stored.items():
+        if name != ROPE_FACTORS:
+            tensors[_their_name(name)] = _tensor(path, name, array, fields)
+    return fields, tensors
+
+
+def gguf_fields(path):
+    """The fields of `load_gguf`, without a look at the numbers. Raises: as `load_gguf`."""
+    settings, stored = read_gguf(path)
+    return fields_of(path, settings, stored)
+
+
+def _expected_shapes(fields, stored):
+    """{name: shape} of the tensors of a model with these fields, in llama.cpp's names."""
+    hidden = fields["hidden_size"]
+    inner = fields["intermediate_size"]
+    head_dim = fields["head_dim"]
+    queries = fields["num_attention_heads"] * head_dim
+    keys = fields["num_key_value_heads"] * head_dim
+    block = {
+        "attn_norm.weight": (hidden,),
+        "attn_q.weight": (queries, hidden),
+        "attn_k.weight": (keys, hidden),
+        "attn_v.weight": (keys, hidden),
+        "attn_output.weight": (hidden, queries),
+        "ffn_norm.weight": (hidden,),
+        "ffn_gate.weight": (inner, hidden),
+        "ffn_up.weight": (inner, hidden),
+        "ffn_down.weight": (hidden, inner),
+    }
+    biases = {"attn_q.bias": (queries,), "attn_k.bias": (keys,), "attn_v.bias": (keys,)}
+    if fields["model_type"] == "qwen2":
+        block |= biases
+    elif fields["attention_bias"]:
+        block |= biases | {"attn_output.bias": (hidden,)}
+    if fields["model_type"] == "qwen3":
+        block |= {"attn_q_norm.weight": (head_dim,), "attn_k_norm.weight": (head_dim,)}
+    expected = {EMBEDDING: (fields["vocab_size"], hidden), "output_norm.weight": (hidden,)}
+    if not fields["tie_word_embeddings"]:
+        expected[HEAD] = expected[EMBEDDING]
+    if ROPE_FACTORS in stored:
+        expected[ROPE_FACTORS] = (head_dim // 2,)
+    for index in range(fields["num_hidden_layers"]):
+        expected |= {f"blk.{index}.{name}": shape for name, shape in block.items()}
+    return expected
+
+
+def _their_name(name):
+    """transformers' name of a tensor: blk.0.attn_q.weight is layers.0.self_attn.q_proj.weight."""
+    if name == HEAD:
+        return "lm_head.weight"
+    module, _, kind = name.rpartition(".")
+    if module in _MODULES:
+        return f"model.{_MODULES[module]}.{kind}"
+    _, index, module = module.split(".")
+    return f"model.layers.{index}.{_IN_BLOCK[module]}.{kind}"
+
+
+def _stays(array):
+    """Can a tensor be used as it is stored?"""
+    if array.kind == "F32":
+        return True
+    return len(array.shape) == 2 and array.kind in (*BLOCKS, *HALVES)
+
+
+def _warn_of_widening(path, stored):
+    """Warn of the memory that matrices of other types will need, before it is taken."""
+    widened = [array for array in stored.values() if len(array.shape) == 2 and not _stays(array)]
+    if not widened:
+        return
+    kinds = ", ".join(sorted({array.kind for array in widened}))
+    before = sum(array.data.nbytes for array in widened)
+    after = sum(4 * array.shape[0] * array.shape[1] for array in widened)
+    warnings.warn(
+        f"{path}: {len(widened)} matrices of {kinds} are widened to float32, which takes "
+        f"{after:,} bytes of memory where the file has {before:,}; only {', '.join(BLOCKS)}, F16 "
+        "and BF16 stay as they are stored",
+        stacklevel=3,
+    )
+
+
+def _tensor(path, name, array, fields):
+    """The array or PackedTensor of one tensor, its rows in the order that transformers has."""
+    if not _stays(array):
+        array = _widened(path, name, array)
+    if not _is_finite(array):
+        raise ValueError(f"{path}: tensor {name} holds inf or nan; fetch it again")
+    data = _as_transformers_has_it(name, array.data, fields)
+    if array.kind == "F32":
+        return data
+    return PackedTensor(array.kind, array.shape, data)
+
+
+def _widened(path, name, array):
+    """A tensor as float32, a bounded number of rows at a time."""
+    from gguf.quants import dequantize
+    from gguf.constants import GGMLQuantizationType
+
+    kind = GGMLQuantizationType[array.kind]
+    if array.kind == "BF16":
+        # The upper half of a float32.
+        wide = (array.data.astype(np.uint32) << 16).view(np.float32)
+        return array._replace(kind="F32", data=_read_only(wide))
+    wide = np.empty(array.shape, np.float32)
+    target = wide.reshape(-1, array.shape[-1])
+    source = array.data.reshape(len(target), -1)
+    step = max(_CHUNK // array.shape[-1], 1)
+    for begin in range(0, len(target), step):
+        rows = slice(begin, begin + step)
+        try:
+            target[rows] = dequantize(source[rows], kind)
+        except NotImplementedError:
+            raise ValueError(
+                f"{path}: tensor {name} is of type {array.kind}, which the library gguf cannot "
+                "widen; quantize the model as Q8_0 or Q4_1"
+            ) from None
+    return array._replace(kind="F32", data=_read_only(wide))
+
+
+def _is_finite(array):
+    """Are all numbers finite? Of blocks only the scales are looked at, which decide it."""
+    if array.kind == "F32":
+        flat = array.data.reshape(-1)
+        return all(
+            np.isfinite(flat[begin : begin + _CHUNK]).all() for begin in range(0, flat.size, _CHUNK)
+        )
+    exponent = _EXPONENT["F16"]
+    if array.kind in HALVES:
+        exponent = _EXPONENT[array.kind]
+        halves = array.data.reshape(-1, 1)
+    else:
+        block_bytes, scales = _SCALES[array.kind]
+        halves = array.data.reshape(-1, block_bytes)[:, : 2 * scales].view(np.uint16)
+    return not any(
+        (halves[begin : begin + _CHUNK] & exponent == exponent).any()
+        for begin in range(0, len(halves), _CHUNK)
+    )
+
+
+def _as_transformers_has_it(name, data, fields):
+    """The rows of q and k in a llama, whose halves of a head the converter has interleaved."""
+    module = name.split(".")[-2]
+    if fields["model_type"] != "llama" or module not in ("attn_q", "attn_k"):
+        return data
+    # Of k there are as many heads as there are keys, not queries.
+    heads = fields["num_attention_heads" if module == "attn_q" else "num_key_value_heads"]
+    pairs = fields["head_dim"] // 2
+    rows = data.reshape(heads, pairs, 2, -1).swapaxes(1, 2)
+    return _read_only(rows.reshape(data.shape))
+
+
+def _read_only(array):
+    array.flags.writeable = False
+    return array
