@@ -19,8 +19,8 @@ FLOORS = {
     "book": ["backend", "graph", "tensor", "functional", "lean", "structure", "mistakes", "differences", "verdict",
              "subject", "compare", "directions", "gradcheck", "packed", "nn", "quant", "optim", "decoder", "gpt",
              "llama", "lora_config", "fits", "lora", "generate", "compose", "count"],
-    "disk": ["characters", "checks", "tensor_file", "folder", "family", "gpt2", "own", "gguf_file", "gguf_fields",
-             "gguf", "models", "c_attn", "peft_config", "adapter_file", "peft", "loaders", "rounding", "tokenizer"],
+    "disk": ["characters", "checks", "tensor_file", "folder", "family", "gpt2", "own", "bases", "gguf_file",
+             "gguf_fields", "gguf_vocabulary", "gguf", "models", "c_attn", "peft_config", "adapter_file", "peft", "loaders", "rounding", "tokenizer"],
     "training": ["corpus", "batches", "text_files", "datasets", "parts", "threads", "loop", "checkpoint", "progress",
                  "finetune_config", "finetune"],
     "cli": ["ctrl_c", "messages", "parser", "folders", "questions", "commands", "inspect", "demo_tables", "demo",
@@ -31,7 +31,7 @@ ORDER = [name if floor == "book" else f"{floor}.{name}" for floor, names in FLOO
 STRANGERS = {("gpt", "lora"), ("lora", "gpt"), ("lora", "llama"), ("llama", "gpt")}
 # Everyone may import NumPy, nobody the rest.
 GUESTS = {"disk.tensor_file": {"safetensors", "ml_dtypes"}, "disk.tokenizer": {"tokenizers"}, "disk.rounding": {"tqdm"},
-          "disk.gguf_file": {"gguf"}, "disk.gguf": {"gguf"},
+          "disk.gguf_file": {"gguf"}, "disk.gguf": {"gguf"}, "disk.gguf_vocabulary": {"tokenizers"},
           "training.datasets": {"tqdm"}, "training.loop": {"tqdm"}, "training.threads": {"threadpoolctl"},
           "cli.commands": {"tqdm"}}  # fmt: skip
 

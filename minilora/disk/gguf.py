@@ -10,8 +10,9 @@ import numpy as np
 
 from ..quant import PackedTensor
 from .checks import check_same_tensors
-from .gguf_fields import EMBEDDING, HEAD, ROPE_FACTORS, fields_of
+from .gguf_fields import EMBEDDING, HEAD, ROPE_FACTORS, end_ids, fields_of
 from .gguf_file import read_gguf
+from .gguf_vocabulary import read_vocabulary
 
 # Matrices that stay as they are stored: blocks of 32 numbers, and bits of 16.
 BLOCKS = ("Q8_0", "Q4_0", "Q4_1")
@@ -68,6 +69,34 @@ def gguf_fields(path):
     """The fields of `load_gguf`, without a look at the numbers. Raises: as `load_gguf`."""
     settings, stored = read_gguf(path)
     return fields_of(path, settings, stored)
+
+
+def gguf_tokenizer(path):
+    """(tokenizers.Tokenizer, [ids that end a text], chat template or None) of a GGUF file.
+
+    The ids are those that the file names as the end of a text, of a turn and of a message, in this
+    order. Whether texts begin with `bos` (add_bos_token) is in the tokenizer as transformers has
+    it: encode(text) adds it, encode(text, add_special_tokens=False) does not, and is what this
+    library calls: training adds no token to a text, and chat templates write `bos` themselves.
+    Raises: FileNotFoundError, or ValueError that names the file and what is wrong: damage, a kind
+    of tokenizer that is not read, one that does not fit the embedding or names no end.
+    """
+    settings, stored = read_gguf(path)
+    bpe = read_vocabulary(path, settings)
+    tokens = len(settings["tokenizer.ggml.tokens"])
+    if EMBEDDING in stored and stored[EMBEDDING].shape[0] != tokens:
+        rows = stored[EMBEDDING].shape[0]
+        raise ValueError(
+            f"{path}: its tokenizer has {tokens} tokens, its embedding {rows} rows; they do not "
+            "belong together"
+        )
+    ends = end_ids(path, settings)
+    if not ends:
+        raise ValueError(f"{path}: no token ends a text; tokenizer.ggml.eos_token_id must name one")
+    template = settings.get("tokenizer.chat_template")
+    if not isinstance(template, (str, type(None))):
+        raise ValueError(f"{path}: tokenizer.chat_template is no text, got {template!r:.50}")
+    return bpe, ends, template
 
 
 def _expected_shapes(fields, stored):
@@ -153,8 +182,8 @@ def _tensor(path, name, array, fields):
 
 def _widened(path, name, array):
     """A tensor as float32, a bounded number of rows at a time."""
-    from gguf.quants import dequantize
     from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
 
     kind = GGMLQuantizationType[array.kind]
     if array.kind == "BF16":
