@@ -8,17 +8,14 @@ import warnings
 
 import numpy as np
 
-from ..quant import PackedTensor
+from ..packed import BLOCKS, HALVES, PackedTensor
 from .checks import check_same_tensors
 from .gguf_fields import EMBEDDING, HEAD, ROPE_FACTORS, end_ids, fields_of
 from .gguf_file import read_gguf
 from .gguf_vocabulary import read_vocabulary
 
-# Matrices that stay as they are stored: blocks of 32 numbers, and bits of 16.
-BLOCKS = ("Q8_0", "Q4_0", "Q4_1")
-HALVES = ("F16", "BF16")
-# Bytes of a block, and how many 16-bit numbers, its scale and its minimum, are in front of it.
-_SCALES = {"Q8_0": (34, 1), "Q4_0": (18, 1), "Q4_1": (20, 2)}
+# How many 16-bit numbers, the scale and the offset, are in front of a block.
+_SCALES = {"Q8_0": 1, "Q4_0": 1, "Q4_1": 2}
 # The bits of an exponent. If all are set, the number is inf or nan.
 _EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80}
 # Numbers that are looked at or widened at once.
@@ -197,7 +194,9 @@ def _widened(path, name, array):
     for begin in range(0, len(target), step):
         rows = slice(begin, begin + step)
         try:
-            target[rows] = dequantize(source[rows], kind)
+            # inf is refused afterwards, and the library would warn of it before.
+            with np.errstate(all="ignore"):
+                target[rows] = dequantize(source[rows], kind)
         except NotImplementedError:
             raise ValueError(
                 f"{path}: tensor {name} is of type {array.kind}, which the library gguf cannot "
@@ -218,8 +217,8 @@ def _is_finite(array):
         exponent = _EXPONENT[array.kind]
         halves = array.data.reshape(-1, 1)
     else:
-        block_bytes, scales = _SCALES[array.kind]
-        halves = array.data.reshape(-1, block_bytes)[:, : 2 * scales].view(np.uint16)
+        _, block_bytes = BLOCKS[array.kind]
+        halves = array.data.reshape(-1, block_bytes)[:, : 2 * _SCALES[array.kind]].view(np.uint16)
     return not any(
         (halves[begin : begin + _CHUNK] & exponent == exponent).any()
         for begin in range(0, len(halves), _CHUNK)

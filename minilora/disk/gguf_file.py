@@ -16,6 +16,7 @@ import numpy as np
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_DIMENSIONS = 4
+LONGEST_NAME = 255
 # Texts in one list. No vocabulary is as large; a damaged count is.
 MOST_TEXTS = 2**24
 ALIGNMENT = "general.alignment"
@@ -63,13 +64,13 @@ def read_gguf(path):
     header.check_room(setting_count, 13, "settings")
     settings = {}
     for _ in range(setting_count):
-        name = header.text("the name of a setting")
+        name = header.name("setting")
         if name in settings:
             header.refuse(f"{name} is set twice")
         settings[name] = header.setting(name)
     entries = {}
     for _ in range(tensor_count):
-        name = header.text("the name of a tensor")
+        name = header.name("tensor")
         if name in entries:
             header.refuse(f"tensor {name} is listed twice")
         entries[name] = header.tensor_entry(name)
@@ -151,6 +152,14 @@ class _Header:
             return str(self.bytes[begin : begin + length], "utf-8")
         except UnicodeDecodeError:
             self.refuse(f"{what} at byte {begin:,} is not UTF-8: damaged; fetch it again")
+
+    def name(self, of):
+        """The name of a setting or a tensor, fit to be shown in an error."""
+        begin = self.offset
+        name = self.text(f"the name of a {of}")
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            self.refuse(f"the name of a {of} at byte {begin:,} is {name!r:.50}: damaged")
+        return name
 
     def setting(self, name):
         kind = self.number("I")

@@ -140,8 +140,10 @@ def _byte_level(reader):
     if _SPLITS[split] is not None:
         steps.append(pre_tokenizers.Split(Regex(_SPLITS[split]), behavior="isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=_SPLITS[split] is None))
+    bpe.pre_tokenizer = steps[0]
     # A single step stands alone, as in GPT-2's own file.
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    if len(steps) > 1:
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if split in _COMPOSED:
         bpe.normalizer = normalizers.NFC()
     bpe.decoder = decoders.ByteLevel()
