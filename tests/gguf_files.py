@@ -62,14 +62,15 @@ def settings_of(architecture="llama", vocabulary=None):
     }
 
 
-def shapes_of(settings, *, tied=True, biases=False):
+def shapes_of(settings, *, tied=True, biases=False, rows=None):
     """{transformers' name: shape} of the model that settings of this file describe."""
     architecture = settings["general.architecture"]
     size = {key: settings[f"{architecture}.{key}"] for key in SIZES}
     channels, inner, heads = size["embedding_length"], size["feed_forward_length"], size["attention.head_count"]
     head = settings.get(f"{architecture}.attention.key_length") or channels // heads
     queries, keys = heads * head, size["attention.head_count_kv"] * head
-    shapes = {"model.embed_tokens.weight": (len(settings["tokenizer.ggml.tokens"]), channels)}
+    rows = len(settings["tokenizer.ggml.tokens"]) if rows is None else rows
+    shapes = {"model.embed_tokens.weight": (rows, channels)}
     for n in range(size["block_count"]):
         block = {"input_layernorm.weight": (channels,), "self_attn.q_proj.weight": (queries, channels),
                  "self_attn.k_proj.weight": (keys, channels), "self_attn.v_proj.weight": (keys, channels),
@@ -130,11 +131,14 @@ def permuted(array, heads):
     return halves.swapaxes(1, 2).reshape(array.shape)
 
 
-def write_gguf(path, settings=None, *, kind="F32", kinds=(), tied=True, biases=False, extra=(), seed=0, **writing):
+def write_gguf(path, settings=None, *, kind="F32", kinds=(), tied=True, biases=False, extra=(), rows=None, instead=(),
+               seed=0, **writing):
     """Write a model as llama.cpp's converter would; {transformers' name: float32 array} that the file stands for.
 
     `settings` are by default those of a small llama; a value of None is left out. Matrices are stored as `kind`, those
     whose name holds a key of `kinds` as that says. `extra` is {llama.cpp's name: array, or None to leave it out}.
+    `rows` are those of the embedding, by default one for each token. `instead` are settings that are written, while the
+    tensors are those of `settings`.
     """
     from gguf import GGUFWriter
     from gguf.constants import GGMLQuantizationType
@@ -142,13 +146,13 @@ def write_gguf(path, settings=None, *, kind="F32", kinds=(), tied=True, biases=F
     settings = settings_of() if settings is None else settings
     architecture = settings["general.architecture"]
     writer = GGUFWriter(path, architecture, **writing)
-    for name, value in settings.items():
+    for name, value in (settings | dict(instead)).items():
         if name != "general.architecture" and value is not None:
             add_setting(writer, name, value)
     rng = np.random.default_rng(seed)
     extra = dict(extra)
     values = {}
-    for name, shape in shapes_of(settings, tied=tied, biases=biases).items():
+    for name, shape in shapes_of(settings, tied=tied, biases=biases, rows=rows).items():
         array = rng.normal(0, 0.5, shape).astype(np.float32)
         its_kind = next((dict(kinds)[part] for part in dict(kinds) if part in name), kind if len(shape) == 2 else "F32")
         packed, values[name] = stored(array, its_kind, rng)
