@@ -185,7 +185,6 @@ class _Header:
         if kind not in _SCALARS:
             self.refuse(f"{name} is a list of the unknown type {kind}")
         dtype = np.dtype(f"<{_SCALARS[kind]}")
-        self.check_room(count, dtype.itemsize, f"numbers in {name}")
         begin = self.take(count * dtype.itemsize)
         return np.frombuffer(self.bytes, dtype, count, begin)
 
