@@ -51,6 +51,9 @@ def sentencepiece_settings(pieces):
 def settings_of(architecture="llama", vocabulary=None):
     """The settings of a model of SIZES, by their whole names."""
     sizes = {f"{architecture}.{key}": value for key, value in SIZES.items()}
+    if architecture == "qwen3":
+        # The converter always writes them.
+        sizes |= {f"qwen3.attention.{part}_length": 16 for part in ("key", "value")}
     return {
         "general.architecture": architecture,
         "general.type": "model",
