@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 from safetensors.numpy import load_file, save_file
-from strategies import TinyMLP, agree, contents, hunt, learned, rngs, tiny_mlp
+from strategies import TinyMLP, agree, contents, hunt, learned, new_adapter, rngs, tiny_mlp
 
 from minilora.compose import stack
 from minilora.disk import rounding
@@ -22,6 +22,7 @@ from minilora.gpt import GPT, GPTConfig
 from minilora.lora import LoRALinear, LoRAPair, attach, init_adapter, merge
 from minilora.lora_config import LoRAConfig
 from minilora.nn import Linear
+from minilora.quant import quantize, quantized
 from minilora.tensor import Tensor
 
 UNITS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # half the distance from 1 to the next
@@ -408,6 +409,28 @@ def test_a_dtype_that_is_none_is_refused_with_those_there_are(tmp_path, dtype):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize("packed_base", [False, True])
+def test_quantising_the_sum_again_is_measured_as_it_is_done(kind, packed_base):
+    base = tiny_mlp(64, 32, 96)
+    base = quantize(base, "q4_1") if packed_base else base
+    model = attach(base, learned(new_adapter(base), size=0.02))
+    merged = dict(merge(model).named_modules())
+    again = dict(quantize(merge(model), kind).named_modules())
+    for line, (name, layer) in zip(rounding_report(model, kind), base_layers(model), strict=True):
+        W, update = layer.linear.weight.data.astype(np.float64), layer.pair.astype(np.float64).delta()
+        lost = again[name].weight.data - (W + update)
+        assert line.module == name and line.weights == W.size
+        assert math.isclose(line.error, norm(lost) / norm(update), rel_tol=1e-9)
+        as_stored = quantized("w", Tensor(W.astype(np.float32)), kind.upper()).data
+        assert math.isclose(line.unmoved, np.mean(again[name].weight.data == as_stored), rel_tol=1e-9)
+        assert not np.array_equal(merged[name].weight.data, again[name].weight.data)
+
+
+def base_layers(model):
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+
+
 # The properties can fail: each notices the bug planted for it.
 
 
@@ -416,8 +439,8 @@ def measured(change):
 
     def plant(monkeypatch):
         real = rounding._measured
-        monkeypatch.setattr(rounding, "_measured", lambda name, W, update, stored: real(
-            name, W, update, stored)._replace(**change(W, update, stored.astype(np.float64))))  # fmt: skip
+        monkeypatch.setattr(rounding, "_measured", lambda name, W, update, stored, base: real(
+            name, W, update, stored, base)._replace(**change(W, update, stored.astype(np.float64))))  # fmt: skip
 
     return plant
 
