@@ -108,7 +108,7 @@ def test_its_base_is_recognised_and_another_one_refused(adapter):
     load_adapter(OLD / adapter, base_of(case), say=said.append)
     assert len(said) == 1 and "base: recognised" in said[0]
     for changed, _ in base_of(case).named_parameters():
-        other = base_of(case)
+        other = base_of(case).trainable_copy()
         dict(other.named_parameters())[changed].data.reshape(-1)[-1] += 1
         with pytest.raises(ValueError, match="does not fit this base"):
             loaded(OLD / adapter, other)

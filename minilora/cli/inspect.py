@@ -107,7 +107,7 @@ def _log_loaders(config, shapes, fingerprint, log):
     _log_entry("vLLM", verdict, log)
     note = loaders.note_on_base(shapes, fingerprint)
     if note:
-        _log_entry("", f"but {note}", log)
+        _log_entry("", note, log)
 
 
 def _verdict(objections):

@@ -16,6 +16,7 @@ from ..lora_config import LoRAConfig
 from .checks import errors_name, json_object, listed
 from .folder import load_folder
 from .peft_config import read_config
+from .tensor_file import widened
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -98,7 +99,8 @@ def _check_folder(folder):
 def _factors(folder, tensors):
     """{module: {"lora_A": array, "lora_B": array}} of all the tensors of a file."""
     factors = {}
-    for key, array in tensors.items():
+    for key, stored in tensors.items():
+        array = widened(stored)
         match = re.fullmatch(rf"{PREFIX}(?!{PREFIX})(.+)\.(lora_[AB])\.weight", key)
         if match is None:
             reason = next(reason for mark, reason in _STRANGE_KEYS if mark in key)

@@ -37,7 +37,7 @@ class Family:
     count(config): how many numbers such a model holds, roughly: no giant is built by mistake.
 
     describe(config): the shape of a model in words, for `inspect`.
-    note: what other programs make of its adapters, for `inspect`.
+    note: what other programs make of its adapters, for `inspect`; it goes on after what they say.
     knows_characters: without files of a tokenizer, a model of 96 tokens knows 96 characters.
     """
 
@@ -138,12 +138,16 @@ def check_fields(fields, supported):
 def head_is_tied(folder, fields, tensors, *, embedding, head, default):
     """Is the head the embedding? Takes a head out of `tensors` that is a copy of the embedding.
 
+    A tied file may hold the two as one tensor under either name: it is put under the embedding's.
     `default` stands for an absent field tie_word_embeddings.
     """
     tied = fields.get("tie_word_embeddings", default)
     if not tied or head not in tensors:
         return tied
-    if np.array_equal(tensors[head], tensors.get(embedding)):
+    if embedding not in tensors:
+        tensors[embedding] = tensors.pop(head)
+        return tied
+    if np.array_equal(tensors[head], tensors[embedding]):
         del tensors[head]
         return True
     # The warning points at the line that called load_model or load_gpt2, four calls above.

@@ -91,10 +91,10 @@ def load_folder(folder, tensor_file, config_file):
     """(config dict, {name: array}, metadata dict) of a folder.
 
     The tensors may be in one file, or in shards with an index.
-    Shapes: as stored. float16 and bfloat16 are widened to float32, which changes no value.
+    Shapes and dtypes: as stored; arrays are read-only maps of the file, as `read_tensors` says.
     Raises: FileNotFoundError, or ValueError that names the file and what is wrong with it: a
-    pickle, a damaged or truncated file, no JSON, two files of different saves, shards that do not
-    hold what their index says.
+    pickle, a damaged or truncated file, a pointer of Git LFS, no JSON, two files of different
+    saves, shards that do not hold what their index says.
     """
     folder = Path(folder)
     whole = folder / tensor_file

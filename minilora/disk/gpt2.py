@@ -106,6 +106,6 @@ GPT2 = Family(
     write_config=_write_config,
     count=count_gpt,
     describe=describe_gpt,
-    note="vLLM serves no LoRA on GPT-2 (GPT2LMHeadModel), whatever the format: merge the adapter, "
-    "and serve the merged folder",
+    note="but vLLM serves no LoRA on GPT-2 (GPT2LMHeadModel), whatever the format: merge the "
+    "adapter, and serve the merged folder",
 )

@@ -9,7 +9,7 @@ import re
 from ..lora_config import LoRAConfig
 from .adapter_file import PREFIX
 from .models import family_of_file
-from .peft_config import chosen_modules
+from .peft_config import STARTS_IN_THE_BASE, chosen_modules
 
 # What vLLM's server takes as --max-lora-rank; without it, it takes 16.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -178,7 +178,7 @@ def vllm_objections(fields, shapes):
     if fields.get("bias", "none") != "none":
         objections.append(f"bias is {fields['bias']!r}")
     start = str(fields.get("init_lora_weights"))
-    if start.startswith(("pissa", "olora", "corda", "loftq")):
+    if start.startswith(STARTS_IN_THE_BASE):
         objections.append(
             f"init_lora_weights is {start!r}: such adapters belong to a changed base"
         )

@@ -10,26 +10,31 @@ import numpy as np
 
 from ..backend import to_numpy
 from ..lora import adapted_names
+from ..nn import Embedding, Linear, StoredTensor
+from ..quant import PackedEmbedding, PackedLinear, PackedTensor
 from ..tensor import Tensor
 from .checks import check_same_tensors, errors_name
 from .folder import load_config, load_folder, save_folder
 from .gpt2 import GPT2
+from .llama import LLAMA
 from .own import OWN
-from .tensor_file import rounded
+from .tensor_file import all_finite, is_bfloat16, rounded, widened
 
 # Another kind of model is a record in a file of its own, as gpt2.py has it, and a row here.
 # The families are asked in this order. The last one leaves every name as it is, also the names in a
 # model that no family holds.
 FAMILIES = (
     GPT2,
+    LLAMA,
     OWN,
 )
 TENSORS = "model.safetensors"
 CONFIG = "config.json"
 # Files that a saved model takes along from the folder it came from.
 COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
 )  # fmt: skip
 
 
@@ -71,18 +76,25 @@ def _with_model_type(families, model_type):
     return None
 
 
-def load_model(folder, xp=np):
-    """The model in any folder that `save_model`, `save_gpt2` or transformers wrote.
+def load_model(base, xp=np):
+    """The model in any folder that `save_model`, `save_gpt2` or transformers wrote, or in a GGUF file.
 
-    Shapes: those `config.json` implies; each tensor of the file is used exactly once. float32, also
-    where the file holds float16 or bfloat16 (widened exactly); float64 if it holds that. The arrays
-    belong to the array module `xp`. Dropout (`resid_pdrop`, ...) is not part of the model.
+    It is frozen, and nobody can write its arrays, because they need not be in memory: a float32
+    tensor is a map of its file, so that loading costs no memory and two processes share one copy.
+    A GPT-2's linears are the exception: they lie the other way round in files, and are copied. Full
+    fine-tuning starts from `load_model(base).trainable_copy()`.
+
+    Shapes: those `config.json` implies; each tensor of the file is used exactly once. The model
+    computes in float32, or in float64 if the file holds that. Weights of float16 and bfloat16, and
+    a GGUF's packed ones, stay as they are stored, and are widened where they are used, exactly;
+    norms, biases and a GPT-2 are widened here. The arrays belong to the array module `xp`. Dropout
+    (`resid_pdrop`, ...) is not part of the model.
     Raises: FileNotFoundError, or ValueError that names the file and what is wrong: a field under
     which a model of its kind computes something else, absent, superfluous or misshapen tensors, inf
-    or nan, a pickle, damage.
+    or nan, a pickle, a pointer of Git LFS, damage.
     Source: the layouts of transformers' model classes.
     """
-    model = _load(folder, FAMILIES)
+    model = _load(base, FAMILIES)
     if xp is np:
         return model
     return model.to_device(xp)
@@ -91,8 +103,8 @@ def load_model(folder, xp=np):
 def load_gpt2(folder):
     """The GPT in a GPT-2 folder (`model.safetensors`, or shards and an index; `config.json`).
 
-    It is trainable, and on the host. A head that differs from the embedding is kept untied, with a
-    warning if `config.json` says tied.
+    It is frozen, as `load_model` says, and on the host. A head that differs from the embedding is
+    kept untied, with a warning if `config.json` says tied.
     Shapes: as `load_model`. Raises: as `load_model`, and for a folder of another family.
     Source: Radford et al. 2019 (GPT-2); the layout of transformers' `GPT2LMHeadModel`.
     """
@@ -155,22 +167,23 @@ def _save(model, family, folder, dtype, like):
             f"{carrying[0]} carries an adapter: save merge(model), or the adapter and its base "
             "apart"
         )
-    ours = {name: to_numpy(p.data) for name, p in model.named_parameters()}
+    ours = dict(model.named_parameters())
     # A model of zeros is made for its names, and gone before anything is written.
     names = [name for name, _ in family.model(model.config, None).named_parameters()]
     check_same_tensors(f"saving a {type(model).__name__}, its tensors", ours, names)
+    config_dtype = model.parameters()[0].dtype.name if dtype is None else dtype
+    config = family.write_config(model, fields, config_dtype)
     arrays = {}
     for name, (parts, turned) in _layout(family, model).items():
-        array = ours[parts[0]]
+        # A packed weight is widened here, one at a time.
+        array = to_numpy(ours[parts[0]].data)
         if len(parts) > 1:
-            array = np.concatenate([ours[part] for part in parts])
+            array = np.concatenate([to_numpy(ours[part].data) for part in parts])
         if turned:
             array = array.T
         if dtype is not None:
             array = rounded(name, array, dtype)
         arrays[name] = array
-    stored = model.parameters()[0].dtype.name if dtype is None else dtype
-    config = family.write_config(model, fields, stored)
     save_folder(folder, TENSORS, arrays, CONFIG, config, beside=_companions(folder, like))
 
 
@@ -181,10 +194,9 @@ def _companions(folder, like):
     return [Path(like) / name for name in COMPANIONS if (Path(like) / name).exists()]
 
 
-def _load(folder, families):
-    """The model in `folder`, which must be of one of `families`."""
-    fields, tensors, _ = load_folder(folder, TENSORS, CONFIG)
-    where = Path(folder) / CONFIG
+def _load(base, families):
+    """The model in `base`, a folder or a GGUF file, which must be of one of `families`."""
+    where, fields, tensors = _read_base(base)
     model_type = fields.get("model_type")
     family = _with_model_type(families, model_type)
     if family is None:
@@ -193,22 +205,38 @@ def _load(folder, families):
             f"{where}: model_type={model_type!r} is another kind of model; only "
             f"{' or '.join(known)} is implemented"
         )
-    _take_prefix_off(folder, family, tensors)
+    _take_prefix_off(base, family, tensors)
     with errors_name(where):
-        config = family.read_config(folder, fields, tensors)
+        config = family.read_config(base, fields, tensors)
         _check_size(family.count(config), tensors)
     blank = family.model(config, None)
-    return _filled(folder, family, blank, tensors)
+    return _filled(base, family, blank, tensors)
 
 
-def _take_prefix_off(folder, family, tensors):
+def _read_base(base):
+    """(the file of the fields, the fields of config.json, {name in files: array or PackedTensor})."""
+    if is_gguf(base):
+        from .gguf import load_gguf
+
+        fields, tensors = load_gguf(base)
+        return base, fields, tensors
+    fields, tensors, _ = load_folder(base, TENSORS, CONFIG)
+    return Path(base) / CONFIG, fields, tensors
+
+
+def is_gguf(base):
+    """Is `base` a GGUF file, by its name, and no folder?"""
+    return Path(base).suffix.lower() == ".gguf" and not Path(base).is_dir()
+
+
+def _take_prefix_off(base, family, tensors):
     """Rename `tensors` to what they are called without the prefix, and drop the unused ones."""
     for name in list(tensors):
         short = name.removeprefix(family.prefix)
         array = tensors.pop(name)
         if short in tensors:
             raise ValueError(
-                f"{folder}: {short} is there twice, with and without {family.prefix}; keep one"
+                f"{base}: {short} is there twice, with and without {family.prefix}; keep one"
             )
         if not re.fullmatch(family.unused, short):
             tensors[short] = array
@@ -224,23 +252,27 @@ def _check_size(implied, tensors):
         )
 
 
-def _check_tensors(folder, tensors, layout, shapes):
+def _check_tensors(base, tensors, layout, shapes):
     """Raise ValueError unless `tensors` are those of `layout`; `shapes` are our tensors'."""
     expected = {}
     for name, (parts, turned) in layout.items():
         rows = sum(shapes[part][0] for part in parts)
         shape = (rows, *shapes[parts[0]][1:])
         expected[name] = shape[::-1] if turned else shape
-    stored = {name: array.shape for name, array in tensors.items()}
-    check_same_tensors(f"{folder}, {TENSORS}", stored, expected)
-    for name, array in tensors.items():
-        if array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise ValueError(
-                f"{folder}: {name} ({array.dtype}) must hold floats, and no inf or nan"
-            )
+    stored = {name: tensor.shape for name, tensor in tensors.items()}
+    check_same_tensors(f"{base}, {TENSORS}", stored, expected)
+    for name, tensor in tensors.items():
+        if not _holds_numbers(tensor):
+            raise ValueError(f"{base}: {name} ({tensor.dtype}) must hold floats, and no inf or nan")
 
 
-def _filled(folder, family, blank, tensors):
+def _holds_numbers(tensor):
+    if isinstance(tensor, PackedTensor):
+        return all_finite(tensor.data)
+    return (tensor.dtype.kind == "f" or is_bfloat16(tensor)) and all_finite(tensor)
+
+
+def _filled(base, family, blank, tensors):
     """`blank` with `tensors`, by their names without prefix, in the place of its own.
 
     `tensors` is emptied on the way: there is never a second copy of the whole model.
@@ -249,14 +281,51 @@ def _filled(folder, family, blank, tensors):
     layout = {
         name.removeprefix(family.prefix): place for name, place in _layout(family, blank).items()
     }
-    _check_tensors(folder, tensors, layout, shapes)
-    dtype = np.result_type(np.float32, *(array.dtype for array in tensors.values()))
+    _check_tensors(base, tensors, layout, shapes)
+    dtype = np.result_type(np.float32, *(tensor.dtype for tensor in tensors.values()))
+    may_pack = set()
+    # What is turned is copied in any case.
+    if dtype == np.float32 and not family.transposed:
+        may_pack = _weights_of_layers(blank)
     loaded = {}
     for name, (parts, turned) in layout.items():
-        whole = tensors.pop(name).astype(dtype, copy=False)
+        whole = tensors.pop(name)
+        if isinstance(whole, PackedTensor):
+            if parts[0] in may_pack and len(parts) == 1:
+                loaded[parts[0]] = whole
+                continue
+            whole = whole.data
         if turned:
             whole = whole.T
         ends = np.cumsum([shapes[part][0] for part in parts])
         for part, rows in zip(parts, np.split(whole, ends[:-1]), strict=True):
-            loaded[part] = Tensor(np.ascontiguousarray(rows), requires_grad=True)
-    return blank.rebuild(lambda name, x: loaded[name] if isinstance(x, Tensor) else None)
+            loaded[part] = _stored(rows, dtype, part in may_pack)
+
+    def replace(name, x):
+        if isinstance(x, Tensor):
+            return loaded[name]
+        weight = loaded.get(f"{name}.weight")
+        if not isinstance(weight, PackedTensor):
+            return None
+        if isinstance(x, Linear):
+            return PackedLinear(weight, loaded.get(f"{name}.bias"))
+        return PackedEmbedding(weight)
+
+    return blank.rebuild(replace)
+
+
+def _weights_of_layers(model):
+    """The names of the tensors that a layer can compute with as they are stored."""
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (Linear, Embedding))
+    }
+
+
+def _stored(array, dtype, may_pack):
+    """A StoredTensor of `array` in `dtype`; with its 16 bits as they are if it may be packed."""
+    if may_pack and array.dtype.itemsize == 2:
+        kind = "BF16" if is_bfloat16(array) else "F16"
+        return PackedTensor(kind, array.shape, array.view(np.uint16))
+    return StoredTensor(np.ascontiguousarray(widened(array), dtype))

@@ -13,9 +13,10 @@ from .checks import errors_name, listed
 from .models import families_of
 
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
-# How the factors were drawn is history once they are saved. Not so with "pissa" and its like, which
-# change the base.
-_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+# How the factors were drawn is history once they are saved.
+_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+# Not so where the start was taken out of the base's weights: the factors belong to what was left.
+STARTS_IN_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _SUPPORTED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _STARTS}
 _READ = (
     *_REQUIRED, "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
@@ -24,6 +25,8 @@ _READ = (
 _HARMLESS = (
     "task_type", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "revision",
     "megatron_core", "auto_mapping", "peft_version", "qalora_group_size",
+    # How the start "eva" was computed.
+    "eva_config",
 )  # fmt: skip
 
 
@@ -40,6 +43,12 @@ def read_config(where, fields):
         )
     for key, value in fields.items():
         if key in _SUPPORTED:
+            if key == "init_lora_weights" and str(value).startswith(STARTS_IN_THE_BASE):
+                raise ValueError(
+                    f"{where}: {key}={value!r} is not supported: its factors belong to a base whose"
+                    " weights that start has changed; PEFT's save_pretrained(..., "
+                    "path_initial_model_for_weight_conversion=...) makes plain LoRA of it"
+                )
             if value not in _SUPPORTED[key]:
                 only = _SUPPORTED[key][0]
                 raise ValueError(f"{where}: {key}={value!r} is not supported, only {only!r}")

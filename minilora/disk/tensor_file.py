@@ -1,16 +1,34 @@
-"""Arrays as safetensors: one file or several, read, widened, rounded, written. Knows no model."""
+"""Arrays as safetensors: one file or several, mapped, widened, rounded, written. Knows no model.
+
+What is read stays in its file: an array is a read-only map of the file's bytes. So reading takes no
+time and no memory of its own, and two processes that read one file share one copy of it. A map
+keeps the bytes of the file that was opened, also after a newer file was renamed to its name, which
+is how this library saves. (A program that writes into the file itself changes them.)
+"""
 
 import contextlib
+import json
+import math
+import mmap
+import sys
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, deserialize, safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .checks import check_same_tensors, json_object
+from .lfs import check_no_pointer
 
 # What tensors can be saved in.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+# {a type of safetensors: NumPy's}. bfloat16 is not among them: NumPy has none.
+_NUMPY_TYPES = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
+    "U64": "<u8", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8",
+}  # fmt: skip
+# Numbers that are looked at in one go, where looking takes memory.
+_BLOCK = 2**20
 
 
 def write_tensors(path, arrays, metadata):
@@ -25,41 +43,120 @@ def write_tensors(path, arrays, metadata):
 
 
 def read_tensors(path):
-    """({name: array}, metadata) of one safetensors file."""
+    """({name: array}, metadata) of one safetensors file, each array as it is stored.
+
+    Arrays are read-only. They are maps of the file, or copies where it cannot be mapped: on
+    Windows, where a mapped file cannot be replaced, on file systems without maps, and for a tensor
+    that does not lie where its type may. bfloat16 is the type of that name of `ml_dtypes`;
+    `widened` makes it float32.
+    Raises: ValueError that names the file if it is damaged, truncated or no safetensors file, a
+    pointer of Git LFS, or holds a type that is not read. FileNotFoundError.
+    """
+    check_no_pointer(path)
     try:
+        # The library checks that all sizes fit. It would copy the tensors.
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}
-            tensors = {name: file.get_tensor(name) for name in dtypes if dtypes[name] != "BF16"}
-        if "BF16" in dtypes.values():
-            tensors |= _read_bfloat16(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
-    except (TypeError, AttributeError) as error:
-        # A type that NumPy does not have.
-        raise ValueError(f"{path}: {error}; save it again as float32") from None
-    for name, array in tensors.items():
-        if array.dtype == np.float16:
-            tensors[name] = array.astype(np.float32)
+    header, data_start = _header(path)
+    file_map = _map_of(path)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] != "BF16" and entry["dtype"] not in _NUMPY_TYPES:
+            raise ValueError(
+                f"{path}: {name} is stored as {entry['dtype']}, which is not read; save it again "
+                "as float32"
+            )
+        start = data_start + entry["data_offsets"][0]
+        tensors[name] = _array(path, file_map, entry["dtype"], entry["shape"], start)
     return tensors, metadata
 
 
-def _read_bfloat16(path):
-    """{name: float32 array} of the bfloat16 tensors of a file."""
-    tensors = {}
-    for name, view in deserialize(path.read_bytes()):
-        if view["dtype"] == "BF16":
-            # NumPy has no bfloat16. It is the upper half of a float32.
-            halves = np.frombuffer(view["data"], "<u2").reshape(view["shape"])
-            tensors[name] = (halves.astype(np.uint32) << 16).view(np.float32)
-    return tensors
+def _header(path):
+    """({name: dtype, shape and data_offsets}, where the data start) of a sound file."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _map_of(path):
+    """The bytes of a file as a map that nobody can write, None where there can be none."""
+    if sys.platform == "win32":
+        return None
+    with open(path, "rb") as file, contextlib.suppress(OSError):
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return None
+
+
+def _array(path, file_map, code, shape, start):
+    """The read-only array of safetensors' type `code` that begins at byte `start` of a file."""
+    dtype = np.dtype("<u2" if code == "BF16" else _NUMPY_TYPES[code])
+    size = math.prod(shape)
+    if file_map is None or start % dtype.itemsize:
+        array = np.fromfile(path, dtype, size, offset=start)
+    else:
+        array = np.frombuffer(file_map, dtype, size, start)
+    # The file is little-endian. This copies on the few machines that are not.
+    array = array.astype(dtype.newbyteorder("="), copy=False)
+    if code == "BF16":
+        from ml_dtypes import bfloat16
+
+        array = array.view(bfloat16)
+    array.flags.writeable = False
+    return array.reshape(shape)
+
+
+def is_bfloat16(array):
+    """Is this an array of bfloat16, of which NumPy itself knows only the size?"""
+    return array.dtype.name == "bfloat16"
+
+
+def widened(array):
+    """A float16 or bfloat16 array as float32, which changes no value; any other as it is."""
+    if array.dtype == np.float16:
+        return array.astype(np.float32)
+    if is_bfloat16(array):
+        # It is the upper half of a float32.
+        bits = array.view(np.uint16).astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
+    return array
+
+
+def all_finite(array):
+    """Does an array of floats, of 16, 32 or 64 bits, hold neither inf nor nan?
+
+    It takes no memory of the array's size, and for float32 less time than to read it from a disk.
+    """
+    flat = array.reshape(-1)
+    if array.dtype.itemsize == 2:
+        # All bits of the exponent are set in inf and nan alone.
+        exponent = np.uint16(0x7F80 if is_bfloat16(array) else 0x7C00)
+        bits = flat.view(np.uint16)
+        for start in range(0, flat.size, _BLOCK):
+            if ((bits[start : start + _BLOCK] & exponent) == exponent).any():
+                return False
+        return True
+    for start in range(0, flat.size, _BLOCK):
+        block = flat[start : start + _BLOCK]
+        # A sum of squares is finite only if each of them is; large numbers may overflow in it.
+        with np.errstate(over="ignore", invalid="ignore"):
+            square = np.dot(block, block)
+        if not np.isfinite(square) and not np.isfinite(block).all():
+            return False
+    return True
 
 
 def read_shards(index):
     """{name: array} of the files that an index names.
 
-    Each file must hold exactly the tensors that the index places there.
+    Each file must hold exactly the tensors that the index places there. Arrays as `read_tensors`
+    gives them.
     """
+    check_no_pointer(index)
     file_of = json_object(index, index.read_bytes()).get("weight_map")
     is_map = isinstance(file_of, dict) and len(file_of) > 0
     if not is_map or not all(isinstance(file, str) for file in file_of.values()):
@@ -99,9 +196,8 @@ def rounded(name, array, dtype):
     if dtype == "bfloat16":
         from ml_dtypes import bfloat16 as dtype
     with np.errstate(over="ignore"):
-        new = array.astype(dtype)
-    overflows = not np.isfinite(new.astype(array.dtype)).all()
-    if overflows and np.isfinite(array).all():
+        new = array.astype(dtype, copy=False)
+    if not all_finite(new) and all_finite(array):
         largest = np.abs(array).max()
         raise ValueError(
             f"{name}: {largest:.3g} is too large for {new.dtype.name}; save it as float32"

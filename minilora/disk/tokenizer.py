@@ -11,6 +11,7 @@ import numpy as np
 
 from . import characters
 from .folder import load_config
+from .lfs import check_no_pointer
 from .models import CONFIG, TENSORS, family_of_fields
 
 # What GPT-2 ends a text with.
@@ -134,6 +135,8 @@ def _read_bpe(folder, names):
     from tokenizers import decoders, models, pre_tokenizers
 
     paths = [str(folder / name) for name in names]
+    for path in paths:
+        check_no_pointer(path)
     try:
         if names == [ONE_FILE]:
             bpe = tokenizers.Tokenizer.from_file(paths[0])

@@ -158,7 +158,7 @@ def test_what_files_of_it_vary_in_is_read_too(tmp_path):
     (lambda f, t: f.update(activation="relu"), "config.json: activation='relu' changes what the model computes"),
     (lambda f, t: f.update(num_layers=3), "absent: layers.2.blend.weight, layers.2.pair.weight"),
     (lambda f, t: f.update(d_model=10**6), "config.json: it describes a model of"),
-    (lambda f, t: f.update(model_type="other"), "'other' is another kind .* only 'gated' or 'gpt2' or None or 'minil"),
+    (lambda f, t: f.update(model_type="other"), "'other' is another kind .* only 'gated' or 'gpt2' or None or 'llama'"),
     (lambda f, t: t.update({PAIR: t[PAIR].T}), r"is \(8, 4\), not \(4, 8\)"),
     (lambda f, t: t.update({"embed.weight": t["net.embed.weight"]}), "twice, with and without net.; keep one"),
 ], ids=["a field", "deeper", "a giant", "of no family", "the other way round", "twice"])  # fmt: skip
@@ -249,5 +249,5 @@ def test_without_its_row_in_the_table_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "FAMILIES", models.FAMILIES[1:])
     with pytest.raises(ValueError, match="model_type='gated' is another kind"):
         load_model(tmp_path)
-    with pytest.raises(TypeError, match="save_model: expected GPT, got Gated"):
+    with pytest.raises(TypeError, match="save_model: expected GPT, Llama, got Gated"):
         save_model(gated(), tmp_path / "again")

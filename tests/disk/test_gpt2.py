@@ -117,7 +117,7 @@ def test_every_variety_of_a_folder_is_the_same_model(change, load, tmp_path):
         model = load(folder_of(tmp_path, change))
     assert bits(model) == bits(small_gpt()) and model.config == small_gpt().config
     assert model.fingerprint() == small_gpt().fingerprint()
-    assert all(p.requires_grad and p.data.flags.writeable and p.data.flags.c_contiguous for p in model.parameters())
+    assert all(p.data.flags.c_contiguous for p in model.parameters())
 
 
 def test_a_head_of_its_own_is_kept_if_the_configuration_says_so(tmp_path):
@@ -194,7 +194,7 @@ def test_incomplete_or_foreign_shards_are_refused(change, error, shown, tmp_path
 # Reading: what computes something else, or nothing at all.
 
 WRONG = {  # what is wrong: (the change, what the message must show)
-    "another model": (put(model_type="llama"), "model_type='llama' is another kind of model; only 'gpt2' or None"),
+    "another model": (put(model_type="opt"), "model_type='opt' is another kind of model; only 'gpt2' or None"),
     "relu": (put(activation_function="relu"), "activation_function='relu' changes.*'gelu_new'"),
     "the exact gelu": (put(activation_function="gelu"), "activation_function='gelu' changes"),
     "scores not scaled": (put(scale_attn_weights=False), "scale_attn_weights=False changes.*only True"),
@@ -323,7 +323,7 @@ def test_one_tensor_spoilt_is_refused(data):
 def test_what_is_square_is_turned_on_the_way_in_and_out_and_merged_the_right_way_round(stored, x):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        model = load_gpt2(folder_of(folder, tensor(f"{C_PROJ}.weight", stored)))
+        model = load_gpt2(folder_of(folder, tensor(f"{C_PROJ}.weight", stored))).trainable_copy()
         layer = model.h[0].attn.o_proj
         bias = layer.bias.data.round()
         layer.bias.data[:] = bias

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from strategies import learned
 
 from minilora.disk.gpt2 import GPT2
+from minilora.disk.llama import LLAMA
 from minilora.disk.loaders import VLLM_RANKS, note_on_base, peft_objections, vllm_objections, vllm_rank
 from minilora.disk.own import OWN
 from minilora.disk.peft import CONFIG, TENSORS, save_adapter
@@ -346,7 +347,7 @@ def test_vllm_needs_no_other(key):
     ("bias", "all"), ("bias", "lora_only"), ("lora_bias", True), ("modules_to_save", ["lm_head"]), ("use_dora", True),
     ("layer_replication", [[0, 1]]), ("alora_invocation_tokens", [1]), ("use_bdlora", {"x": 1}), ("use_qalora", True),
     ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"),
-    ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"),
+    ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"), ("init_lora_weights", "lora_ga"),
 ])  # fmt: skip
 def test_vllm_takes_no_other_kind_of_lora_and_is_told_the_field(key, value):
     (line,) = vllm_objections(OURS | {key: value}, shapes(drawn()))
@@ -381,4 +382,6 @@ def test_the_note_is_that_of_the_family_of_the_base():
     assert note_on_base(shapes(renamed("transformer.", "", drawn()))) == GPT2.note
     rotary = {f"{PREFIX}h.0.attn.q_proj.lora_A.weight": (2, 8)}
     assert note_on_base(rotary, ["wte.weight"]) == OWN.note
-    assert note_on_base({f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight": (2, 8)}) == ""
+    llama = note_on_base({f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight": (2, 8)})
+    assert llama == LLAMA.note and "vLLM serves" in llama
+    assert note_on_base({f"{PREFIX}decoder.layers.0.self_attn.q_proj.lora_A.weight": (2, 8)}) == ""

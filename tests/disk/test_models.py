@@ -13,6 +13,7 @@ from minilora import attach, load_model, merge, save_gpt2, save_model
 from minilora.backend import get_array_module
 from minilora.disk.folder import UNFINISHED
 from minilora.disk.gpt2 import GPT2
+from minilora.disk.llama import LLAMA
 from minilora.disk.models import families_of, family_of_adapter, family_of_fields, family_of_file
 from minilora.disk.own import OWN
 from minilora.graph import no_grad
@@ -120,14 +121,16 @@ def test_whose_adapter_it_is_is_told_by_its_names_and_its_base():
 @pytest.mark.parametrize("modules, tensors, family", [
     (["transformer.h.0.attn.c_attn"], None, GPT2), (["h.0.mlp.c_fc"], ["wpe.weight", "wte.weight"], GPT2),
     (["transformer.h.0.attn.c_attn", "lm_head"], None, GPT2), (["h.0.attn.q_proj"], ["wte.weight"], OWN),
-    (["h.0.attn.q_proj"], None, OWN), (["model.layers.0.self_attn.q_proj"], None, None), ([], None, None),
+    (["h.0.attn.q_proj"], None, OWN), (["model.layers.0.self_attn.q_proj"], None, LLAMA), ([], None, None),
+    (["layers.7.mlp.gate_proj"], ["norm.weight"], LLAMA), (["model.layers.0.other"], None, None),
     (["transformer.h.0.attn.c_attn"], ["wte.weight"], None),
 ])  # fmt: skip
 def test_whose_file_it_is_is_told_by_its_modules_and_its_base(modules, tensors, family):
     assert family_of_file(modules, tensors) is family
 
 
-@pytest.mark.parametrize("model_type, family", [("gpt2", GPT2), (None, GPT2), ("minilora-gpt", OWN), ("llama", None)])
+@pytest.mark.parametrize("model_type, family", [("gpt2", GPT2), (None, GPT2), ("minilora-gpt", OWN),
+                                                ("llama", LLAMA), ("qwen2", LLAMA), ("opt", None)])  # fmt: skip
 def test_whose_folder_it_is_is_told_by_its_model_type(model_type, family):
     assert family_of_fields({"model_type": model_type}) is family
     assert family_of_fields({}) is GPT2, "old files have no model_type"

@@ -26,7 +26,7 @@ def test_a_rotary_model_comes_back_under_its_own_names(tied, tmp_path):
     (lambda c: c.pop("n_layer"), "n_layer"),
     (lambda c: c.pop("model_type"), "no n_positions: this does not describe a GPT-2"),
     (lambda c: c.update(model_type="gpt2"), "no n_positions"),
-    (lambda c: c.update(model_type="llama"), "model_type='llama'"),
+    (lambda c: c.update(model_type="opt"), "model_type='opt'"),
     (lambda c: c.update(scale_attn="yes"), "unexpected.*scale_attn"),
     (lambda c: c.update(n_head=3), "multiple of n_head 3, got 8"),
     (lambda c: c.update(n_layer=3), "absent: h.2"),

@@ -68,19 +68,31 @@ def test_a_field_that_changes_nothing_is_read_over(field):
     assert read_config("f", {**FIELDS, field: HARMLESS[field]}) == LoRAConfig(2, 4, ["c_attn"])
 
 
-@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga"])
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", "mica"])
 def test_how_the_factors_were_drawn_does_not_matter_once_they_are_saved(start):
     read_config("f", {**FIELDS, "init_lora_weights": start})
 
 
+def test_an_adapter_that_started_with_eva_is_read_as_peft_wrote_it():
+    eva = {"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "tau": 0.99, "use_label_mask": True}}
+    assert read_config("f", {**FIELDS, **eva}) == LoRAConfig(2, 4, ["c_attn"])
+
+
+@pytest.mark.parametrize("config", [{"lora_ga_config": {"direction": "ArB2r"}}, {"lora_ga_config": None}, {}])
+def test_factors_whose_start_was_taken_out_of_the_base_are_refused_with_the_way_out(config):
+    """Also without the field that PEFT writes beside it: to take an unknown field out is the usual advice."""
+    with pytest.raises(ValueError, match="'lora_ga' is not supported: its factors belong to a base .*plain LoRA of it"):
+        read_config("f", {**FIELDS, "init_lora_weights": "lora_ga", **config})
+
+
 FOREIGN = {
     "peft_type": ["LOHA", "lora", 7], "bias": ["all", "lora_only", None],
-    "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", None], "use_dora": [True],
+    "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", None], "use_dora": [True],
     "lora_bias": [True], "modules_to_save": [["ln_f"], ["lm_head"]], "target_parameters": [["x"]],
     "layer_replication": [[[0, 2]]], "trainable_token_indices": [[1], {"wte": [1]}], "use_qalora": [True],
     "use_bdlora": [{"a": 1}], "alora_invocation_tokens": [[1]], "ensure_weight_tying": [True],
-    "loftq_config": [{"bits": 4}], "eva_config": [{"rho": 2}], "corda_config": [{"a": 1}], "arrow_config": [{"a": 1}],
-    "megatron_config": [{"a": 1}], "quantum_rank": [7, 0, "", 0.0, "none"],
+    "loftq_config": [{"bits": 4}], "lora_ga_config": [{"direction": "ArB2r"}], "corda_config": [{"a": 1}],
+    "arrow_config": [{"a": 1}], "megatron_config": [{"a": 1}], "quantum_rank": [7, 0, "", 0.0, "none"],
 }  # fmt: skip
 
 

@@ -1,38 +1,193 @@
-"""Arrays as safetensors: every number of 16 bits is widened without loss, and rounding is to nearest or refused."""
+"""Arrays as safetensors: they stay in their file, 16 bits are widened without loss, what overflows is refused."""
 
 import json
+import os
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 from strategies import seeds, write_tensors
 
-from minilora.disk.tensor_file import read_tensors, rounded
+from minilora.disk import tensor_file
+from minilora.disk.tensor_file import all_finite, read_shards, read_tensors, rounded, widened
 
 # Every number that 16 bits can be: signed zeros, subnormals and nan among them.
 EVERY_HALF = np.arange(2**16, dtype=np.uint16)
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="a mapped file cannot be replaced on Windows")
+
+
+def drawn(seed=0, dtype="f4", shape=(3, 5)):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def is_map(array):
+    """Does the memory of an array belong to a map of a file?"""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    owner = array.obj if isinstance(array, memoryview) else array
+    return type(owner).__name__ == "mmap"
+
+
+# What is read stays in its file.
+
+
+@posix_only
+def test_what_is_read_is_a_map_that_nobody_can_write(tmp_path):
+    arrays = {"a": drawn(0), "b": drawn(1, "f8"), "c": drawn(2, "f2"), "d": np.arange(4)}
+    arrays["e"] = drawn(3).astype(bfloat16)
+    save_file(arrays, tmp_path / "x.safetensors")
+    read, _ = read_tensors(tmp_path / "x.safetensors")
+    assert list(map(is_map, read.values())) == [True] * 5
+    for name, array in arrays.items():
+        assert read[name].dtype == array.dtype and read[name].tobytes() == array.tobytes()
+        with pytest.raises(ValueError, match="read-only"):
+            read[name][...] = 0
+        with pytest.raises(ValueError, match="WRITEABLE"):
+            read[name].flags.writeable = True
+
+
+def test_reading_takes_no_memory_of_the_size_of_the_file(tmp_path):
+    save_file({"x": np.ones((1000, 1000), "f4"), "y": np.ones((1000, 1000), "f2")}, tmp_path / "x.safetensors")
+    read_tensors(tmp_path / "x.safetensors")  # once before, so that what is imported is not counted
+    tracemalloc.start()
+    try:
+        read = read_tensors(tmp_path / "x.safetensors")[0]
+        assert all(map(all_finite, read.values()))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5e6 if sys.platform != "win32" else True
+
+
+@posix_only
+def test_a_map_keeps_its_bytes_when_the_file_is_replaced_and_when_it_is_removed(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"x": drawn(0)}, path)
+    read = read_tensors(path)[0]["x"]
+    save_file({"x": drawn(1)}, tmp_path / "new")
+    os.replace(tmp_path / "new", path)
+    assert np.array_equal(read, drawn(0)) and np.array_equal(read_tensors(path)[0]["x"], drawn(1))
+    path.unlink()
+    assert np.array_equal(read, drawn(0))
+
+
+@pytest.mark.parametrize("padding", range(8))
+def test_a_tensor_that_does_not_lie_where_its_type_may_is_copied(padding, tmp_path):
+    """The header may end anywhere, and a tensor of bytes may stand before one of wider numbers."""
+    arrays = {"first": drawn(0, "f2", (3,)), "x": drawn(1), "wide": drawn(2, "f8"), "half": drawn(3)}
+    write_tensors(tmp_path / "x.safetensors", arrays, bfloat16={"half"})
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length] + b" " * padding
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+    read, _ = read_tensors(tmp_path / "x.safetensors")
+    for name in ("first", "x", "wide"):
+        assert read[name].flags.aligned and not read[name].flags.writeable
+        assert read[name].tobytes() == arrays[name].tobytes()
+    assert widened(read["half"]).tobytes() == (arrays["half"].view("u4") & 0xFFFF0000).tobytes()
+
+
+@pytest.mark.parametrize("platform", ["win32", "a file system without maps"])
+def test_what_cannot_be_mapped_is_read(platform, tmp_path, monkeypatch):
+    save_file({"a": drawn(0), "b": drawn(1, "f2")}, tmp_path / "x.safetensors", {"format": "pt"})
+
+    def no_maps(*args, **more):
+        assert platform != "win32"
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(tensor_file.mmap, "mmap", no_maps)
+    if platform == "win32":
+        monkeypatch.setattr(tensor_file.sys, "platform", platform)
+    read, metadata = read_tensors(tmp_path / "x.safetensors")
+    assert metadata == {"format": "pt"} and not any(map(is_map, read.values()))
+    assert np.array_equal(read["a"], drawn(0)) and np.array_equal(read["b"], drawn(1, "f2"))
+    assert not read["a"].flags.writeable
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (), (1,), (2, 0, 2)])
+def test_arrays_without_numbers_or_without_axes_are_read(shape, tmp_path):
+    arrays = {"a": np.ones(shape, "f4"), "z": np.full(shape, 2, "f2")}
+    save_file(arrays, tmp_path / "x.safetensors")
+    read, _ = read_tensors(tmp_path / "x.safetensors")
+    assert {name: (a.shape, a.tolist()) for name, a in read.items()} == {
+        name: (a.shape, a.tolist()) for name, a in arrays.items()}  # fmt: skip
+    assert all(map(all_finite, read.values()))
+
+
+@posix_only
+def test_shards_are_maps_too(tmp_path):
+    save_file({"a": drawn(0)}, tmp_path / "one.safetensors")
+    save_file({"b": drawn(1)}, tmp_path / "two.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    read = read_shards(tmp_path / "index.json")
+    assert is_map(read["a"]) and is_map(read["b"]) and np.array_equal(read["b"], drawn(1))
+
+
+# 16 bits.
 
 
 def test_every_float16_is_widened_without_loss(tmp_path):
     halves = EVERY_HALF.view(np.float16)
     save_file({"x": halves}, tmp_path / "x.safetensors")
-    widened = read_tensors(tmp_path / "x.safetensors")[0]["x"]
+    stored = read_tensors(tmp_path / "x.safetensors")[0]["x"]
+    wide = widened(stored)
     numbers = ~np.isnan(halves)
-    assert widened.dtype == np.float32
-    assert np.array_equal(widened[numbers].astype(np.float16).view(np.uint16), EVERY_HALF[numbers])
-    assert np.isnan(widened[~numbers]).all()
+    assert stored.dtype == np.float16 and wide.dtype == np.float32
+    assert np.array_equal(wide[numbers].astype(np.float16).view(np.uint16), EVERY_HALF[numbers])
+    assert np.isnan(wide[~numbers]).all()
 
 
 def test_every_bfloat16_is_widened_without_loss(tmp_path):
     wide = (EVERY_HALF.astype(np.uint32) << 16).view(np.float32).reshape(256, 256)
     arrays = {"x": wide, "beside": np.ones(3, "f4"), "y": wide[:2].copy()}
     write_tensors(tmp_path / "x.safetensors", arrays, None, bfloat16={"x", "y"})
-    widened, _ = read_tensors(tmp_path / "x.safetensors")
-    assert widened.keys() == arrays.keys()
+    stored, _ = read_tensors(tmp_path / "x.safetensors")
+    assert stored.keys() == arrays.keys() and stored["x"].dtype == bfloat16
     for name, array in arrays.items():
-        assert widened[name].dtype == np.float32 and widened[name].tobytes() == array.tobytes()
+        again = widened(stored[name])
+        assert again.dtype == np.float32 and again.tobytes() == array.tobytes()
+
+
+def test_what_has_no_16_bits_is_not_widened():
+    for dtype in ("f4", "f8", "i8", "i2", "u2"):
+        array = np.ones(3, dtype)
+        assert widened(array) is array
+
+
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16], ids=["float16", "bfloat16"])
+def test_each_number_of_16_bits_is_finite_if_it_is(dtype):
+    numbers = EVERY_HALF.view(dtype)
+    expected = np.isfinite(numbers.astype(np.float32))
+    assert [all_finite(numbers[i : i + 1]) for i in range(2**16)] == expected.tolist()
+    assert all_finite(numbers[expected]) and not all_finite(numbers)
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", bfloat16])
+@pytest.mark.parametrize("size", [1, 7, 2**20, 2**20 + 1, 2**21 + 5])
+def test_one_number_that_is_not_finite_is_found_anywhere(dtype, size):
+    array = np.full(size, 3, dtype)
+    assert all_finite(array)
+    for place in {0, size // 2, size - 1, min(size - 1, 2**20)}:
+        for wrong in (np.nan, np.inf, -np.inf):
+            spoilt = array.copy()
+            spoilt[place] = wrong
+            assert not all_finite(spoilt)
+
+
+@pytest.mark.parametrize("dtype, largest", [("f4", 3.4e38), ("f8", 1.7e308)])
+def test_numbers_whose_squares_overflow_are_finite(dtype, largest):
+    array = np.array([[largest, -largest], [1, 0]], dtype)
+    assert all_finite(array)
+    assert not all_finite(np.array([largest, np.inf], dtype)) and not all_finite(np.array([largest, np.nan], dtype))
+
+
+# What is refused.
 
 
 @pytest.mark.parametrize("code, size", [("F8_E4M3", 1), ("F8_E5M2", 1), ("F4", 1), ("U128", 16)])
