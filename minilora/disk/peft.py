@@ -266,9 +266,8 @@ def receipt(folder, file, used, stored, differing):
     """
     kinds = Counter()
     for module, names in used.items():
-        # "attn.c_attn" for each block: "transformer.h.0." is cut off.
-        kind = re.sub(r"^.*\.\d+\.", "", module)
-        if names != [module]:
+        kind = _without_block(module)
+        if [_without_block(name) for name in names] != [kind]:
             kind += " -> " + ", ".join(name.rpartition(".")[2] for name in names)
         r = file.config.r_of(module)
         kinds[f"{kind}: r={r}, scaling {file.config.scaling_of(module):g}"] += 1
@@ -292,6 +291,11 @@ def _storage(stored):
     """In words, how weights are stored: {tensor: kind} -> "210 Q4_1 and 1 Q8_0"."""
     kinds = Counter(stored.values())
     return " and ".join(f"{n} {kind}" for kind, n in kinds.items()) or "plain numbers"
+
+
+def _without_block(module):
+    """What a module is called in each block: "attn.c_attn" of "transformer.h.0.attn.c_attn"."""
+    return re.sub(r"^.*\.\d+\.", "", module)
 
 
 def digest_of(fingerprint):
