@@ -81,6 +81,17 @@ class Packed:
             return self.widened()[ids]
         return self._widened_rows(self.arrays[0][ids], (*ids.shape, *self.shape[1:]))
 
+    def is_finite(self):
+        """Is no value inf or nan? Where weights share scales, only those are looked at."""
+        xp = self.xp
+        if self.kind == "NF4":
+            return all(bool(xp.isfinite(scales).all()) for scales in self.arrays[2:])
+        if self.kind in HALVES:
+            return _halves_are_finite(self.arrays[0].reshape(-1), self.kind)
+        n_scales = 2 if self.kind == "Q4_1" else 1
+        blocks = self.arrays[0].reshape(-1, BLOCKS[self.kind][1])
+        return bool(xp.isfinite(_float16s(blocks[:, : 2 * n_scales])).all())
+
     def _widened_rows(self, stored, shape):
         y = self.xp.empty(shape, np.float32)
         if y.size == 0:
@@ -173,12 +184,22 @@ def _unpack(stored, y):
 
 
 def _float16s(stored):
-    """Two bytes in each row, as a float32 column."""
+    """Two bytes of each row, (n, 2), as a float32 column; four as two columns."""
     return _contiguous(stored).view(np.float16).astype(np.float32)
 
 
 def _contiguous(array):
     return get_array_module(array).ascontiguousarray(array)
+
+
+def _halves_are_finite(bits, kind):
+    # All bits of the exponent are set in inf and nan alone.
+    exponent = 0x7F80 if kind == "BF16" else 0x7C00
+    for start in range(0, len(bits), STRIDE):
+        part = bits[start : start + STRIDE] & exponent
+        if (part == exponent).any():
+            return False
+    return True
 
 
 def _from_float16(bits, y):

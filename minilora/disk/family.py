@@ -142,6 +142,8 @@ def head_is_tied(folder, fields, tensors, *, embedding, head, default):
     `default` stands for an absent field tie_word_embeddings.
     """
     tied = fields.get("tie_word_embeddings", default)
+    if not isinstance(tied, bool):
+        raise ValueError(f"tie_word_embeddings must be true or false, got {tied!r}")
     if not tied or head not in tensors:
         return tied
     if embedding not in tensors:

@@ -10,15 +10,15 @@ import numpy as np
 
 from ..backend import to_numpy
 from ..lora import adapted_names
-from ..nn import Embedding, Linear, StoredTensor
-from ..quant import PackedEmbedding, PackedLinear, PackedTensor
+from ..nn import Embedding, Linear
+from ..packed import PackedTensor, StoredTensor
 from ..tensor import Tensor
 from .checks import check_same_tensors, errors_name
 from .folder import load_config, load_folder, save_folder
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .own import OWN
-from .tensor_file import all_finite, is_bfloat16, rounded, widened
+from .tensor_file import all_finite, half_kind, rounded, widened
 
 # Another kind of model is a record in a file of its own, as gpt2.py has it, and a row here.
 # The families are asked in this order. The last one leaves every name as it is, also the names in a
@@ -77,7 +77,7 @@ def _with_model_type(families, model_type):
 
 
 def load_model(base, xp=np):
-    """The model in any folder that `save_model`, `save_gpt2` or transformers wrote, or in a GGUF file.
+    """The model in a folder that `save_model` or transformers wrote, or in a GGUF file.
 
     It is frozen, and nobody can write its arrays, because they need not be in memory: a float32
     tensor is a map of its file, so that loading costs no memory and two processes share one copy.
@@ -214,7 +214,8 @@ def _load(base, families):
 
 
 def _read_base(base):
-    """(the file of the fields, the fields of config.json, {name in files: array or PackedTensor})."""
+    """(the file of the fields, the fields, {name: array or PackedTensor}), as families take them.
+    """
     if is_gguf(base):
         from .gguf import load_gguf
 
@@ -268,8 +269,9 @@ def _check_tensors(base, tensors, layout, shapes):
 
 def _holds_numbers(tensor):
     if isinstance(tensor, PackedTensor):
-        return all_finite(tensor.data)
-    return (tensor.dtype.kind == "f" or is_bfloat16(tensor)) and all_finite(tensor)
+        return tensor.packed.is_finite()
+    is_float = tensor.dtype.kind == "f" or half_kind(tensor) is not None
+    return is_float and all_finite(tensor)
 
 
 def _filled(base, family, blank, tensors):
@@ -300,22 +302,11 @@ def _filled(base, family, blank, tensors):
         ends = np.cumsum([shapes[part][0] for part in parts])
         for part, rows in zip(parts, np.split(whole, ends[:-1]), strict=True):
             loaded[part] = _stored(rows, dtype, part in may_pack)
-
-    def replace(name, x):
-        if isinstance(x, Tensor):
-            return loaded[name]
-        weight = loaded.get(f"{name}.weight")
-        if not isinstance(weight, PackedTensor):
-            return None
-        if isinstance(x, Linear):
-            return PackedLinear(weight, loaded.get(f"{name}.bias"))
-        return PackedEmbedding(weight)
-
-    return blank.rebuild(replace)
+    return blank.rebuild(lambda name, x: loaded[name] if isinstance(x, Tensor) else None)
 
 
 def _weights_of_layers(model):
-    """The names of the tensors that a layer can compute with as they are stored."""
+    """The names of the tensors that their layers can compute with as they are stored."""
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -325,7 +316,7 @@ def _weights_of_layers(model):
 
 def _stored(array, dtype, may_pack):
     """A StoredTensor of `array` in `dtype`; with its 16 bits as they are if it may be packed."""
-    if may_pack and array.dtype.itemsize == 2:
-        kind = "BF16" if is_bfloat16(array) else "F16"
+    kind = half_kind(array)
+    if may_pack and kind is not None:
         return PackedTensor(kind, array.shape, array.view(np.uint16))
     return StoredTensor(np.ascontiguousarray(widened(array), dtype))

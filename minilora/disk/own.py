@@ -39,6 +39,7 @@ OWN = Family(
     write_config=_write_config,
     count=count_gpt,
     describe=describe_gpt,
-    note="but neither has a class for its base, a rotary GPT of minilora's: only minilora can use it",
+    note="but neither has a class for its base, a rotary GPT of minilora's: only minilora can use "
+    "it",
     knows_characters=True,
 )

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..packed import STRIDE, Packed
 from .checks import check_same_tensors, json_object
 from .lfs import check_no_pointer
 
@@ -27,8 +28,6 @@ _NUMPY_TYPES = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
     "U64": "<u8", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8",
 }  # fmt: skip
-# Numbers that are looked at in one go, where looking takes memory.
-_BLOCK = 2**20
 
 
 def write_tensors(path, arrays, metadata):
@@ -109,21 +108,18 @@ def _array(path, file_map, code, shape, start):
     return array.reshape(shape)
 
 
-def is_bfloat16(array):
-    """Is this an array of bfloat16, of which NumPy itself knows only the size?"""
-    return array.dtype.name == "bfloat16"
+def half_kind(array):
+    """"F16" or "BF16" for an array of 16-bit floats, as a PackedTensor says it; None for others."""
+    # NumPy itself has no bfloat16.
+    return {"float16": "F16", "bfloat16": "BF16"}.get(array.dtype.name)
 
 
 def widened(array):
     """A float16 or bfloat16 array as float32, which changes no value; any other as it is."""
-    if array.dtype == np.float16:
-        return array.astype(np.float32)
-    if is_bfloat16(array):
-        # It is the upper half of a float32.
-        bits = array.view(np.uint16).astype(np.uint32)
-        bits <<= 16
-        return bits.view(np.float32)
-    return array
+    kind = half_kind(array)
+    if kind is None:
+        return array
+    return Packed(kind, array.shape, array.view(np.uint16)).widened()
 
 
 def all_finite(array):
@@ -131,17 +127,12 @@ def all_finite(array):
 
     It takes no memory of the array's size, and for float32 less time than to read it from a disk.
     """
+    kind = half_kind(array)
+    if kind is not None:
+        return Packed(kind, array.shape, array.view(np.uint16)).is_finite()
     flat = array.reshape(-1)
-    if array.dtype.itemsize == 2:
-        # All bits of the exponent are set in inf and nan alone.
-        exponent = np.uint16(0x7F80 if is_bfloat16(array) else 0x7C00)
-        bits = flat.view(np.uint16)
-        for start in range(0, flat.size, _BLOCK):
-            if ((bits[start : start + _BLOCK] & exponent) == exponent).any():
-                return False
-        return True
-    for start in range(0, flat.size, _BLOCK):
-        block = flat[start : start + _BLOCK]
+    for start in range(0, flat.size, STRIDE):
+        block = flat[start : start + STRIDE]
         # A sum of squares is finite only if each of them is; large numbers may overflow in it.
         with np.errstate(over="ignore", invalid="ignore"):
             square = np.dot(block, block)

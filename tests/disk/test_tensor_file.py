@@ -169,11 +169,11 @@ def test_each_number_of_16_bits_is_finite_if_it_is(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", bfloat16])
-@pytest.mark.parametrize("size", [1, 7, 2**20, 2**20 + 1, 2**21 + 5])
+@pytest.mark.parametrize("size", [1, 7, 2**18, 2**18 + 1, 2**19 + 5])
 def test_one_number_that_is_not_finite_is_found_anywhere(dtype, size):
     array = np.full(size, 3, dtype)
     assert all_finite(array)
-    for place in {0, size // 2, size - 1, min(size - 1, 2**20)}:
+    for place in {0, size // 2, size - 1, min(size - 1, 2**18), min(size - 1, 2**18 - 1)}:
         for wrong in (np.nan, np.inf, -np.inf):
             spoilt = array.copy()
             spoilt[place] = wrong
