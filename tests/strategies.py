@@ -17,6 +17,7 @@ from minilora import functional as F
 from minilora.backend import get_array_module, to_numpy
 from minilora.gpt import GPT, GPTConfig
 from minilora.graph import no_grad
+from minilora.llama import Llama, LlamaConfig
 from minilora.lora import Adapter, LoRALinear, LoRAPair, init_adapter
 from minilora.lora_config import LoRAConfig
 from minilora.nn import Linear, Module
@@ -253,6 +254,20 @@ def small_gpt(seed=0, dtype="float32", **changes):
     """A GPT of two layers in which no number is 0 or 1 by default: biases and LayerNorms are drawn too."""
     rng = np.random.default_rng(seed)
     model = GPT(GPTConfig(**{**SMALL, **changes}), rng, dtype)
+    for p in model.parameters():
+        if p.ndim == 1:
+            p.data += (0.3 * rng.standard_normal(p.shape)).astype(dtype)
+    return model
+
+
+SMALL_LLAMA = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 4,
+               "num_key_value_heads": 2, "head_dim": 2, "vocab_size": 11, "max_position_embeddings": 16}  # fmt: skip
+
+
+def small_llama(seed=0, dtype="float32", **changes):
+    """A Llama of two layers in which no norm is one and no bias is zero."""
+    rng = np.random.default_rng(seed)
+    model = Llama(LlamaConfig(**{**SMALL_LLAMA, **changes}), rng, dtype)
     for p in model.parameters():
         if p.ndim == 1:
             p.data += (0.3 * rng.standard_normal(p.shape)).astype(dtype)

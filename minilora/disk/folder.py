@@ -43,6 +43,8 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None,
         write_tensors(staging / tensor_file, arrays, metadata)
         with open(staging / config_file, "wb") as file:
             file.write(text.encode())
+        # safetensors makes its file for this user alone. Who may read the one may read the other.
+        shutil.copymode(staging / config_file, staging / tensor_file)
         # On the disk before it gets its name: a crash leaves no empty file under a good name.
         for name in names:
             with open(staging / name, "rb+") as file:

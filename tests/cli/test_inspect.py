@@ -66,7 +66,7 @@ def test_inspect_tells_of_a_peft_adapter_what_the_loaders_of_others_say(run):
     assert (code, err) == (0, "") and "UNVERIFIED" in out and "base fits it" in out
     told = " ".join(out.split())
     assert "PEFT its loader's rules accept it vLLM its loader's rules accept it, from --max-lora-rank 8 on but" in told
-    assert f"but {GPT2.note} base" in told
+    assert f"on {GPT2.note} base" in told
     code, out, err = run("inspect", where / "adapter")
     assert code == 0 and "needs the base" in out and {row[-1] for row in table(out).values()} == {"-"}
 

@@ -124,6 +124,16 @@ def test_the_metadata_have_the_format_that_other_readers_ask_for_and_the_configu
         assert file.metadata() == {"format": "pt", "minilora.config": (tmp_path / CONFIG).read_text()}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other rights")
+def test_who_may_read_one_of_the_files_may_read_the_other(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write(tmp_path)
+    finally:
+        os.umask(old)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in (TENSORS, CONFIG)} == {0o640}
+
+
 # Missing and damaged files.
 
 

@@ -8,19 +8,17 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from strategies import bits, drop, put, same_adapter, tensor, trained_adapter
+from strategies import SMALL_LLAMA, bits, drop, put, same_adapter, small_llama, tensor, trained_adapter
 
 from minilora import LoRAConfig, init_peft_adapter, load_adapter, load_model, save_adapter, save_model
 from minilora.disk.llama import LLAMA
 from minilora.disk.models import families_of, family_of_fields
-from minilora.llama import Llama, LlamaConfig
+from minilora.llama import Llama
 from minilora.lora import linear_names
 from minilora.tensor import Tensor
 
-SMALL = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 2, "vocab_size": 11, "max_position_embeddings": 16}  # fmt: skip
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
-# Fields as transformers 5 writes them, by hand, beside those of SMALL.
+# Fields as transformers 5 writes them, by hand, beside those of SMALL_LLAMA.
 FIELDS = {
     "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "mlp_bias": False,
               "attention_bias": False, "attention_dropout": 0.0, "pretraining_tp": 1, "rms_norm_eps": 1e-6,
@@ -42,14 +40,6 @@ KINDS = list(FIELDS)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def small_llama(seed=0, dtype="float32", **changes):
-    """A Llama of two layers in which no norm is one and no bias is zero."""
-    rng = np.random.default_rng(seed)
-    model = Llama(LlamaConfig(**{**SMALL, **changes}), rng, dtype)
-    noise = lambda t: (t.data + 0.3 * rng.standard_normal(t.shape) if t.ndim == 1 else t.data).astype(dtype)
-    return model.map_tensors(lambda t: Tensor(noise(t), requires_grad=True))
-
-
 def by_hand(model):
     """{name in the file: array}: all of them behind "model.", but for the head."""
     return {name if name == HEAD else f"model.{name}": p.data for name, p in model.named_parameters()}
@@ -58,7 +48,7 @@ def by_hand(model):
 def folder_of(folder, kind="llama", change=lambda config, tensors: None, model=None, **model_changes):
     """A folder of `kind` as transformers would write it, after `change(config, tensors)`."""
     model = model or small_llama(**EXTRAS[kind], **model_changes)
-    config, tensors = {**SMALL, **FIELDS[kind]}, by_hand(model)
+    config, tensors = {**SMALL_LLAMA, **FIELDS[kind]}, by_hand(model)
     if kind in ("mistral", "qwen2"):
         del config["head_dim"]
     change(config, tensors)
