@@ -14,11 +14,7 @@ from .gguf_fields import EMBEDDING, HEAD, ROPE_FACTORS, end_ids, fields_of
 from .gguf_file import read_gguf
 from .gguf_vocabulary import read_vocabulary
 
-# How many 16-bit numbers, the scale and the offset, are in front of a block.
-_SCALES = {"Q8_0": 1, "Q4_0": 1, "Q4_1": 2}
-# The bits of an exponent. If all are set, the number is inf or nan.
-_EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80}
-# Numbers that are looked at or widened at once.
+# Numbers that are widened at once.
 _CHUNK = 2**20
 
 _MODULES = {"token_embd": "embed_tokens", "output_norm": "norm"}
@@ -46,8 +42,9 @@ def load_gguf(path):
     which its converter has permuted: these are copies in the order that transformers has. Norms and
     biases are float32. A matrix of any other type is widened to float32 here, with a warning.
     Shapes: (out, in), as everywhere here; nothing is transposed.
+    Whether numbers are inf or nan is for `load_model` to ask, as of every file.
     Raises: FileNotFoundError, or ValueError that names the file and what is wrong: damage, another
-    architecture, a setting or a tensor that is not computed here, inf or nan.
+    architecture, a setting or a tensor that is not computed here.
     """
     settings, stored = read_gguf(path)
     fields = fields_of(path, settings, stored)
@@ -169,8 +166,6 @@ def _tensor(path, name, array, fields):
     """The array or PackedTensor of one tensor, its rows in the order that transformers has."""
     if not _stays(array):
         array = _widened(path, name, array)
-    if not _is_finite(array):
-        raise ValueError(f"{path}: tensor {name} holds inf or nan; fetch it again")
     data = _as_transformers_has_it(name, array.data, fields)
     if array.kind == "F32":
         return data
@@ -194,7 +189,7 @@ def _widened(path, name, array):
     for begin in range(0, len(target), step):
         rows = slice(begin, begin + step)
         try:
-            # inf is refused afterwards, and the library would warn of it before.
+            # Whoever loads the model refuses inf; the library would warn of it before.
             with np.errstate(all="ignore"):
                 target[rows] = dequantize(source[rows], kind)
         except NotImplementedError:
@@ -203,26 +198,6 @@ def _widened(path, name, array):
                 "widen; quantize the model as Q8_0 or Q4_1"
             ) from None
     return array._replace(kind="F32", data=_read_only(wide))
-
-
-def _is_finite(array):
-    """Are all numbers finite? Of blocks only the scales are looked at, which decide it."""
-    if array.kind == "F32":
-        flat = array.data.reshape(-1)
-        return all(
-            np.isfinite(flat[begin : begin + _CHUNK]).all() for begin in range(0, flat.size, _CHUNK)
-        )
-    exponent = _EXPONENT["F16"]
-    if array.kind in HALVES:
-        exponent = _EXPONENT[array.kind]
-        halves = array.data.reshape(-1, 1)
-    else:
-        _, block_bytes = BLOCKS[array.kind]
-        halves = array.data.reshape(-1, block_bytes)[:, : 2 * _SCALES[array.kind]].view(np.uint16)
-    return not any(
-        (halves[begin : begin + _CHUNK] & exponent == exponent).any()
-        for begin in range(0, len(halves), _CHUNK)
-    )
 
 
 def _as_transformers_has_it(name, data, fields):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .lfs import check_no_pointer
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_DIMENSIONS = 4
@@ -34,6 +36,7 @@ _SCALARS = {
     11: "q",
     12: "d",
 }
+_LENGTH = struct.Struct("<Q")
 _FLOAT32 = 6
 _STRING = 8
 _ARRAY = 9
@@ -108,11 +111,7 @@ class _Header:
         """Raise ValueError unless the file starts as one that can be read here."""
         start = bytes(self.bytes[:24])
         if start[: len(MAGIC)] != MAGIC:
-            if start.startswith(b"version https://git-lfs"):
-                self.refuse(
-                    "this is Git LFS's pointer to the file, a short text; fetch the file itself "
-                    "(git lfs pull)"
-                )
+            check_no_pointer(self.path)
             self.refuse(f"not a GGUF file: it starts with {start[:4]!r}, not {MAGIC!r}")
         self.offset = len(MAGIC)
         version = self.number("I")
@@ -146,7 +145,8 @@ class _Header:
         return struct.unpack_from(f"<{code}", self.bytes, begin)[0]
 
     def text(self, what):
-        length = self.number("Q")
+        # A vocabulary has hundreds of thousands of these.
+        length = _LENGTH.unpack_from(self.bytes, self.take(8))[0]
         begin = self.take(length)
         try:
             return str(self.bytes[begin : begin + length], "utf-8")

@@ -109,7 +109,7 @@ def test_another_alignment_is_refused(alignment, path):
     (b"GG", "not a GGUF file: it starts with b'GG'"),
     (b"\x80\x02}q\x00", "not a GGUF file"),
     (b"PK\x03\x04" + bytes(100), "not a GGUF file"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "Git LFS's pointer .*git lfs pull"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "pointer of Git LFS.*git lfs pull"),
     (b"GGUF" + struct.pack(">I", 3) + bytes(16), "big-endian"),
     (b"GGUF" + struct.pack("<I", 1) + bytes(16), "version 1 of GGUF; only 2 and 3"),
     (b"GGUF" + struct.pack("<I", 4) + bytes(16), "version 4 of GGUF"),
