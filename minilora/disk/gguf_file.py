@@ -24,18 +24,8 @@ MOST_TEXTS = 2**24
 ALIGNMENT = "general.alignment"
 # What a setting may hold, by the number of its type: how `struct` reads it.
 _SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
 _LENGTH = struct.Struct("<Q")
 _FLOAT32 = 6
 _STRING = 8
