@@ -21,7 +21,8 @@ FLOORS = {
              "llama", "lora_config", "fits", "lora", "generate", "compose", "count"],
     "disk": ["characters", "checks", "lfs", "tensor_file", "folder", "family", "gpt2", "llama", "own", "bases",
              "gguf_file", "gguf_fields", "gguf_vocabulary", "gguf", "models", "c_attn", "peft_config",
-             "adapter_file", "peft", "loaders", "rounding", "tokenizer"],
+             "adapter_file", "peft", "loaders", "rounding", "template_sandbox", "chat_template", "vocabulary",
+             "conversation", "token_stream", "tokenizer"],
     "training": ["corpus", "batches", "text_files", "datasets", "parts", "threads", "loop", "checkpoint", "progress",
                  "finetune_config", "finetune"],
     "cli": ["ctrl_c", "messages", "parser", "folders", "questions", "commands", "inspect", "demo_tables", "demo",
@@ -33,6 +34,7 @@ STRANGERS = {("gpt", "lora"), ("lora", "gpt"), ("lora", "llama"), ("llama", "gpt
 # Everyone may import NumPy, nobody the rest.
 GUESTS = {"disk.tensor_file": {"safetensors", "ml_dtypes"}, "disk.tokenizer": {"tokenizers"}, "disk.rounding": {"tqdm"},
           "disk.gguf_file": {"gguf"}, "disk.gguf": {"gguf"}, "disk.gguf_vocabulary": {"tokenizers"},
+          "disk.vocabulary": {"tokenizers"}, "disk.template_sandbox": {"jinja2"},
           "training.datasets": {"tqdm"}, "training.loop": {"tqdm"}, "training.threads": {"threadpoolctl"},
           "cli.commands": {"tqdm"}}  # fmt: skip
 

@@ -1,76 +1,161 @@
-"""From text to token ids and back, as the folder of a model says: byte-level BPE, or 96 characters.
+"""From text to token ids and back, as a model's files say: a tokenizer of theirs, or 96 characters.
 
 Knows the files of tokenizers and the fields of config.json, no tensor.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from . import characters
+from .chat_template import SETTINGS, ChatTemplate, read_settings, read_template, special_texts
+from .checks import json_object
+from .conversation import Conversations, turn_end
 from .folder import load_config
 from .lfs import check_no_pointer
 from .models import CONFIG, TENSORS, family_of_fields
+from .token_stream import TokenStream
+from .vocabulary import Vocabulary
 
 # What GPT-2 ends a text with.
 END = "<|endoftext|>"
 ONE_FILE = "tokenizer.json"
 VOCABULARY = "vocab.json"
 MERGES = "merges.txt"
+ADDED = "added_tokens.json"
+GENERATION = "generation_config.json"
+GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """Text to token ids and back: encode(text) -> int64 array (N,), decode(ids) -> text.
 
-    `end` is the id that ends a text or an answer. `cuttable`: a text may be cut before each newline
-    that something not blank follows, and its parts encoded one by one, with the same tokens.
+    In `encode` the name of a control token, written out in a text, is that token; in `encode_text`
+    it is text. Any of `ends` ends a text or an answer. `cuttable`: a text may be cut before each
+    newline that something not blank follows, and its parts encoded one by one, with the same
+    tokens. `template` is the ChatTemplate of the model, or None.
     """
 
     encode: Callable
     decode: Callable
-    end: int
+    ends: tuple
     vocab_size: int
     cuttable: bool
+    encode_text: Callable
+    conversations: Conversations | None = None
+
+    @property
+    def end(self):
+        """The id that training puts after an answer."""
+        return self.ends[0]
+
+    @property
+    def template(self):
+        """The model's ChatTemplate, or None."""
+        return None if self.conversations is None else self.conversations.template
+
+    def encode_chat(self, messages, add_generation_prompt=False):
+        """The ids (N,) of a conversation, [{"role": "user", "content": "..."}, ...].
+
+        They are those of the text that the model's template makes of it, but for control tokens
+        that stand in a content: these are text. With `add_generation_prompt` the assistant's turn
+        is opened at the end.
+        Raises: ValueError if there is no template, or if it refuses the messages.
+        """
+        return self._with_template().encode(messages, add_generation_prompt)
+
+    def encode_answers(self, messages):
+        """(ids (N,), is_answer (N,) bool) of a conversation: which tokens the assistant wrote.
+
+        Raises: as `encode_chat`, and if the assistant's turns cannot be told.
+        """
+        return self._with_template().encode_answers(messages)
+
+    def _with_template(self):
+        if self.conversations is None:
+            raise ValueError(
+                "this model has no chat template, so that messages have no text: add its "
+                "chat_template.jinja, take a model that was made for chat, or give prompts and "
+                "answers"
+            )
+        return self.conversations
+
+    def stream(self):
+        """A TokenStream: the text of ids that come one at a time."""
+        return TokenStream(self.decode)
 
 
-def load_tokenizer(folder):
-    """The Tokenizer of a model folder: a byte-level BPE, or the characters of the demo's models.
+def load_tokenizer(base):
+    """The Tokenizer of a model: the folder `base`, or a `.gguf` file.
 
-    Read from `tokenizer.json`, else from `vocab.json` and `merges.txt`, through the library
-    `tokenizers`. A model of minilora's with 96 tokens and none of these files knows the characters
-    of `characters.py`. No token is added to a text; `<|endoftext|>` written out in a text is that
-    token.
+    A folder's is read from `tokenizer.json`, else from `vocab.json` and `merges.txt`, through the
+    library `tokenizers`, with the tokens that `added_tokens.json` and `tokenizer_config.json` add.
+    A model of minilora's with 96 tokens and none of these files knows the characters of
+    `characters.py`. No token is added to a text.
+
+    `ends` are, each once and in this order: the `eos_token` of `tokenizer_config.json`, the
+    `eos_token_id` of `config.json` and that of `generation_config.json`, one or a list; if these
+    say nothing, `<|endoftext|>`; at last the token that the chat template ends a turn with.
     Raises: FileNotFoundError that names the missing file, ValueError for files that are damaged, do
     not fit the model's vocab_size, or have no token that ends a text.
     """
-    folder = Path(folder)
-    fields = load_config(folder, TENSORS, CONFIG)
-    files = [name for name in (ONE_FILE, VOCABULARY, MERGES) if (folder / name).exists()]
+    base = Path(base)
+    if base.suffix == GGUF and not base.is_dir():
+        return _of_gguf(base)
+    fields = load_config(base, TENSORS, CONFIG)
+    files = [name for name in (ONE_FILE, VOCABULARY, MERGES) if (base / name).exists()]
     if not files and _knows_characters(fields):
         return Tokenizer(
             characters.encode,
             characters.decode,
-            end=0,
+            ends=(0,),
             vocab_size=len(characters.ALPHABET),
             cuttable=True,
+            encode_text=characters.encode,
         )
-    if ONE_FILE in files:
-        bpe = _read_bpe(folder, [ONE_FILE])
-    elif VOCABULARY in files and MERGES in files:
-        bpe = _read_bpe(folder, [VOCABULARY, MERGES])
-    else:
-        raise _missing(folder, files)
-    size = max(bpe.get_vocab().values(), default=-1) + 1
-    _check_vocabulary(folder, size, fields.get("vocab_size"))
+    bpe = _of_folder(base, files)
+    settings = read_settings(base)
+    specials = special_texts(settings)
+    vocabulary = Vocabulary(bpe, [*specials.values(), END], base)
+    _check_vocabulary(base, vocabulary.size, fields.get("vocab_size"))
+    ends = _ends(base, vocabulary, settings, fields)
+    return _tokenizer(vocabulary, ends, read_template(base))
+
+
+def _of_gguf(path):
+    """The Tokenizer of a GGUF file."""
+    # A model in a folder does not need what reads such files.
+    from .gguf import gguf_tokenizer
+
+    bpe, ends, text = gguf_tokenizer(path)
+    specials = {"eos_token": bpe.id_to_token(ends[0])}
+    begin = bpe.encode("").ids
+    if begin:
+        specials["bos_token"] = bpe.id_to_token(begin[0])
+    template = None
+    if text is not None:
+        template = ChatTemplate(text, specials, f"{path}: tokenizer.chat_template")
+    return _tokenizer(Vocabulary(bpe, specials.values(), path), ends, template)
+
+
+def _tokenizer(vocabulary, ends, template):
+    """The Tokenizer of a Vocabulary, whose turns end as `template` says, None for no template."""
+    ends = list(ends)
+    conversations = None
+    if template is not None:
+        ends.append(turn_end(vocabulary, template))
+        ends = [number for number in ends if number is not None]
+        conversations = Conversations(vocabulary, template, ends)
     return Tokenizer(
-        lambda text: np.array(bpe.encode(text, add_special_tokens=False).ids, np.int64),
-        lambda ids: bpe.decode(np.asarray(ids).reshape(-1).tolist(), skip_special_tokens=False),
-        end=_end_of_text(folder, bpe, size, fields.get("eos_token_id")),
-        vocab_size=size,
-        cuttable=_is_cuttable(bpe),
+        vocabulary.encode,
+        vocabulary.decode,
+        ends=tuple(dict.fromkeys(ends)),
+        vocab_size=vocabulary.size,
+        cuttable=_is_cuttable(vocabulary.bpe),
+        encode_text=vocabulary.encode_text,
+        conversations=conversations,
     )
 
 
@@ -81,14 +166,18 @@ def _knows_characters(fields):
     return fields.get("vocab_size") == len(characters.ALPHABET)
 
 
-def _missing(folder, files):
-    """The error for a folder that has only `files` of those a tokenizer can be read from."""
+def _of_folder(folder, files):
+    """The `tokenizers.Tokenizer` of a folder that has `files` of those it can be read from."""
+    if ONE_FILE in files:
+        return _read_one_file(folder)
+    if VOCABULARY in files and MERGES in files:
+        return _read_two_files(folder)
     missing = f"{ONE_FILE}, or {VOCABULARY} and {MERGES},"
     if VOCABULARY in files:
         missing = MERGES
     elif MERGES in files:
         missing = VOCABULARY
-    return FileNotFoundError(
+    raise FileNotFoundError(
         f"{folder}: {missing} is missing; without it no text can be turned into tokens. Copy it "
         "from where the model came from"
     )
@@ -103,17 +192,54 @@ def _check_vocabulary(folder, size, room):
         )
 
 
-def _end_of_text(folder, bpe, size, eos_token_id):
-    """The id that ends a text: the one of config.json, else that of END."""
-    end = eos_token_id
-    if end is None:
-        end = bpe.token_to_id(END)
-    if type(end) is not int or not 0 <= end < size:
+def _ends(folder, vocabulary, settings, fields):
+    """The ids that end a text, of which the first is the tokenizer's own."""
+    own = special_texts(settings).get("eos_token")
+    ends = []
+    if own is not None:
+        ends.append(_named_end(folder / SETTINGS, vocabulary, own))
+    generation = folder / GENERATION
+    stated = [(folder / CONFIG, fields)]
+    if generation.exists():
+        stated.append((generation, json_object(generation, generation.read_bytes())))
+    for path, saying in stated:
+        ends += _numbered_ends(path, vocabulary, saying.get("eos_token_id"))
+    if not ends:
+        if vocabulary.bpe.token_to_id(END) is None:
+            raise ValueError(
+                f"{folder}: no token ends a text: set eos_token_id in {CONFIG} to the id of the "
+                f"token that does, one of 0 .. {vocabulary.size - 1}"
+            )
+        ends = [vocabulary.bpe.token_to_id(END)]
+    return ends
+
+
+def _named_end(path, vocabulary, text):
+    number = vocabulary.bpe.token_to_id(text)
+    if number is None:
         raise ValueError(
-            f"{folder}: no token ends a text. config.json: eos_token_id {eos_token_id!r} must be "
-            f"one of the {size} ids, or the tokenizer must know {END!r}"
+            f"{path}: eos_token {text!r} is none of the {vocabulary.size} tokens; take all files "
+            "of the tokenizer from one place"
         )
-    return end
+    return number
+
+
+def _numbered_ends(path, vocabulary, stated):
+    """The ids in an `eos_token_id`, which is a number, a list of numbers or None."""
+    if stated is None:
+        return []
+    numbers = stated if isinstance(stated, list) else [stated]
+    for number in numbers:
+        if type(number) is not int or not 0 <= number < vocabulary.size:
+            remedy = "the id of the token that ends a text"
+            known = vocabulary.bpe.token_to_id(END)
+            if known is not None:
+                remedy = f"{known}, which is {END}, or to another one"
+            raise ValueError(
+                f"{path}: eos_token_id {stated!r}: {number!r} is none of the tokenizer's ids, "
+                f"0 .. {vocabulary.size - 1}; set it to {remedy}"
+            )
+    return numbers
 
 
 def _is_cuttable(bpe):
@@ -128,28 +254,100 @@ def _is_cuttable(bpe):
     return not split.add_prefix_space
 
 
-def _read_bpe(folder, names):
-    """A `tokenizers.Tokenizer` from the files `names` of `folder`."""
+def _read_one_file(folder):
+    """The tokenizer in tokenizer.json, with what the files beside it add."""
     # Imported where it is used: whoever only trains or reads characters does not wait for it.
+    import tokenizers
+
+    path = folder / ONE_FILE
+    check_no_pointer(path)
+    bpe = _read(path, lambda: tokenizers.Tokenizer.from_file(str(path)))
+    for number, token in _added_tokens(folder).items():
+        if bpe.token_to_id(token.content) is None:
+            bpe.add_tokens([token])
+        if bpe.token_to_id(token.content) != number:
+            raise ValueError(
+                f"{folder}: {token.content!r} is token {bpe.token_to_id(token.content)} by "
+                f"{ONE_FILE}, and {number} by {ADDED} or {SETTINGS}; take all files of the "
+                "tokenizer from one place"
+            )
+    _add_named(folder, bpe)
+    return bpe
+
+
+def _read_two_files(folder):
+    """The tokenizer in vocab.json and merges.txt, with what the files beside them add."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    paths = [str(folder / name) for name in names]
+    paths = [str(folder / VOCABULARY), str(folder / MERGES)]
     for path in paths:
         check_no_pointer(path)
-    try:
-        if names == [ONE_FILE]:
-            bpe = tokenizers.Tokenizer.from_file(paths[0])
-        else:
-            bpe = tokenizers.Tokenizer(models.BPE.from_file(*paths))
-            bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            bpe.decoder = decoders.ByteLevel()
-            if bpe.token_to_id(END) is not None:
-                bpe.add_special_tokens([END])
-    except Exception as error:
-        # The library has no exceptions of its own.
-        raise ValueError(f"{' and '.join(paths)}: damaged, or of another kind: {error}") from None
-    # A tokenizer.json may ask for either, and would be obeyed without a word.
-    bpe.no_truncation()
-    bpe.no_padding()
+    vocabulary, merges = _read(" and ".join(paths), lambda: models.BPE.read_file(*paths))
+    added = _added_tokens(folder)
+    texts = {number: text for text, number in vocabulary.items()}
+    for number, token in added.items():
+        present = texts.get(number, token.content)
+        if vocabulary.get(token.content, number) != number or present != token.content:
+            raise ValueError(
+                f"{folder}: token {number} is {token.content!r} by {ADDED} or {SETTINGS}, and "
+                f"{VOCABULARY} has {present!r}: {vocabulary.get(present, number)}; take all files "
+                "of the tokenizer from one place"
+            )
+        vocabulary[token.content] = number
+    bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_tokens(list(added.values()))
+    _add_named(folder, bpe)
+    if bpe.token_to_id(END) is not None:
+        bpe.add_special_tokens([END])
     return bpe
+
+
+def _add_named(folder, bpe):
+    """Make a control token of each token of the vocabulary that the settings name as one."""
+    added = {token.content for token in bpe.get_added_tokens_decoder().values()}
+    for text in special_texts(read_settings(folder)).values():
+        if text not in added and bpe.token_to_id(text) is not None:
+            bpe.add_special_tokens([text])
+
+
+def _added_tokens(folder):
+    """{id: AddedToken} of `added_tokens.json` and the `added_tokens_decoder` of the settings."""
+    from tokenizers import AddedToken
+
+    settings = read_settings(folder)
+    named = special_texts(settings).values()
+    tokens = {}
+    path = folder / ADDED
+    if path.exists():
+        for text, number in json_object(path, path.read_bytes()).items():
+            special = text in named
+            tokens[number] = AddedToken(text, special=special, normalized=not special)
+    decoder = settings.get("added_tokens_decoder") or {}
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    for number, saved in decoder.items():
+        try:
+            chosen = {flag: saved[flag] for flag in flags if flag in saved}
+            tokens[int(number)] = AddedToken(saved["content"], **chosen)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{folder / SETTINGS}: added_tokens_decoder: {number}: {json.dumps(saved)[:80]} is "
+                f"no token with its flags: {error}"
+            ) from None
+    for number in tokens:
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{path}: {number!r} is no id of a token")
+    return dict(sorted(tokens.items()))
+
+
+def _read(where, read):
+    """What `read` gives; a file it cannot read is a ValueError that names `where`."""
+    try:
+        return read()
+    except BaseException as error:
+        # The library has no exceptions of its own, and one that is no Exception.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{where}: damaged, or of another kind: {error}") from None
+        raise

@@ -1,6 +1,7 @@
 """Tokenizers of model folders: texts come back to the character; folders that do not fit their model are refused."""
 
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +29,24 @@ def copied(folder, to, names=FILES, **fields):
     for name in names:
         (to / name).write_bytes((folder / name).read_bytes())
     return write_config(to, **{"model_type": "gpt2", "vocab_size": 300, **fields})
+
+
+def settings(folder, **fields):
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+CHATML = """{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' \
++ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+def chatty(bpe_folder, folder, names=FILES[1:], template=CHATML):
+    """The folder of a model that was made for chat: two control tokens more, and a template."""
+    copied(bpe_folder, folder, names, vocab_size=302)
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 301, "<|im_start|>": 300}))
+    decoder = {"300": {"content": "<|im_start|>", "special": True}, "301": {"content": "<|im_end|>", "special": True}}
+    settings(folder, eos_token=END, added_tokens_decoder=decoder, chat_template=template)
+    return folder
 
 
 @pytest.fixture(params=[FILES[:1], FILES[1:], FILES], ids=["one file", "two files", "all three"])
@@ -72,9 +91,33 @@ def test_special_tokens_that_a_tokenizer_adds_are_not_added(bpe_folder, tmp_path
     assert len(load_tokenizer(folder).encode("The fox" * 9)) == 9 * len(plain)
 
 
-@pytest.mark.parametrize("eos, end", [(None, 0), (7, 7)])
-def test_the_end_is_the_one_of_the_configuration_if_that_has_one(bpe_folder, tmp_path, eos, end):
-    assert load_tokenizer(copied(bpe_folder, tmp_path, FILES[:1], eos_token_id=eos)).end == end
+@pytest.mark.parametrize("eos, ends", [(None, (0,)), (7, (7,)), ([9, 7, 9], (9, 7)), ([], (0,))])
+def test_the_end_is_the_one_of_the_configuration_if_that_has_one(bpe_folder, tmp_path, eos, ends):
+    tokenizer = load_tokenizer(copied(bpe_folder, tmp_path, FILES[:1], eos_token_id=eos))
+    assert tokenizer.ends == ends
+    assert tokenizer.end == ends[0]
+
+
+def test_the_tokenizers_own_end_comes_first_and_every_file_is_asked(bpe_folder, tmp_path):
+    folder = copied(bpe_folder, tmp_path, FILES[:1], eos_token_id=[7, 8])
+    settings(folder, eos_token={"content": END, "lstrip": False})
+    (folder / "generation_config.json").write_text('{"eos_token_id": [8, 11]}')
+    assert load_tokenizer(folder).ends == (0, 7, 8, 11)
+
+
+def test_the_end_of_a_turn_is_the_last_of_the_ends(bpe_folder, tmp_path):
+    folder = chatty(bpe_folder, tmp_path)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.ends == (0, tokenizer.encode("<|im_end|>")[0])
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}",
+                                      "{% for m in messages %}{{ m.content }} {% endfor %}",
+                                      "{{ raise_exception('a system message comes first') }}"])  # fmt: skip
+def test_a_template_that_ends_no_turn_adds_no_end(bpe_folder, tmp_path, template):
+    folder = copied(bpe_folder, tmp_path, FILES[:1])
+    (folder / "chat_template.jinja").write_text(template)
+    assert load_tokenizer(folder).ends == (0,)
 
 
 def test_a_tokenizer_of_other_pieces_is_not_cuttable(bpe_folder, tmp_path):
@@ -142,10 +185,24 @@ def test_a_model_whose_table_was_rounded_up_is_taken(bpe_folder, tmp_path):
     assert load_tokenizer(copied(bpe_folder, tmp_path, FILES[:1], vocab_size=304)).vocab_size == 300
 
 
-@pytest.mark.parametrize("eos", [300, -1, [0, 1], "0", True])
-def test_an_end_that_is_no_token_is_refused(bpe_folder, tmp_path, eos):
-    with pytest.raises(ValueError, match="no token ends a text.*one of the 300 ids"):
-        load_tokenizer(copied(bpe_folder, tmp_path, FILES[:1], eos_token_id=eos))
+@pytest.mark.parametrize("eos, wrong", [(300, 300), (-1, -1), ([0, 300], 300), ("0", "'0'"), (True, True),
+                                        ([[1]], [1])])  # fmt: skip
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_that_is_no_token_is_refused_with_the_one_that_is(bpe_folder, tmp_path, name, eos, wrong):
+    """The advice is not already followed: the folder's tokenizer knows <|endoftext|>, whose id is told."""
+    folder = copied(bpe_folder, tmp_path, FILES[:1])
+    fields = json.loads((folder / "config.json").read_text()) if name == "config.json" else {}
+    (folder / name).write_text(json.dumps({**fields, "eos_token_id": eos}))
+    wrong = re.escape(str(wrong))
+    told = rf"{name}: eos_token_id .*: {wrong} is none of the tokenizer's ids, 0 .. 299; set it to 0, which"
+    with pytest.raises(ValueError, match=told):
+        load_tokenizer(folder)
+
+
+def test_an_end_named_by_the_settings_must_be_a_token(bpe_folder, tmp_path):
+    folder = settings(copied(bpe_folder, tmp_path, FILES[:1]), eos_token="</s>")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: eos_token '</s>' is none of the 300 tokens"):
+        load_tokenizer(folder)
 
 
 def test_a_tokenizer_without_an_end_is_refused(bpe_folder, tmp_path):
@@ -153,7 +210,7 @@ def test_a_tokenizer_without_an_end_is_refused(bpe_folder, tmp_path):
     vocabulary = json.loads((folder / "vocab.json").read_text())
     vocabulary["<|end|>"] = vocabulary.pop(END)
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    with pytest.raises(ValueError, match="no token ends a text"):
+    with pytest.raises(ValueError, match=r"no token ends a text: set eos_token_id in config.json .*0 \.\. 299"):
         load_tokenizer(folder)
 
 
@@ -188,3 +245,129 @@ def test_a_tokenizer_that_reaches_over_a_cut_is_not_cut(change, bpe_folder, tmp_
     assert not tokenizer.cuttable
     text, cut = "the x\ny dog\nx", 5 if change == "a token that is blank" else 11
     assert tokenizer.encode(text).tolist() != [*tokenizer.encode(text[:cut]), *tokenizer.encode(text[cut:])]
+
+
+# Tokens that were added.
+
+
+@pytest.mark.parametrize("names", [FILES[:1], FILES[1:]], ids=["one file", "two files"])
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens_are_tokens(bpe_folder, tmp_path, names, where):
+    folder = copied(bpe_folder, tmp_path, names, vocab_size=302)
+    if where == "added_tokens.json":
+        (folder / where).write_text(json.dumps({"<|bot|>": 301, "<|user|>": 300}))
+    else:
+        settings(folder, added_tokens_decoder={"301": {"content": "<|bot|>"}, "300": {"content": "<|user|>"}})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("<|user|>x<|bot|>").tolist() == [300, *tokenizer.encode("x"), 301]
+    assert tokenizer.vocab_size == 302
+    assert tokenizer.decode([300, 301]) == "<|user|><|bot|>"
+
+
+def test_an_added_token_keeps_its_id_where_there_is_a_gap_before_it(bpe_folder, tmp_path):
+    folder = copied(bpe_folder, tmp_path, FILES[1:], vocab_size=310)
+    (folder / "added_tokens.json").write_text('{"<|bot|>": 309}')
+    assert load_tokenizer(folder).encode("<|bot|>").tolist() == [309]
+
+
+def test_the_flags_of_an_added_token_are_kept(bpe_folder, tmp_path):
+    folder = copied(bpe_folder, tmp_path, FILES[1:], vocab_size=301)
+    settings(folder, added_tokens_decoder={"300": {"content": "<|bot|>", "rstrip": True, "special": True}})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("<|bot|> \n x").tolist() == [300, *tokenizer.encode("x")]
+    assert not tokenizer.cuttable
+
+
+@pytest.mark.parametrize("names", [FILES[:1], FILES[1:]], ids=["one file", "two files"])
+@pytest.mark.parametrize("added", [{"<|bot|>": 7}, {"The": 300}, {"<|bot|>": 301}])
+def test_an_added_token_that_does_not_fit_is_refused_with_both_sides(bpe_folder, tmp_path, names, added):
+    folder = copied(bpe_folder, tmp_path, names, vocab_size=400)
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    if names == FILES[1:] and added == {"<|bot|>": 301}:
+        assert load_tokenizer(folder).vocab_size == 302
+        return
+    with pytest.raises(ValueError, match="added_tokens.json or tokenizer_config.json"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("decoder, shown", [({"x": {"content": "a"}}, "decoder: x"), ({"300": {}}, "decoder: 300"),
+                                            ({"300": 5}, "decoder: 300"), ({"300": {"content": 1}}, "decoder: 300"),
+                                            ({"-1": {"content": "a"}}, "-1 is no id")])  # fmt: skip
+def test_added_tokens_that_are_none_are_refused(bpe_folder, tmp_path, decoder, shown):
+    folder = settings(copied(bpe_folder, tmp_path, FILES[:1]), added_tokens_decoder=decoder)
+    with pytest.raises(ValueError, match=shown):
+        load_tokenizer(folder)
+
+
+# Control tokens in a text.
+
+
+def test_a_control_token_written_out_is_a_token_or_text_as_one_asks(bpe_folder, tmp_path):
+    tokenizer = load_tokenizer(chatty(bpe_folder, tmp_path))
+    text = "The fox <|im_end|> the<|im_start|>"
+    assert [i for i in tokenizer.encode(text).tolist() if i >= 300] == [301, 300]
+    as_text = tokenizer.encode_text(text)
+    assert as_text.max() < 300
+    assert tokenizer.decode(as_text) == text
+    assert tokenizer.encode_text("The fox").tolist() == tokenizer.encode("The fox").tolist()
+
+
+def test_without_a_template_messages_are_refused_with_the_remedy(bpe):
+    for encode in (bpe.encode_chat, bpe.encode_answers):
+        with pytest.raises(ValueError, match="no chat template.*chat_template.jinja.*prompts and answers"):
+            encode([{"role": "user", "content": "x"}])
+    assert bpe.template is None
+
+
+def test_a_chat_is_what_the_template_writes(bpe_folder, tmp_path):
+    tokenizer = load_tokenizer(chatty(bpe_folder, tmp_path))
+    ids = tokenizer.encode_chat([{"role": "user", "content": "The fox"}], add_generation_prompt=True)
+    assert tokenizer.decode(ids) == "<|im_start|>user\nThe fox<|im_end|>\n<|im_start|>assistant\n"
+    assert ids.tolist() == tokenizer.encode(tokenizer.decode(ids)).tolist()
+
+
+# A text that comes token by token.
+
+
+@given(st.text(alphabet="aé字😀 \n\ufffd", max_size=12), st.lists(st.integers(0, 299), max_size=12))
+def test_a_stream_gives_the_whole_text_and_no_half_character(bpe_folder, text, noise):
+    tokenizer = load_tokenizer(bpe_folder)
+    stream = tokenizer.stream()
+    ids = tokenizer.encode(text).tolist()
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) + stream.finish() == text
+    assert "\ufffd" in text or all("\ufffd" not in piece for piece in pieces)
+    stream = tokenizer.stream()
+    ids += noise
+    assert "".join(stream.push(i) for i in ids) + stream.finish() == tokenizer.decode(ids)
+
+
+def test_a_stream_gives_a_letter_as_soon_as_it_is_whole(bpe_folder):
+    tokenizer = load_tokenizer(bpe_folder)
+    stream = tokenizer.stream()
+    ids = tokenizer.encode("x字y").tolist()
+    assert len(ids) == 5
+    assert [stream.push(i) for i in ids] == ["x", "", "", "字", "y"]
+
+
+# What the library does not take.
+
+
+def test_a_text_that_the_tokenizer_does_not_take_is_refused(tmp_path):
+    """A bare Exception of the library's: a WordPiece that has no token for what it does not know."""
+    import tokenizers
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0, END: 1}, unk_token="none"))
+    write_config(tmp_path, model_type="gpt2", vocab_size=2)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="does not take 'Zz'"):
+        load_tokenizer(tmp_path).encode("Zz")
+
+
+def test_a_file_that_the_library_panics_at_is_named(bpe_folder, tmp_path):
+    folder = copied(bpe_folder, tmp_path, FILES[:1])
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="tokenizer.json: damaged"):
+        load_tokenizer(folder)

@@ -1,0 +1,156 @@
+"""Chat templates: from the messages of a conversation to its text. Knows no token ids.
+
+A template is a text in jinja2's language that comes with a model. It is used as it is.
+"""
+
+import re
+from pathlib import Path
+
+from .checks import json_object
+
+TEMPLATE = "chat_template.jinja"
+SETTINGS = "tokenizer_config.json"
+# The template of several that is meant for conversations without tools.
+DEFAULT = "default"
+# A block whose contents the assistant wrote, and what stands around them while it is rendered:
+# Unicode keeps these two for the use within programs.
+MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+OPEN_MARK = "\ufdd2"
+CLOSE_MARK = "\ufdd3"
+# More of a template's message than this is no message.
+LONGEST_MESSAGE = 300
+
+
+class ChatTemplate:
+    """A chat template, compiled.
+
+    `text` is its source, `specials` what else it may write, by name: {"bos_token": "<s>", ...}.
+    `where` names its file in messages.
+    Raises: ValueError, one line, if it is no template.
+    """
+
+    def __init__(self, text, specials=None, where="the chat template"):
+        # jinja2 is imported where a model has a template.
+        from .template_sandbox import Environment
+
+        self.text = text
+        self.specials = dict(specials or {})
+        self.where = where
+        self._environment = Environment((OPEN_MARK, CLOSE_MARK))
+        self._compiled = self._guarded(self._environment.from_string, text)
+
+    def render(self, messages, add_generation_prompt=False):
+        """The text of `messages`, [{"role": "user", "content": "..."}, ...].
+
+        With `add_generation_prompt`, what opens an assistant's turn stands at the end.
+        Raises: ValueError, one line, if the template fails, refuses the messages, or takes longer
+        or more room than a conversation can.
+        """
+        text, _ = self.render_marked(messages, add_generation_prompt)
+        return text
+
+    def render_marked(self, messages, add_generation_prompt=False):
+        """(text, [(start, stop), ...] of what the template has between `{% generation %}` marks).
+
+        The list is None for a template without such marks.
+        Raises: as `render`.
+        """
+        variables = {
+            **self.specials,
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        text = self._guarded(self._environment.run, self._compiled, variables)
+        return self._without_marks(text)
+
+    def _without_marks(self, marked):
+        pieces = marked.split(OPEN_MARK)
+        text = pieces[0]
+        spans = []
+        for piece in pieces[1:]:
+            inside, _, after = piece.partition(CLOSE_MARK)
+            spans.append((len(text), len(text) + len(inside)))
+            text += inside + after.replace(CLOSE_MARK, "")
+        if not MARKED.search(self.text):
+            return text, None
+        return text, spans
+
+    def _guarded(self, function, *arguments):
+        """The result of `function`; whatever goes wrong in it is one line that names the file."""
+        try:
+            return function(*arguments)
+        except Exception as error:
+            # A template can raise anything that Python can.
+            message = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"{self.where}: the chat template fails: {message[:LONGEST_MESSAGE]}"
+            ) from None
+
+
+def read_template(folder):
+    """The ChatTemplate in the folder of a model, or None if it has none.
+
+    It is `chat_template.jinja`, else the `chat_template` of `tokenizer_config.json`, which is a
+    text, or a list of named ones, of which that named "default" is taken.
+    Raises: ValueError that names the file, for one that is no template, or no UTF-8.
+    """
+    folder = Path(folder)
+    settings = read_settings(folder)
+    specials = special_texts(settings)
+    path = folder / TEMPLATE
+    if path.exists():
+        try:
+            # As Python reads a text: a line end of Windows is a newline.
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from None
+        return ChatTemplate(text, specials, path)
+    stated = settings.get("chat_template")
+    if stated is None:
+        return None
+    where = folder / SETTINGS
+    return ChatTemplate(_default_of(stated, where), specials, where)
+
+
+def _default_of(stated, where):
+    """The text of the template that a `chat_template` field states."""
+    if isinstance(stated, list):
+        named = {}
+        for item in stated:
+            if isinstance(item, dict):
+                named[item.get("name")] = item.get("template")
+        if DEFAULT not in named:
+            raise ValueError(
+                f"{where}: chat_template holds {sorted(map(str, named))}; one must be named "
+                f'"{DEFAULT}"'
+            )
+        stated = named[DEFAULT]
+    if not isinstance(stated, str):
+        raise ValueError(
+            f"{where}: chat_template must be a text or a list of named ones, got {stated!r:.80}"
+        )
+    return stated
+
+
+def read_settings(folder):
+    """What `tokenizer_config.json` says, a dict; empty if there is no such file."""
+    path = Path(folder) / SETTINGS
+    if not path.exists():
+        return {}
+    return json_object(path, path.read_bytes())
+
+
+def special_texts(settings):
+    """{"eos_token": "<|im_end|>", ...}: the special tokens that `tokenizer_config.json` names."""
+    texts = {}
+    for name, value in settings.items():
+        if not name.endswith("_token"):
+            continue
+        # A token with its flags is an object.
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            texts[name] = value
+    return texts

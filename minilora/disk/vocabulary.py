@@ -1,0 +1,179 @@
+"""Text to token ids, with control tokens only where they are meant. Knows no file and no message.
+
+A control token is one that no text of a person holds: what ends a text, or opens somebody's turn.
+`encode` takes its name in a text for the token. `encode_text` takes it for text. In the text of a
+conversation both occur: the template's are tokens, those that somebody typed are text. Before it is
+rendered, what was typed is shadowed: each of its characters that could be taken for a control token
+is replaced by one of its own in planes of Unicode that are not in use. Lengths stay as they are,
+and so do the positions in the text.
+"""
+
+import functools
+import json
+import re
+
+import numpy as np
+
+from .chat_template import CLOSE_MARK, OPEN_MARK
+
+# Planes 4 to 6 of Unicode, which no text uses, shadow planes 0 to 2.
+SHADOW = 0x40000
+SHADOWED = re.compile("[\U00040000-\U0006ffff]")
+# The names that control tokens have in the copy of a tokenizer: characters of plane 13.
+TWIN = 0xD0000
+# Planes without a character.
+UNASSIGNED = re.compile("[\U00040000-\U000dffff]")
+
+
+class Vocabulary:
+    """A `tokenizers.Tokenizer`, made to do what this library asks of it.
+
+    `controls` names tokens that are control tokens besides those that `bpe` says are special.
+    `where` names its file in messages. No token is added to a text.
+    """
+
+    def __init__(self, bpe, controls, where):
+        from tokenizers import processors
+
+        # A tokenizer.json may ask for any of these, and would be obeyed without a word. The last
+        # would also leave blanks out of the positions of tokens.
+        bpe.no_truncation()
+        bpe.no_padding()
+        bpe.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+        added = bpe.get_added_tokens_decoder()
+        self.bpe = bpe
+        self.where = where
+        self.size = max(bpe.get_vocab().values(), default=-1) + 1
+        # {text: id}, the longest first: where two begin at one place, that is what is there.
+        by_length = sorted(added.items(), key=lambda item: -len(item[1].content))
+        self.controls = {
+            token.content: number
+            for number, token in by_length
+            if token.special or token.content in controls
+        }
+        names = [re.escape(text) for text in self.controls]
+        self.pattern = re.compile("|".join([*names, OPEN_MARK, CLOSE_MARK]))
+
+    def encode(self, text):
+        """The ids (N,) of `text`, in which the name of a control token is that token.
+
+        Raises: ValueError if the tokenizer does not take the text.
+        """
+        return _ids(self._encoded(self.bpe, text))
+
+    def encode_text(self, text):
+        """The ids (N,) of `text`, in which the name of a control token is text like any other.
+
+        Raises: as `encode`.
+        """
+        if not self.holds_control(text):
+            return self.encode(text)
+        return _ids(self._encoded(self._copy, text))
+
+    def decode(self, ids):
+        """The text of `ids`; an id that is no token's has none."""
+        ids = np.asarray(ids).reshape(-1).tolist()
+        return self.bpe.decode(ids, skip_special_tokens=False)
+
+    def holds_control(self, text):
+        """Does `text` hold the name of a control token?"""
+        return bool(self.pattern.search(text))
+
+    def shadowed(self, text):
+        """`text`, in which nothing can be taken for a control token or for a part of one.
+
+        Raises: ValueError for characters outside Unicode's planes in use.
+        """
+        stray = UNASSIGNED.search(text)
+        if stray:
+            raise ValueError(f"the text holds {stray[0]!a}, which is no character of Unicode's")
+        text = self.pattern.sub(lambda match: _shadow(match[0]), text)
+        # Its edges could make a control token with what a template writes before and after it.
+        core = text.strip()
+        start = text.find(core)
+        stop = start + len(core)
+        if len(core) < self._longest and any(core in control for control in self.controls):
+            return text[:start] + _shadow(core) + text[stop:]
+        for n in range(min(self._longest, len(core)), 0, -1):
+            head = core[:n]
+            if head in self._ends:
+                core = _shadow(head) + core[n:]
+            tail = core[-n:]
+            if tail in self._beginnings:
+                core = core[:-n] + _shadow(tail)
+        return text[:start] + core + text[stop:]
+
+    def encode_written(self, text):
+        """(ids (N,), starts (N,), stops (N,)) of a text in which what was typed is shadowed.
+
+        Outside the shadows the name of a control token is that token. A token is made of the
+        characters start .. stop of `text`.
+        Raises: as `encode`.
+        """
+        bpe = self.bpe
+        if SHADOWED.search(text):
+            bpe = self._copy
+            text = self.pattern.sub(lambda match: self._twins.get(match[0], match[0]), text)
+            text = SHADOWED.sub(lambda match: chr(ord(match[0]) - SHADOW), text)
+        encoded = self._encoded(bpe, text)
+        offsets = np.array(encoded.offsets, np.int64).reshape(-1, 2)
+        return _ids(encoded), offsets[:, 0], offsets[:, 1]
+
+    def _encoded(self, bpe, text):
+        try:
+            return bpe.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            # The library has no exceptions of its own, and one that is no Exception.
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise ValueError(f"{self.where} does not take {text[:40]!a}: {error}") from None
+            raise
+
+    @functools.cached_property
+    def _longest(self):
+        return max((len(text) for text in self.controls), default=0)
+
+    @functools.cached_property
+    def _beginnings(self):
+        return {text[:n] for text in self.controls for n in range(1, len(text))}
+
+    @functools.cached_property
+    def _ends(self):
+        return {text[n:] for text in self.controls for n in range(1, len(text))}
+
+    @functools.cached_property
+    def _twins(self):
+        """{text of a control token: its name in the copy, as long as the text}."""
+        return {text: len(text) * chr(TWIN + i) for i, text in enumerate(self.controls)}
+
+    @functools.cached_property
+    def _copy(self):
+        """The tokenizer, with the control tokens under names that nobody types."""
+        import tokenizers
+
+        fields = json.loads(self.bpe.to_str())
+        for token in fields["added_tokens"]:
+            token["content"] = self._twins.get(token["content"], token["content"])
+        model = fields["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {
+                self._twins.get(text, text): number for text, number in model["vocab"].items()
+            }
+        else:
+            model["vocab"] = [
+                [self._twins.get(text, text), score] for text, score in model["vocab"]
+            ]
+        if model.get("unk_token") in self._twins:
+            model["unk_token"] = self._twins[model["unk_token"]]
+        return tokenizers.Tokenizer.from_str(json.dumps(fields))
+
+
+def _ids(encoded):
+    return np.array(encoded.ids, np.int64)
+
+
+def _shadow(text):
+    """`text` in other planes; what is shadowed already, or has no shadow, stays."""
+    return "".join(
+        chr(SHADOW + ord(character)) if ord(character) < 0x30000 else character
+        for character in text
+    )

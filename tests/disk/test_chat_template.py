@@ -1,0 +1,176 @@
+"""Chat templates: rendered as transformers does, whatever a stranger wrote into them."""
+
+import json
+
+import pytest
+
+from minilora.disk.chat_template import ChatTemplate, read_template, special_texts
+
+CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello <é>"},
+                {"role": "assistant", "content": "Hi"}]  # fmt: skip
+
+
+def rendered(text, messages=CONVERSATION, specials=None, **options):
+    return ChatTemplate(text, specials, "f.jinja").render(messages, **options)
+
+
+# What transformers gives a template.
+
+
+@pytest.mark.parametrize("text, result", [
+    ("{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m['content'] }}\n  {% endif %}\n{% endfor %}",
+     "Hello <é>\n"),
+    ("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}", "<s>Be brief.</s>"),
+    ("{{ unk_token }}.", "."),
+    ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}", "user"),
+    ("{{ messages[1] | tojson }}", '{"role": "user", "content": "Hello <é>"}'),
+    ("{{ {'a': 1} | tojson(indent=2) }}", '{\n  "a": 1\n}'),
+    ("{{ strftime_now('%d') | length }}", "2"),
+    ("{% if tools is none and documents is none %}none{% endif %}", "none"),
+    ("{% if not tools %}{{ messages | length }}{% endif %}", "3"),
+    ("{% set ns = namespace(n=0) %}{% for m in messages[::-1] %}{% set ns.n = ns.n + loop.index %}{% endfor %}"
+     "{{ ns.n }}", "6"),
+    ("{% macro say(m) %}{{ m.content | trim }}{% endmacro %}{{ say(messages[2]) }}", "Hi"),
+    ("{{ messages | map(attribute='role') | join(', ') }}", "system, user, assistant"),
+    ("{{ messages[1].content.split(' ')[0].upper().replace('L', 'l') ~ 1 ~ ('x' * 3) ~ '%s-%02d' % ('y', 7) }}",
+     "HEllO1xxxy-07"),
+    ("{% for a, (b, c) in [(1, (2, 3))] %}{{ a + b * c }}{{ loop.last }}{{ loop.length }}{% endfor %}", "7True1"),
+    ("{% for m in messages | rejectattr('role', 'equalto', 'system') %}{{ loop.length }}{% endfor %}", "22"),
+    ("{% generation %}{{ messages[2].content }}{% endgeneration %}", "Hi"),
+    ("one line\n", "one line"),
+], ids=lambda part: part[:30])  # fmt: skip
+def test_a_template_has_what_transformers_gives_it(text, result):
+    assert rendered(text, specials={"bos_token": "<s>", "eos_token": "</s>"}) == result
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_the_generation_prompt_is_asked_for(add):
+    assert rendered("{{ add_generation_prompt }}", add_generation_prompt=add) == str(add)
+
+
+def test_what_the_assistant_wrote_is_marked():
+    source = "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}.{% endfor %}"
+    template = ChatTemplate(source)
+    text, spans = template.render_marked(CONVERSATION[1:])
+    assert text == "user: Hello <é>.assistant: Hi."
+    assert [text[start:stop] for start, stop in spans] == ["Hello <é>", "Hi"]
+    assert ChatTemplate("{{ messages[0].content }}").render_marked(CONVERSATION) == ("Be brief.", None)
+    assert ChatTemplate("{% if no %}{%- generation -%}{% endgeneration %}{% endif %}").render_marked([]) == ("", [])
+
+
+# Where it comes from.
+
+
+def folder_with(tmp_path, jinja=None, **settings):
+    if settings:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if jinja is not None:
+        (tmp_path / "chat_template.jinja").write_bytes(jinja)
+    return tmp_path
+
+
+@pytest.mark.parametrize("jinja, settings, text", [
+    (None, {}, None),
+    (None, {"eos_token": "</s>"}, None),
+    (None, {"chat_template": "one {{ eos_token }}", "eos_token": "</s>"}, "one </s>"),
+    (b"two {{ eos_token }}\r\nx", {"chat_template": "one", "eos_token": {"content": "</s>"}}, "two </s>\nx"),
+    (None, {"chat_template": [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]}, "yes"),
+])  # fmt: skip
+def test_a_template_is_found_in_either_file(tmp_path, jinja, settings, text):
+    template = read_template(folder_with(tmp_path, jinja, **settings))
+    assert text == (None if template is None else template.render([]))
+
+
+@pytest.mark.parametrize("jinja, settings, told", [
+    (b"\xff", {}, "chat_template.jinja is not UTF-8"),
+    (b"{% for %}", {}, "chat_template.jinja: the chat template fails: Expected an expression"),
+    (None, {"chat_template": 5}, "tokenizer_config.json: chat_template must be a text or a list of named ones, got 5"),
+    (None, {"chat_template": [{"name": "rag", "template": "x"}]}, r"holds \['rag'\]; one must be named \"default\""),
+    (None, {"chat_template": [{"name": "default"}]}, "must be a text"),
+    (None, {"chat_template": "{{"}, "tokenizer_config.json: the chat template fails"),
+])  # fmt: skip
+def test_a_file_that_holds_no_template_is_named(tmp_path, jinja, settings, told):
+    with pytest.raises(ValueError, match=told):
+        read_template(folder_with(tmp_path, jinja, **settings))
+
+
+def test_special_tokens_are_named_as_a_text_or_with_their_flags():
+    stated = {"eos_token": "a", "bos_token": {"content": "b", "lstrip": True}, "pad_token": None, "add_bos_token": True,
+              "model_max_length": 5, "unk_token": {"x": 1}}  # fmt: skip
+    assert special_texts(stated) == {"eos_token": "a", "bos_token": "b"}
+
+
+# A stranger's template: it calls nothing, and it ends.
+
+
+def grows(step, start="'ab'"):
+    loop = "{% for i in range(90) %}{% set ns.x = " + step + " %}{% endfor %}"
+    return "{% set ns = namespace(x=" + start + ") %}" + loop + "{{ ns.x }}"
+
+
+@pytest.mark.parametrize("text, told", [
+    ("{{ raise_exception('only\nuser roles') }}", "only user roles"),
+    ("{{ messages[9].content }}", "has no element 9"),
+    ("{{ nothing.here }}", "'nothing' is undefined"),
+    ("{{ 1 / 0 }}", "division by zero"),
+    ("{{ messages[0].role + 1 }}", "can only concatenate str"),
+    ("{% for i in 5 %}{% endfor %}", "'int' object is not iterable"),
+    ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ("{{ messages.append(1) }}", "unsafe"),
+    ("{{ cycler.__init__.__globals__ }}", "unsafe"),
+    ("{{ open('x') }}", "'open' is undefined"),
+    ("{% include 'other' %}", "no loader"),
+    ("{{ lipsum() }}", "undefined"),
+    ("{{ messages | random }}", "No filter"),
+    ("{{ " + 5000 * "(" + " }}", "recursion"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    ("{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}", "recursion"),
+    ("{% for i in range(10000000) %}{% endfor %}", "100,000|100000"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 300,000 steps"),
+    ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "more than"),
+    ("{% for i in range(9999) %}{% if 'a' * 999999 + 'b' in 'a' * 1999999 %}{% endif %}{% endfor %}", "more than"),
+    ("{{ 'a' * 10**12 }}", "makes something of 1,000,000,000,000"),
+    ("{{ 10**9 * 'a' }}", "makes something of"),
+    ("{{ 2 ** 10000 ** 10 }}", "bits"),
+    (grows("ns.x + ns.x"), "makes something of"),
+    (grows("ns.x ~ ns.x"), "makes something of"),
+    (grows("ns.x.replace('a', 'aaa')"), "makes something of"),
+    (grows("ns.x | replace('a', 'aaa')"), "makes something of"),
+    (grows("[ns.x, ns.x] | join('-')"), "makes something of"),
+    (grows("'-'.join([ns.x, ns.x])"), "makes something of"),
+    (grows("'%s%s' % (ns.x, ns.x)"), "makes something of"),
+    (grows("'{}{}'.format(ns.x, ns.x)"), "makes something of"),
+    (grows("ns.x * ns.x", "10"), "bits"),
+    (grows("ns.x + ns.x", "[1]"), "makes something of"),
+    (grows("[ns.x, ns.x]"), "makes something of"),
+    (grows("(ns.x, ns.x)"), "makes something of"),
+    (grows("{1: ns.x, 2: ns.x}"), "makes something of"),
+    (grows("namespace(a=ns.x, b=ns.x)"), "makes something of|more than"),
+    ("{{ 'a' | center(10**10) }}", "more than 100,000"),
+    ("{{ 'a'.center(10**10) }}", "more than 100,000"),
+    ("{{ [1] | slice(10**10) | list }}", "more than 100,000"),
+    ("{{ '%9999999999d' % 1 }}", "formats with"),
+    ("{{ '%*d' % (99999, 1) }}", "formats with"),
+    ("{{ '{:9999999999}'.format(1) }}", "formats with"),
+    ("{{ ('a\n' * 100000) | indent(100000) }}", "makes something of"),
+    ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "makes something of"),
+    ("{% set x %}{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}{% endset %}", "makes something of"),
+    ("{{ (['a' * 99999] * 9999) | tojson }}", "makes something of"),
+], ids=lambda part: part[:50])  # fmt: skip
+def test_a_template_that_fails_loops_or_calls_out_is_one_line(text, told):
+    with pytest.raises(ValueError, match=f"^f.jinja: the chat template fails: .*({told})") as refusal:
+        rendered(text)
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 400
+
+
+def test_a_long_conversation_stays_within_the_limits():
+    inner = "{% for n in messages[:9] %}{{ n.role[0] | upper }}{% endfor %}{{ m.content | trim }}"
+    nested = "{% for m in messages %}" + inner + "{% endfor %}"
+    text = rendered(nested, [{"role": "user", "content": " x" * 300}] * 1000)
+    assert len(text) == 1000 * (9 + 599)
+
+
+def test_a_template_renders_as_often_as_it_is_asked():
+    template = ChatTemplate("{% for i in range(99999) %}{% endfor %}{{ messages[0].content }}")
+    assert [template.render(CONVERSATION) for _ in range(5)] == 5 * ["Be brief."]
