@@ -182,6 +182,22 @@ def gpt_logits(model, ids, cache=None):
         return model.head(model.hidden(np.asarray(ids), cache)).data
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+# A small model of Llama's family: grouped queries, and heads that are not hidden_size / n_head wide.
+SHAPE = {"num_hidden_layers": 2, "hidden_size": 12, "intermediate_size": 10, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 6, "vocab_size": 9, "max_position_embeddings": 40,
+         "rope_theta": 50.0}  # fmt: skip
+
+
+def tiny_llama(seed=0, dtype="float64", **changes):
+    """A small model whose norms and biases are random too: as drawn, they are ones and zeros."""
+    rng = np.random.default_rng(seed)
+    model = Llama(LlamaConfig(**{**SHAPE, **changes}), rng, dtype)
+    jitter = lambda t: Tensor((t.data + 0.2 * rng.standard_normal(t.shape)).astype(dtype), requires_grad=True)
+    return model.map_tensors(jitter)
+
+
 @st.composite
 def gpts_and_ids(draw, dtype="float64"):
     """A small GPT in one of many shapes, and token ids (B, T) for it, T at least 2."""

@@ -6,7 +6,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import close, contents, gpt_logits, gpts_and_ids, learned, new_adapter, seeds, sides, tiny_gpt
+from strategies import (
+    LLAMA3,
+    SHAPE,
+    close,
+    contents,
+    gpt_logits,
+    gpts_and_ids,
+    learned,
+    new_adapter,
+    seeds,
+    sides,
+    tiny_gpt,
+    tiny_llama,
+)  # fmt: skip
 
 from minilora import functional as F
 from minilora.decoder import KeyValueCache
@@ -19,11 +32,6 @@ from minilora.lora import attach, init_adapter, merge
 from minilora.lora_config import LoRAConfig
 from minilora.tensor import Tensor
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16}  # fmt: skip
-SHAPE = {"num_hidden_layers": 2, "hidden_size": 12, "intermediate_size": 10, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 6, "vocab_size": 9, "max_position_embeddings": 40,
-         "rope_theta": 50.0}  # fmt: skip
 # What tells the members of the family from one another.
 MEMBERS = {
     "llama": {}, "tied": {"tie_word_embeddings": True}, "a head for each query's": {"num_key_value_heads": 4},
@@ -32,14 +40,6 @@ MEMBERS = {
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}, "llama3": {"rope_scaling": LLAMA3},
 }  # fmt: skip
 every_member = pytest.mark.parametrize("changes", MEMBERS.values(), ids=MEMBERS)
-
-
-def tiny_llama(seed=0, dtype="float64", **changes):
-    """A small model whose norms and biases are random too: as drawn, they are ones and zeros."""
-    rng = np.random.default_rng(seed)
-    model = Llama(LlamaConfig(**{**SHAPE, **changes}), rng, dtype)
-    jitter = lambda t: Tensor((t.data + 0.2 * rng.standard_normal(t.shape)).astype(dtype), requires_grad=True)
-    return model.map_tensors(jitter)
 
 
 @st.composite

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ops import refuses
-from strategies import contents, learned, new_adapter, rngs
-from test_llama import tiny_llama
+from strategies import contents, learned, new_adapter, rngs, tiny_llama
 
 from minilora import packed
 from minilora.count import activation_bytes, parameter_report

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ops import refuses
-from strategies import TinyMLP, contents, learned, new_adapter, rngs
-from test_llama import tiny_llama
+from strategies import TinyMLP, contents, learned, new_adapter, rngs, tiny_llama
 
 from minilora.disk.peft import load_adapter, save_adapter
 from minilora.fits import other_precisions
