@@ -31,7 +31,8 @@ class Family:
 
     Configuration.
     read_config(folder, fields, tensors): our configuration, from the fields of `config.json` and
-    {name without prefix: array}, out of which it may take what only repeats another tensor.
+    {name without prefix: array}, out of which it may take what only repeats another tensor, and
+    which is {} for whoever wants the configuration alone.
     write_config(model, fields, dtype): the fields of `config.json`; `fields` are those of the
     folder that the model came from, {} for none, and `dtype` is the one that is written.
     count(config): how many numbers such a model holds, roughly: no giant is built by mistake.

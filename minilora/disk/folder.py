@@ -19,11 +19,11 @@ FREE = ("base_model_name_or_path", "_name_or_path")
 UNFINISHED = ".unfinished"
 
 
-def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None, beside=()):
+def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None, beside=None):
     """Write both files so that the folder can be read at every moment, as the old save or the new.
 
     `arrays` is {name: NumPy array}, `config` a dict for JSON, `metadata` {str: str} that other
-    readers skip, `beside` paths of files to copy along.
+    readers skip, `beside` {name: path of a file to copy along, or the bytes of one}.
     Everything is written into the folder UNFINISHED first. Then the copies get their names, then
     the tensors, which carry their configuration in the metadata, then the configuration: where the
     tensors are, the folder is whole. A crash in between leaves the configuration in UNFINISHED,
@@ -33,13 +33,17 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None,
     staging = folder / UNFINISHED
     text = json.dumps(config, indent=2)
     metadata = {"format": "pt", "minilora.config": text, **(metadata or {})}
-    names = [*(Path(path).name for path in beside), tensor_file, config_file]
+    beside = beside or {}
+    names = [*beside, tensor_file, config_file]
     _finish_earlier_save(folder, tensor_file, config_file)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        for path in beside:
-            shutil.copyfile(path, staging / Path(path).name)
+        for name, content in beside.items():
+            if isinstance(content, bytes):
+                (staging / name).write_bytes(content)
+            else:
+                shutil.copyfile(content, staging / name)
         write_tensors(staging / tensor_file, arrays, metadata)
         with open(staging / config_file, "wb") as file:
             file.write(text.encode())

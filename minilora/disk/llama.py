@@ -67,7 +67,7 @@ def _read_config(folder, fields, tensors):
         folder, fields, tensors, embedding="embed_tokens.weight", head="lm_head.weight",
         default=False,
     )  # fmt: skip
-    if not tied and "lm_head.weight" not in tensors:
+    if not tied and tensors and "lm_head.weight" not in tensors:
         raise ValueError(
             "the tensors have no lm_head.weight, though tie_word_embeddings is not true; if the "
             'head is the embedding, add "tie_word_embeddings": true'

@@ -100,6 +100,17 @@ def load_model(base, xp=np):
     return model.to_device(xp)
 
 
+def load_model_config(base):
+    """The configuration of the model in `base`, read from its fields alone, without its tensors.
+
+    Raises: as `load_model`, but for what only the tensors tell.
+    """
+    fields = _read_fields(base)
+    family = _family_in(base, fields, FAMILIES)
+    with errors_name(_where_fields_are(base)):
+        return family.read_config(base, fields, {})
+
+
 def load_gpt2(folder):
     """The GPT in a GPT-2 folder (`model.safetensors`, or shards and an index; `config.json`).
 
@@ -115,8 +126,8 @@ def save_model(model, folder, *, dtype=None, like=None):
     """Write a plain model as the first family that can hold it.
 
     Shapes: each tensor in the orientation of the files, in `dtype`: "float32", "float16",
-    "bfloat16", "float64", or None for the model's own. `like` is the folder the model came from:
-    its tokenizer and other settings go along.
+    "bfloat16", "float64", or None for the one that it computes in. `like` is what the model was
+    loaded from: its tokenizer and other settings go along, also out of a GGUF file.
     Raises: ValueError for a model that carries an adapter (merge it first), for a linear without
     the bias that files have, and for numbers that overflow in `dtype`. TypeError for what no family
     holds.
@@ -160,7 +171,7 @@ def _layout(family, model):
 
 def _save(model, family, folder, dtype, like):
     """Write a model: its tensors joined and turned as files have them, beside its companions."""
-    fields = {} if like is None else load_config(like, TENSORS, CONFIG)
+    fields = {} if like is None else _read_fields(like)
     carrying = adapted_names(model)
     if carrying:
         raise ValueError(
@@ -188,25 +199,23 @@ def _save(model, family, folder, dtype, like):
 
 
 def _companions(folder, like):
-    """The files of the folder `like` that go along into another one."""
+    """{name: path or bytes} of the files that go along from `like` into another folder."""
     if like is None or Path(like).resolve() == Path(folder).resolve():
-        return []
-    return [Path(like) / name for name in COMPANIONS if (Path(like) / name).exists()]
+        return {}
+    if is_gguf(like):
+        from .gguf_companions import companions_of
+
+        return companions_of(like)
+    paths = {name: Path(like) / name for name in COMPANIONS}
+    return {name: path for name, path in paths.items() if path.exists()}
 
 
 def _load(base, families):
     """The model in `base`, a folder or a GGUF file, which must be of one of `families`."""
-    where, fields, tensors = _read_base(base)
-    model_type = fields.get("model_type")
-    family = _with_model_type(families, model_type)
-    if family is None:
-        known = [repr(name) for family in families for name in family.model_types]
-        raise ValueError(
-            f"{where}: model_type={model_type!r} is another kind of model; only "
-            f"{' or '.join(known)} is implemented"
-        )
+    fields, tensors = _read_base(base)
+    family = _family_in(base, fields, families)
     _take_prefix_off(base, family, tensors)
-    with errors_name(where):
+    with errors_name(_where_fields_are(base)):
         config = family.read_config(base, fields, tensors)
         _check_size(family.count(config), tensors)
     blank = family.model(config, None)
@@ -214,20 +223,44 @@ def _load(base, families):
 
 
 def _read_base(base):
-    """(the file of the fields, the fields, {name: array or PackedTensor}), as families take them.
-    """
+    """(fields, {name in files: array or PackedTensor}) of a folder, or of a GGUF file as of one."""
     if is_gguf(base):
         from .gguf import load_gguf
 
-        fields, tensors = load_gguf(base)
-        return base, fields, tensors
+        return load_gguf(base)
     fields, tensors, _ = load_folder(base, TENSORS, CONFIG)
-    return Path(base) / CONFIG, fields, tensors
+    return fields, tensors
+
+
+def _read_fields(base):
+    """The fields of `_read_base`, without the tensors."""
+    if is_gguf(base):
+        from .gguf import gguf_fields
+
+        return gguf_fields(base)
+    return load_config(base, TENSORS, CONFIG)
+
+
+def _where_fields_are(base):
+    return Path(base) if is_gguf(base) else Path(base) / CONFIG
 
 
 def is_gguf(base):
     """Is `base` a GGUF file, by its name, and no folder?"""
     return Path(base).suffix.lower() == ".gguf" and not Path(base).is_dir()
+
+
+def _family_in(base, fields, families):
+    """The family, one of `families`, of a base with these fields. Raises: ValueError for none."""
+    model_type = fields.get("model_type")
+    family = _with_model_type(families, model_type)
+    if family is None:
+        known = [repr(name) for family in families for name in family.model_types]
+        raise ValueError(
+            f"{_where_fields_are(base)}: model_type={model_type!r} is another kind of model; only "
+            f"{' or '.join(known)} is implemented"
+        )
+    return family
 
 
 def _take_prefix_off(base, family, tensors):
@@ -261,7 +294,8 @@ def _check_tensors(base, tensors, layout, shapes):
         shape = (rows, *shapes[parts[0]][1:])
         expected[name] = shape[::-1] if turned else shape
     stored = {name: tensor.shape for name, tensor in tensors.items()}
-    check_same_tensors(f"{base}, {TENSORS}", stored, expected)
+    where = base if is_gguf(base) else f"{base}, {TENSORS}"
+    check_same_tensors(where, stored, expected)
     for name, tensor in tensors.items():
         if not _holds_numbers(tensor):
             raise ValueError(f"{base}: {name} ({tensor.dtype}) must hold floats, and no inf or nan")
