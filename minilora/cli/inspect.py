@@ -3,6 +3,7 @@
 import math
 import re
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from ..disk import loaders
 from ..disk.checks import json_object
 from ..disk.folder import load_folder
 from ..disk.models import CONFIG as MODEL_CONFIG
-from ..disk.models import families_of, load_model
+from ..disk.models import families_of, load_fields, load_model
 from ..disk.peft import CONFIG, TENSORS, digest_of, load_adapter, read_adapter
 from ..disk.peft_config import module_table
+from ..quant import storage_of, stored_as
 from .folders import check_source, kinds_of
 
 # Of the lines that are wrapped, in characters.
@@ -42,16 +44,33 @@ def _inspect_model(folder, log):
     model = load_model(folder)
     config = model.config
     family = families_of(model)[0]
+    kind = family.title
+    if len(family.model_types) > 2:
+        kind += f": {load_fields(folder)['model_type']}"
     head = "the embedding (tied)" if config.tie_word_embeddings else "a matrix of its own"
     dtype = model.parameters()[0].dtype
     log(f"{folder}: a model, {parameter_report(model).total:,} parameters, {dtype}")
-    log(f"  kind         {family.title}")
+    log(f"  kind         {kind}")
     log(f"  sizes        {family.describe(config)}")
     log(
         f"  text         {config.vocab_size:,} tokens, a context of {config.block_size:,}; "
         f"the head is {head}"
     )
+    if stored_as(model):
+        _log_entry("stored", _storage(model), log)
     log(f"  fingerprint  {digest_of(model.fingerprint())}")
+
+
+def _storage(model):
+    """How the tensors of a model with packed weights are stored, and what they would take wide."""
+    counts = Counter(storage_of(p) for p in model.parameters())
+    kinds = ", ".join(f"{n} as {kind}" for kind, n in counts.items())
+    report = parameter_report(model)
+    wide = sum(p.size * p.dtype.itemsize for p in model.parameters())
+    return (
+        f"of {len(model.parameters())} tensors {kinds}: {report.total_bytes / 1e6:,.1f} MB, and "
+        f"{wide / 1e6:,.1f} MB once it is widened to {model.parameters()[0].dtype}"
+    )
 
 
 def _inspect_adapter(folder, base, log):

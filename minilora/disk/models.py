@@ -105,10 +105,22 @@ def load_model_config(base):
 
     Raises: as `load_model`, but for what only the tensors tell.
     """
-    fields = _read_fields(base)
+    fields = load_fields(base)
     family = _family_in(base, fields, FAMILIES)
     with errors_name(_where_fields_are(base)):
         return family.read_config(base, fields, {})
+
+
+def load_fields(base):
+    """The fields of `config.json` in a folder, or those that a GGUF file would have there.
+
+    Raises: as `load_model`, but for what only the tensors tell.
+    """
+    if is_gguf(base):
+        from .gguf import gguf_fields
+
+        return gguf_fields(base)
+    return load_config(base, TENSORS, CONFIG)
 
 
 def load_gpt2(folder):
@@ -171,7 +183,7 @@ def _layout(family, model):
 
 def _save(model, family, folder, dtype, like):
     """Write a model: its tensors joined and turned as files have them, beside its companions."""
-    fields = {} if like is None else _read_fields(like)
+    fields = {} if like is None else load_fields(like)
     carrying = adapted_names(model)
     if carrying:
         raise ValueError(
@@ -230,15 +242,6 @@ def _read_base(base):
         return load_gguf(base)
     fields, tensors, _ = load_folder(base, TENSORS, CONFIG)
     return fields, tensors
-
-
-def _read_fields(base):
-    """The fields of `_read_base`, without the tensors."""
-    if is_gguf(base):
-        from .gguf import gguf_fields
-
-        return gguf_fields(base)
-    return load_config(base, TENSORS, CONFIG)
 
 
 def _where_fields_are(base):

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from program import GOLDEN
 from safetensors.numpy import load_file
-from strategies import small_gpt, trained_adapter
+from strategies import small_gpt, small_llama, trained_adapter
 
 from minilora import load_model, save_adapter, save_model
 from minilora.disk.gpt2 import GPT2
+from minilora.disk.llama import LLAMA
 
 
 def fingerprint(model):
@@ -102,6 +103,31 @@ def test_inspect_describes_a_model(folder, run):
     assert (code, err) == (0, "") and out.startswith(f"base: a model, {count:,} parameters, float32\n")
     assert "11 blocks of 1 heads, 6 channels, 24 in the MLP" in out and "96 tokens, a context of 48" in out
     assert f"fingerprint  {fingerprint(model)}\n" in out and "rotary" in out
+
+
+@pytest.mark.parametrize("dtype, stored", [
+    ("float32", None), ("bfloat16", "of 20 tensors 15 as BF16, 5 as float32: 0.0 MB"),
+    ("float16", "of 20 tensors 15 as F16, 5 as float32"),
+])  # fmt: skip
+def test_inspect_describes_a_llama_and_how_it_is_stored(dtype, stored, run, tmp_path):
+    save_model(small_llama(tie_word_embeddings=True, qk_norm=False), tmp_path / "model", dtype=dtype)
+    code, out, err = run("inspect", tmp_path / "model")
+    told = " ".join(out.split())
+    assert (code, err) == (0, "") and "kind Llama's family: llama sizes 2 blocks of 4 heads of 2 over 2 of keys" in told
+    assert (f"stored {stored}" in told) if stored else ("stored" not in told)
+    assert f"fingerprint {fingerprint(load_model(tmp_path / 'model'))}" in told
+    save_model(small_llama(qk_norm=True), tmp_path / "qwen")
+    assert "kind Llama's family: qwen3 " in " ".join(run("inspect", tmp_path / "qwen")[1].split())
+
+
+def test_inspect_says_that_vllm_serves_an_adapter_of_a_llama(run, tmp_path):
+    base = small_llama()
+    save_model(base, tmp_path / "base")
+    save_adapter(trained_adapter(base, target_modules="all-linear"), tmp_path / "a", base_model=str(tmp_path / "base"))
+    code, out, err = run("inspect", tmp_path / "a")
+    told = " ".join(out.split())
+    assert (code, err) == (0, "") and "is that base" in told and len(table(out)) == 14
+    assert f"vLLM its loader's rules accept it, from --max-lora-rank 8 on {LLAMA.note} base" in told
 
 
 def test_a_warning_is_one_line(run):
