@@ -109,7 +109,7 @@ def _array(path, file_map, code, shape, start):
 
 
 def half_kind(array):
-    """"F16" or "BF16" for an array of 16-bit floats, as a PackedTensor says it; None for others."""
+    """What a PackedTensor calls an array of 16-bit floats: "F16" or "BF16"; None for any other."""
     # NumPy itself has no bfloat16.
     return {"float16": "F16", "bfloat16": "BF16"}.get(array.dtype.name)
 

@@ -100,7 +100,8 @@ def test_a_merge_into_a_gguf_file_is_a_folder_with_all_that_belongs_to_it(path, 
     adapted = attach(base, trained_adapter(base, target_modules="all-linear"))
     said = []
     save_merged(adapted, tmp_path / "out", like=path, say=said.append)
-    assert bits(load_model(tmp_path / "out")) == bits(widen(merge(adapted))) and "merged 14 updates" in said[0]
+    assert bits(load_model(tmp_path / "out")) == bits(widen(merge(adapted)))
+    assert any("merged 14 updates" in text for text in said)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
     before = path.read_bytes()
     slight = attach(base, learned(new_adapter(base), size=1e-5))

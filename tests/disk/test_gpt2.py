@@ -142,6 +142,16 @@ def test_equal_heads_that_are_said_to_be_apart_stay_apart(tmp_path):
     assert np.array_equal(model.lm_head.weight.data, model.wte.weight.data)
 
 
+@pytest.mark.parametrize("fields", [put(), drop("tie_word_embeddings")])
+def test_a_tied_file_that_holds_only_the_head_is_read_as_both(fields, tmp_path):
+    """transformers may keep the one tensor of the two under either name."""
+    only_head = lambda config, tensors: tensors.update({HEAD: tensors.pop(WTE)})
+    model = load_gpt2(folder_of(tmp_path, all_of(fields, only_head)))
+    assert bits(model) == bits(small_gpt()) and model.config.tie_word_embeddings
+    with pytest.raises(ValueError, match="absent: wte.weight"):
+        load_gpt2(folder_of(tmp_path, all_of(put(tie_word_embeddings=False), only_head)))
+
+
 @pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
 def test_bfloat16_is_widened_to_the_same_numbers(some, tmp_path):
     model = small_gpt().map_tensors(lambda t: Tensor((t.data.view("u4") & 0xFFFF0000).view("f4"), True))
