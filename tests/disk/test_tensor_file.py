@@ -3,13 +3,16 @@
 import json
 import os
 import sys
+import tempfile
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from strategies import seeds, write_tensors
 
@@ -127,6 +130,32 @@ def test_shards_are_maps_too(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps(index))
     read = read_shards(tmp_path / "index.json")
     assert is_map(read["a"]) and is_map(read["b"]) and np.array_equal(read["b"], drawn(1))
+
+
+@given(st.data())
+def test_whatever_the_library_reads_is_read_as_the_library_reads_it(data):
+    """The header is read here, the library only checks it: both must see the same in it, or refuse it."""
+    arrays = {"a": drawn(0, "f4", (2, 3)), "b": drawn(1, "f2", (4,)), "c": np.arange(3), "d": drawn(2, "f8", ())}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        save_file(arrays, path, {"format": "pt"})
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        at = 8 + data.draw(st.integers(0, length - 1))
+        new = data.draw(st.sampled_from([b"", b" ", b"0", b"1", b'"', b",", b"a", bytes([raw[at] ^ 1])]))
+        spoilt = raw[:at] + new + raw[at + data.draw(st.integers(0, 1)) :]
+        spoilt = (length + len(spoilt) - len(raw)).to_bytes(8, "little") + spoilt[8:]
+        path.write_bytes(spoilt)
+        try:
+            with safe_open(path, framework="np") as file:
+                expected = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, TypeError, AttributeError):
+            with pytest.raises(ValueError, match="x.safetensors"):
+                read_tensors(path)
+            return
+        read, _ = read_tensors(path)
+        assert {name: (a.dtype, a.shape, a.tobytes()) for name, a in read.items()} == {
+            name: (a.dtype, a.shape, a.tobytes()) for name, a in expected.items()}  # fmt: skip
 
 
 # 16 bits.
