@@ -6,7 +6,7 @@ installed, this makes all of it again:
     python tests/golden/make_llama.py
 
 The reference is transformers' own code in float64. It would compute RMSNorm and the rotary angles in float32 all the
-same, so here these are in float64 too (tests/wide_peers.py says how). `as_is_logits`, of one case of each family, are
+same, so here these are in float64 too (tests/peers/wide.py says how). `as_is_logits`, of one case of each family, are
 those of the code as it is.
 """
 
@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from transformers.utils.logging import disable_progress_bar
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent / "peers"))
 
 from make import close, logits, loss_of  # noqa: E402
-from wide_peers import wide  # noqa: E402
+from wide import wide  # noqa: E402
 
 VOCABULARY = 23
 # Angles of 10 positions, at a base of 10000, would tell one base from another only in the last digits.

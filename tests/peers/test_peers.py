@@ -4,11 +4,7 @@ Everything here is tiny, random, and in float64 unless it says otherwise. Each g
 bug that it must notice. `tests/golden` asks the same of files that were kept, without these libraries.
 """
 
-import contextlib
 import copy
-import json
-import logging
-import warnings
 
 import numpy as np
 import pytest
@@ -29,7 +25,6 @@ from minilora import (
     load_adapter,
     load_gpt2,
     merge,
-    no_grad,
     save_adapter,
     save_gpt2,
 )
@@ -43,12 +38,27 @@ transformers = pytest.importorskip("transformers", reason=f"transformers is {WHY
 peft = pytest.importorskip("peft", reason=f"peft is {WHY}")
 st = pytest.importorskip("safetensors.torch", reason=f"safetensors.torch is {WHY}")
 
+from asking import (  # noqa: E402
+    adapted,
+    different,
+    edit,
+    files_of,
+    logits,
+    loss_of,
+    name_of,
+    peft_weights,
+    same_bits,
+    same_dict,
+    same_numbers,
+    theirs,
+    without_a_word,
+)
+
 V = 13
 SIZES = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": V, "n_positions": 16, "bos_token_id": V - 1,
          "eos_token_id": V - 1}  # fmt: skip
 ALL_FOUR = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 FILE = "adapter_model.safetensors"
-AMONG_THEM = "`is_gradient_checkpointing` is deprecated"  # of transformers to PEFT 0.21.2, about no file: at every load
 QUIET = {"say": lambda line: None}
 
 
@@ -58,39 +68,7 @@ def rng():
     return np.random.default_rng(7)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Sums in one order, and no bars among the dots."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(before)
-
-
 # Asking the peers.
-
-
-@contextlib.contextmanager
-def without_a_word():
-    """Fail if anything is warned of or logged at level WARNING or above, by whatever library."""
-    said = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())
-    known = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict)]
-    closed = [logging.root, *(logger for logger in known if not logger.propagate)]  # the root does not hear those
-    assert all(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in ("transformers", "peft", "torch"))
-    for logger in closed:
-        logger.addHandler(handler)
-    try:
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            yield
-    finally:
-        for logger in closed:
-            logger.removeHandler(handler)
-    said += [f"{w.category.__name__}: {w.message}" for w in warned if not str(w.message).startswith(AMONG_THEM)]
-    assert not said, "\n".join(said)
 
 
 def drawn(model, rng):
@@ -122,84 +100,13 @@ def make_peft(base, folder, rng, **lora):
     return folder
 
 
-def theirs(folder, dtype=torch.float64):
-    """The model in `folder` as transformers opens it, without a word; dtype None keeps the dtype of the file."""
-    with without_a_word():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    return model if dtype is None else model.to(dtype)
-
-
 def ours(folder, dtype="float64"):
     """The same as minilora opens it."""
     return load_gpt2(folder).astype(dtype)
 
 
-def adapted(base, folder, dtype=torch.float64, **how):
-    """The model in `base` with the adapter in `folder`, as PEFT opens it, without a word."""
-    model = theirs(base, dtype)
-    with without_a_word():
-        return peft.PeftModel.from_pretrained(model, folder, **how).eval()
-
-
-def logits(model, ids):
-    """The logits of either kind of model, as an array."""
-    if isinstance(model, GPT):
-        with no_grad():  # and so without dropout
-            return model(ids).data
-    with torch.no_grad():
-        return model(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
-
-
-def loss_of(model, ids):
-    """Mean cross entropy of the next token, in torch."""
-    guesses = model(input_ids=torch.from_numpy(ids), use_cache=False).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(guesses.flatten(0, 1), torch.from_numpy(ids[:, 1:]).flatten())
-
-
 def some_ids(rng, shape=(3, 11)):
     return rng.integers(0, V, shape)
-
-
-# Comparing. Everything goes through these, and the planted bugs must fail in them.
-
-
-def same_numbers(a, b, atol, what="logits"):
-    """Equal within `atol`, finite, and both float64."""
-    a, b = np.asarray(a), np.asarray(b)
-    assert a.shape == b.shape and a.dtype == b.dtype == np.float64, f"{what}: {a.dtype} {a.shape}, {b.dtype} {b.shape}"
-    assert np.isfinite(a).all() and np.abs(a - b).max() <= atol, f"{what}: differ by {np.abs(a - b).max():.2g}"
-
-
-def same_dict(a, b, atol):
-    """The same keys, and under each the same numbers within `atol`."""
-    assert a.keys() == b.keys()
-    for key in a:
-        same_numbers(a[key], b[key], atol, key)
-
-
-def same_bits(a, b):
-    """The same keys, and under each a torch tensor of the same dtype, shape and bits."""
-    assert a.keys() == b.keys() and a
-    for key in a:
-        assert a[key].dtype == b[key].dtype and a[key].shape == b[key].shape, key
-        bits = [t.detach().contiguous().flatten().view(torch.uint8) for t in (a[key], b[key])]
-        assert torch.equal(*bits), f"{key}: other bits"
-
-
-def different(a, b, least=0.01):
-    """What is compared must move something, or equality says nothing."""
-    assert np.abs(a - b).max() > least
-
-
-def files_of(folder):
-    """All tensors of a folder, of one file or of its shards, as torch reads them."""
-    return {key: t for path in sorted(folder.glob("*.safetensors")) for key, t in st.load_file(path).items()}
-
-
-def edit(path, **changes):
-    """Change fields of a JSON file by hand; None takes one out."""
-    fields = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
 
 
 # 1. PEFT -> minilora -> PEFT: the same keys, the same bits, and nobody complains.
@@ -365,11 +272,6 @@ CHECKPOINTS = {
 }
 
 
-def name_of(dtype):
-    """The name by which minilora calls a dtype of torch."""
-    return str(dtype).removeprefix("torch.")
-
-
 def check_checkpoint(tmp_path, rng, like=True, **how):
     first, ids = make_gpt2(tmp_path / "first", rng, **how), some_ids(rng)
     dtype = how.get("dtype", torch.float32)
@@ -466,11 +368,6 @@ def saved_gradients(tmp_path, thing):
     else:
         save_adapter(gradients, tmp_path / "gradients", allow_untrained=True)
     return files_of(tmp_path / "gradients")
-
-
-def peft_weights(model):
-    """The trainable tensors of a PEFT model, under the keys of the file."""
-    return {key.replace(".default.", "."): p for key, p in model.named_parameters() if p.requires_grad}
 
 
 def check_lora_gradients(tmp_path, rng, targets):
