@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from minilora.quant import stored_as, widen
 from safetensors.numpy import load_file, save_file
 from strategies import bits, same_adapter
 
 from minilora import Adam, attach, load_adapter, load_model, merge, save_adapter, save_model
 from minilora.graph import no_grad
+from minilora.quant import stored_as, widen
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "llama"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/expected.npz"))
