@@ -9,11 +9,11 @@ from statistics import median
 import numpy as np
 
 from .rounds import GEMM
-from .workloads import NEW, flops, tokens
+from .workloads import NEW
 
 # A round in which others used more than this part of the machine is not a quiet one.
 FOREIGN_LIMIT = 0.05
-FORMAT = "{:<10}  {:<10}  {:<14}{:>10}{:>15}{:>11}{:>9}{:>10}{:>15}".format
+FORMAT = "{:<10}  {:<10}  {:<20}{:>10}{:>15}{:>11}{:>9}{:>10}{:>15}".format
 HEADER = FORMAT(
     "size",
     "task",
@@ -46,7 +46,7 @@ def medians(outcome, work, task, reference):
     counted = quiet_rounds(outcome["foreign"])
     rounds = [outcome["rounds"][i] for i in counted]
     best_rate = _best_rate([outcome["rates"][i] for i in counted])
-    n_flops = flops(work, task)
+    n_flops = work.flops(task)
     rows = []
     for label, memory in outcome["memory"].items():
         if label == GEMM or not rounds or label not in rounds[0]:
@@ -63,7 +63,7 @@ def medians(outcome, work, task, reference):
                 "library": label,
                 "seconds": seconds,
                 "ratio": ratio,
-                "tokens_per_s": tokens(work, task) / seconds,
+                "tokens_per_s": work.tokens(task) / seconds,
                 "peak_bytes": memory["peak"],
                 "start_bytes": memory["start"],
                 "share": share,

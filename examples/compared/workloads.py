@@ -45,6 +45,14 @@ class Workload(NamedTuple):
             "mlp.c_proj": (4 * C, C),
         }
 
+    def tokens(self, task):
+        """As the function `tokens`."""
+        return tokens(self, task)
+
+    def flops(self, task):
+        """As the function `flops`."""
+        return flops(self, task)
+
 
 WORKLOADS = {
     "tiny": Workload(4, 128, 4, 64, 16, 512),
@@ -105,17 +113,17 @@ def flops(work, task):
     for layer in range(work.layers):
         for name, (n_in, n_out) in work.linears().items():
             trained_below = full or layer > 0 or name != "c_attn"
-            total += _linear(n_read * n_in * n_out, train and trained_below, full)
+            total += linear_flops(n_read * n_in * n_out, train and trained_below, full)
             if name in ADAPTERS.get(adapter_of(task), []):
                 # A reads what W reads, so its dx is needed where that of W is. Under B there is A.
-                total += _linear(n_read * n_in * work.r, train and trained_below, train)
-                total += _linear(n_read * work.r * n_out, train, train)
+                total += linear_flops(n_read * n_in * work.r, train and trained_below, train)
+                total += linear_flops(n_read * work.r * n_out, train, train)
         # QKᵀ and PV; when training dP, dV, dQ and dK as well.
-        attention = 2 * _linear(n_pairs * work.width, False, False)
+        attention = 2 * linear_flops(n_pairs * work.width, False, False)
         total += 3 * attention if train else attention
-    return total + _linear(n_logits * work.width * work.vocabulary, train, full)
+    return total + linear_flops(n_logits * work.width * work.vocabulary, train, full)
 
 
-def _linear(MNK, needs_dx, needs_dW):
+def linear_flops(MNK, needs_dx, needs_dW):
     """Operations of y = x Wᵀ and of its backward pass, which has products of the same size."""
     return 2 * MNK * (1 + needs_dx + needs_dW)
