@@ -219,16 +219,18 @@ def rotary(x, cos, sin, n_head):
         raise TypeError(
             f"rotary: x is {x.dtype}, cos {cos.dtype}, sin {sin.dtype}; make the angles as x is"
         )
-    # Each half of a head has the same angles, and each head has them all: (T, D/2) -> (T, C).
-    # first' = first cos - second sin, second' = second cos + first sin: hence the minus.
-    cos = xp.tile(xp.concatenate([cos, cos], axis=-1), n_head)
-    sin = xp.tile(xp.concatenate([-sin, sin], axis=-1), n_head)
+    # (T, D/2) -> (T, 1, D/2): every head turns by the same angles.
+    cos = cos[..., None, :]
+    sin = sin[..., None, :]
 
-    def turn(a, signed_sin):
+    def turn(a, sin):
         halves = a.reshape(B, T, n_head, 2, D // 2)
-        # The partner of each channel: the halves in the other order.
-        partner = halves[:, :, :, ::-1].reshape(B, T, C)
-        return a * cos + partner * signed_sin
+        first = halves[:, :, :, 0]
+        second = halves[:, :, :, 1]
+        turned = xp.empty_like(halves)
+        turned[:, :, :, 0] = first * cos - second * sin
+        turned[:, :, :, 1] = second * cos + first * sin
+        return turned.reshape(B, T, C)
 
     # The gradient is turned back by the opposite angle.
     return record(turn(x.data, sin), (x, lambda dy: turn(dy, -sin)))
