@@ -25,7 +25,7 @@ _PUBLIC = {
     "llama": ["Llama", "LlamaConfig"],
     "lora_config": ["LoRAConfig"],
     "lora": ["Adapter", "attach", "init_adapter", "merge"],
-    "generate": ["generate"],
+    "generate": ["generate", "generate_tokens"],
     "compose": ["stack"],
     "count": ["parameter_report"],
     "disk.models": ["load_gpt2", "load_model", "save_gpt2", "save_model"],
