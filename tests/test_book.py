@@ -22,10 +22,11 @@ FLOORS = {
     "disk": ["characters", "checks", "lfs", "tensor_file", "folder", "family", "gpt2", "llama", "own", "bases",
              "gguf_file", "gguf_fields", "gguf_vocabulary", "gguf", "gguf_companions", "models", "c_attn",
              "peft_config", "adapter_file", "peft", "loaders", "rounding", "template_sandbox", "chat_template",
-             "vocabulary", "conversation", "token_stream", "tokenizer"],
+             "vocabulary", "conversation", "token_stream", "tokenizer", "quantized"],
     "training": ["corpus", "batches", "text_files", "datasets", "parts", "threads", "loop", "checkpoint", "progress",
                  "finetune_config", "finetune"],
-    "cli": ["ctrl_c", "messages", "parser", "folders", "questions", "commands", "inspect", "demo_tables", "demo",
+    "cli": ["ctrl_c", "messages", "parser", "keyboard", "folders", "questions", "text_stream", "generation",
+            "commands", "chat", "inspect", "demo_tables", "demo",
             "options", "table", "main"],
 }
 ORDER = [name if floor == "book" else f"{floor}.{name}" for floor, names in FLOORS.items() for name in names]
@@ -36,7 +37,7 @@ GUESTS = {"disk.tensor_file": {"safetensors", "ml_dtypes"}, "disk.tokenizer": {"
           "disk.gguf_file": {"gguf"}, "disk.gguf": {"gguf"}, "disk.gguf_vocabulary": {"tokenizers"},
           "disk.vocabulary": {"tokenizers"}, "disk.template_sandbox": {"jinja2"},
           "training.datasets": {"tqdm"}, "training.loop": {"tqdm"}, "training.threads": {"threadpoolctl"},
-          "cli.commands": {"tqdm"}}  # fmt: skip
+          "cli.commands": {"tqdm"}, "cli.generation": {"tqdm"}, "disk.quantized": {"tqdm"}}  # fmt: skip
 
 
 def dotted(path):

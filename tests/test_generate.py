@@ -11,6 +11,8 @@ from strategies import gpt_logits, gpts_and_ids, rngs, seeds, tiny_gpt
 from minilora.generate import generate, generate_tokens
 from minilora.gpt import GPTConfig
 from minilora.graph import is_recording, no_grad
+from minilora.llama import Llama, LlamaConfig
+from minilora.quant import quantize, widen
 from minilora.tensor import Tensor
 
 
@@ -236,6 +238,25 @@ def test_a_gpt_gives_each_prompt_of_a_batch_what_it_gives_it_alone(case, rng):
     together = generate(model, prompts, n)
     for prompt, row in zip(prompts, together, strict=True):
         assert np.array_equal(row, generate(model, prompt[None], n)[0])
+
+
+@given(seeds, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans())
+def test_so_does_a_llama(seed, lengths, qk_norm):
+    config = LlamaConfig(num_hidden_layers=2, hidden_size=8, intermediate_size=12, num_attention_heads=4, vocab_size=7,
+                         max_position_embeddings=16, num_key_value_heads=2, head_dim=4, qk_norm=qk_norm)  # fmt: skip
+    rng = np.random.default_rng(seed)
+    model = Llama(config, rng, "float64")
+    prompts = [rng.integers(0, 7, length) for length in lengths]
+    for prompt, row in zip(prompts, generate(model, prompts, 6), strict=True):
+        assert np.array_equal(row, generate(model, prompt[None], 6)[0])
+
+
+def test_a_packed_base_and_its_widened_twin_write_the_same():
+    config = LlamaConfig(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=4,
+                         vocab_size=50, max_position_embeddings=32)
+    packed = quantize(Llama(config, np.random.default_rng(0)), "nf4")
+    ids = np.array([[1, 2, 3]])
+    assert np.array_equal(generate(packed, ids, 20), generate(widen(packed), ids, 20))
 
 
 def test_prompts_of_one_length_are_the_rows_of_an_array():

@@ -1,8 +1,9 @@
-"""Is a folder a model, an adapter, both or neither? Knows the names of files, and reads none."""
+"""Is it a model, an adapter, both or neither? Knows the names of files, and reads none."""
 
 from pathlib import Path
 
 from ..disk import models, peft
+from ..disk.bases import SMOLLM2, find_base
 from ..training.checkpoint import is_checkpoint
 from ..training.finetune import CHECKPOINT
 
@@ -11,9 +12,30 @@ FILES = {"model": (models.CONFIG, models.TENSORS), "adapter": (peft.CONFIG, peft
 WITH_ARTICLE = {"model": "a model", "adapter": "an adapter"}
 
 
+def find_sources(base, adapters=()):
+    """The path of `base`, which is what `find_base` takes.
+
+    Raises: ValueError or OSError unless it and the folders `adapters` hold what they should.
+    """
+    path = find_base(base)
+    check_source(path, "model")
+    for folder in adapters:
+        check_source(folder, "adapter")
+    return path
+
+
+def located(text):
+    """The path that `text` is; or, if there is none, that of the model `smollm2`."""
+    path = Path(text)
+    if str(text) == SMOLLM2 and not path.exists():
+        return find_base(text)
+    return path
+
+
 def kinds_of(folder):
     """What `folder` holds, or holds a part of: ["model"], ["adapter"] or both.
 
+    A .gguf file is a model.
     Raises: FileNotFoundError if it holds neither, or does not exist; NotADirectoryError.
     """
     folder = Path(folder)
@@ -21,6 +43,8 @@ def kinds_of(folder):
         raise FileNotFoundError(
             f"{folder} does not exist; give the folder of a model or of an adapter"
         )
+    if models.is_gguf(folder):
+        return ["model"]
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give the folder that it is in")
     kinds = _kinds(folder)

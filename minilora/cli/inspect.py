@@ -13,12 +13,11 @@ from ..count import parameter_report
 from ..disk import loaders
 from ..disk.checks import json_object
 from ..disk.folder import load_folder
-from ..disk.models import CONFIG as MODEL_CONFIG
 from ..disk.models import families_of, load_fields, load_model
 from ..disk.peft import CONFIG, TENSORS, digest_of, load_adapter, read_adapter
 from ..disk.peft_config import module_table
 from ..quant import storage_of, stored_as
-from .folders import check_source, kinds_of
+from .folders import find_sources, kinds_of, located
 
 # Of the lines that are wrapped, in characters.
 WIDTH = 110
@@ -27,10 +26,11 @@ WIDTH = 110
 def inspect(folder, base, log):
     """Print what is in a folder: a model, or an adapter measured against its base.
 
-    `base` is the base's folder, or None: then it is looked for where the adapter says.
+    `base` is what `find_base` takes, or None: then it is looked for where the adapter says.
     Raises: FileNotFoundError if it holds neither; what reading it raises, after everything else was
     printed.
     """
+    folder = located(folder)
     kinds = kinds_of(folder)
     if base is not None and "adapter" not in kinds:
         raise ValueError(f"{folder} holds a model, which has no base; inspect it without --base")
@@ -87,17 +87,19 @@ def _inspect_adapter(folder, base, log):
     verified = "UNVERIFIED, it notes no fingerprint"
     if adapter.fingerprint:
         verified = f"fingerprint {digest_of(adapter.fingerprint)}"
+    kinds = sorted(set(adapter.stored.values()))
+    if kinds:
+        verified += f"; it was trained on weights stored as {' and '.join(kinds)}"
     _log_entry("base", f"{recorded or 'it does not say which'}; {verified}", log)
 
-    if base is None and recorded and (Path(recorded) / MODEL_CONFIG).exists():
+    if base is None and recorded and _is_model(recorded):
         base = recorded
     misfit = None
     weight_norms = {}
     if base is not None:
         try:
-            weight_norms = _weight_norms(base, folder, adapter)
-            match = "is that base" if adapter.fingerprint else "fits it"
-            _log_entry("", f"{base} {match}", log)
+            weight_norms, receipt = _measured_on(base, folder, adapter)
+            _log_entry("", f"{base} {_match(receipt)}", log)
         except (ValueError, TypeError, OSError) as error:
             misfit = error
     _log_table(adapter, weight_norms, log)
@@ -111,6 +113,15 @@ def _recorded_base(config):
     """The base that the adapter's JSON names, or None: this library computes nothing with it."""
     name = config.get("base_model_name_or_path")
     return name if isinstance(name, str) else None
+
+
+def _is_model(text):
+    """Is `text` what `find_base` takes, and a model? A name of a model elsewhere is not."""
+    try:
+        find_sources(text)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _log_loaders(config, shapes, fingerprint, log):
@@ -149,21 +160,35 @@ def _log_entry(title, text, log):
     )
 
 
-def _weight_norms(base, folder, adapter):
-    """{module of the file: |W| of its weight in the model `base`, a folder}, in the Frobenius norm.
+def _match(receipt):
+    """What a receipt of `load_adapter` says of the base, as the end of a sentence about it."""
+    match = "fits it"
+    for line in receipt.splitlines():
+        if line.startswith("  base: recognised, in"):
+            return "is that base" + line.removeprefix("  base: recognised,")
+        if line.startswith("  base: recognised"):
+            match = "is that base"
+        if line.startswith("  base: the same values"):
+            match += line.replace("  base: ", "; ")
+    return match
 
+
+def _measured_on(base, folder, adapter):
+    """({module of the file: |W| of its weight in the model `base`}, the receipt of the load).
+
+    Norms are Frobenius's.
     Raises: as `load_adapter`, if that is not the base of the adapter in `folder`.
     """
-    check_source(base, "model")
-    model = load_model(base)
-    load_adapter(folder, model, say=lambda receipt: None)
+    model = load_model(find_sources(base))
+    receipts = []
+    load_adapter(folder, model, other_precision=True, say=receipts.append)
     modules = dict(model.named_modules())
     norms = {}
     for module, our_names in module_table(model, adapter.factors).items():
         # Our q_proj, k_proj and v_proj are the rows of one c_attn, so that their squares add up.
         parts = [np.linalg.norm(to_numpy(modules[name].weight.data)) for name in our_names]
         norms[module] = math.hypot(*map(float, parts))
-    return norms
+    return norms, receipts[0]
 
 
 def _log_table(adapter, weight_norms, log):

@@ -9,6 +9,7 @@ import sys
 import warnings
 
 from .. import __version__
+from ..disk.bases import SMOLLM2_COMMAND
 from .ctrl_c import report_interrupt
 from .messages import log, one_line, warn
 from .parser import nearest
@@ -17,7 +18,8 @@ from .table import COMMANDS, parser_of
 # {our command: what other programs call it}
 COMMAND_SYNONYMS = {
     "finetune": ("train", "fine-tune", "tune", "fit", "lora", "sft"),
-    "generate": ("run", "sample", "chat", "infer", "complete", "predict", "prompt"),
+    "generate": ("run", "sample", "infer", "complete", "predict", "prompt"),
+    "chat": ("talk", "converse", "conversation", "assistant"),
     "merge": ("fuse", "fold", "export", "merge-and-unload"),
     "inspect": ("show", "info", "describe", "ls", "list"),
     "compare": ("eval", "evaluate", "perplexity", "test", "loss", "diff"),
@@ -95,6 +97,7 @@ def short_help():
         "",
         "The demo takes about a minute, with --quick a few seconds, and no network.",
         "The other examples work on what the quick demo leaves, and on a text of yours.",
+        f"smollm2 is a small language model: {SMOLLM2_COMMAND}",
         "Options of a command: minilora COMMAND --help",
     ]
     return "\n".join(lines)

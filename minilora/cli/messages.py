@@ -1,7 +1,11 @@
 """What the program prints: its answer, what is worth knowing beside it, an error as one line."""
 
+import re
 import sys
 
+# Control characters, but for the newline and the tab, and the marks that turn the direction of
+# writing: what a terminal obeys instead of showing it.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Of an error that lists many things, this many are shown, each cut to this many characters.
 MOST_LINES = 3
 LONGEST_LINE = 300
@@ -9,12 +13,24 @@ LONGEST_LINE = 300
 
 def log(text):
     """Print a line of the answer, at once: a log file or a pipe has it as soon as it is known."""
-    print(text, flush=True)
+    print(visible(text), flush=True)
 
 
 def warn(text):
     """Print what is not the answer: on stderr, so that the answer alone can be piped on."""
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr, flush=True)
+
+
+def write(text):
+    """Print a piece of a text that a model writes: a terminal shows it, a pipe gets it as it is."""
+    if sys.stdout.isatty():
+        text = visible(text)
+    print(text, end="", flush=True)
+
+
+def visible(text):
+    """`text` with its control characters spelt out, as \\x1b: no terminal obeys it."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(error):

@@ -4,7 +4,14 @@ What an option needs to know of the library is imported when its command is chos
 program and of most commands loads not even NumPy.
 """
 
-from .parser import Names, number_from_zero, positive_number, share_below_one, whole_number
+from .parser import (
+    Names,
+    number_from_zero,
+    positive_number,
+    share_above_zero,
+    share_below_one,
+    whole_number,
+)
 
 # Options that several commands have.
 
@@ -13,9 +20,9 @@ def _add_base(parser):
     parser.add_argument(
         "--base",
         required=True,
-        metavar="DIR",
-        help="a GPT-2 folder (config.json, model.safetensors, tokenizer.json), "
-        "or one that minilora saved",
+        metavar="BASE",
+        help="a model's folder (config.json, model.safetensors, tokenizer.json; a GPT-2 or one of "
+        "Llama's family), a .gguf file, or smollm2",
     )
 
 
@@ -26,6 +33,61 @@ def _add_seed(parser):
         default=0,
         help="of every random number (default %(default)s)",
     )
+
+
+def _add_quantize(parser):
+    parser.add_argument(
+        "--quantize",
+        choices=["nf4", "q8_0", "q4_0", "q4_1"],
+        help="pack the base's linear weights in few bits once it is loaded; nf4 is QLoRA's",
+    )
+
+
+def _add_other_precision(parser):
+    parser.add_argument(
+        "--other-precision",
+        action="store_true",
+        help="use an adapter also on its base in another precision than it was trained on: packed "
+        "by --quantize, or not packed any more",
+    )
+
+
+def _add_adapters(parser, help_text):
+    parser.add_argument(
+        "--adapter", nargs="+", action="extend", default=[], metavar="DIR", help=help_text
+    )
+
+
+def _add_sampling(parser, max_new_tokens, least=0):
+    """How many tokens are written, at least `least`, and how each is chosen."""
+    add = parser.add_argument
+    add(
+        "--max-new-tokens",
+        type=whole_number(least),
+        default=max_new_tokens,
+        metavar="N",
+        help="default %(default)s",
+    )
+    add(
+        "--temperature",
+        type=number_from_zero,
+        default=0.0,
+        help="0, the default, takes the likeliest token",
+    )
+    add(
+        "--top-k",
+        type=whole_number(1),
+        metavar="K",
+        help="draw from the K likeliest tokens; needs a --temperature",
+    )
+    add(
+        "--top-p",
+        type=share_above_zero,
+        metavar="P",
+        help="draw from the fewest likeliest tokens that have the probability P together; needs a "
+        "--temperature",
+    )
+    _add_seed(parser)
 
 
 def _add_backend(parser):
@@ -92,6 +154,7 @@ def finetune_options(parser):
         "the answers are learned; an answer usually starts with a space or a newline",
     )
     add("--out", required=True, metavar="DIR", help="the adapter's folder, in PEFT's format")
+    _add_quantize(parser)
     add(
         "--alpha",
         required=True,
@@ -165,35 +228,53 @@ def generate_options(parser):
     """Add the options of `minilora generate`."""
     add = parser.add_argument
     _add_base(parser)
-    add(
-        "--adapter",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="DIR",
-        help="several: a text for each, under a line with its name, all made in one batch",
-    )
-    add("--prompt", required=True, metavar="TEXT", help="what the text begins with")
-    add(
-        "--max-new-tokens",
-        type=whole_number(0),
-        default=40,
-        metavar="N",
-        help="default %(default)s",
+    _add_adapters(
+        parser, "several: a text for each, under a line with its name, all made in one batch"
     )
     add(
-        "--temperature",
-        type=number_from_zero,
-        default=0.0,
-        help="0, the default, takes the likeliest token",
+        "--prompt",
+        required=True,
+        metavar="TEXT",
+        help="what the text begins with; - reads it from the standard input, without its last "
+        "newline",
     )
     add(
-        "--top-k",
+        "--cut-prompt",
+        action="store_true",
+        help="of a prompt that is too long for the model keep the end",
+    )
+    _add_sampling(parser, max_new_tokens=40)
+    add(
+        "--num-samples",
         type=whole_number(1),
-        metavar="K",
-        help="draw from the K likeliest tokens; needs a --temperature",
+        default=1,
+        metavar="N",
+        help="texts for each adapter, each under a line with its number, all made in one batch",
     )
-    _add_seed(parser)
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a text before which the model's text ends; may be given several times",
+    )
+    _add_quantize(parser)
+    _add_other_precision(parser)
+    _add_backend(parser)
+
+
+def chat_options(parser):
+    """Add the options of `minilora chat`."""
+    add = parser.add_argument
+    _add_base(parser)
+    _add_adapters(
+        parser, "the first answers; /adapter NAME in the conversation switches to another"
+    )
+    add("--system", metavar="TEXT", help="what the model is told before the conversation")
+    add("--say", metavar="TEXT", help="answer this, and end")
+    _add_sampling(parser, max_new_tokens=256, least=1)
+    _add_quantize(parser)
+    _add_other_precision(parser)
     _add_backend(parser)
 
 
@@ -221,21 +302,24 @@ def merge_options(parser):
         action="store_true",
         help="store it though rounding costs over a tenth of an update",
     )
+    _add_other_precision(parser)
 
 
 def inspect_options(parser):
     """Add the options of `minilora inspect`."""
     add = parser.add_argument
-    add("folder", metavar="DIR", help="a model's folder, or an adapter's")
-    add("--base", metavar="DIR", help="the adapter's base, if it is not where the adapter says")
+    add("folder", metavar="DIR", help="an adapter's folder, a model's, or a .gguf file")
+    add("--base", metavar="BASE", help="the adapter's base, if it is not where the adapter says")
 
 
 def compare_options(parser):
     """Add the options of `minilora compare`."""
     add = parser.add_argument
-    add("base", metavar="BASE", help="the model's folder")
+    add("base", metavar="BASE", help="the model: a folder, a .gguf file, or smollm2")
     add("adapter", metavar="ADAPTER", help="the adapter's folder")
     add("--data", required=True, metavar="FILE", help=".txt or .jsonl, as for finetune")
     add("--batch", type=whole_number(1), default=4, help="rows at once (default %(default)s)")
     add("--length", type=whole_number(1), help="as for finetune")
+    _add_quantize(parser)
+    _add_other_precision(parser)
     _add_backend(parser)

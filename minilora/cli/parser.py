@@ -25,6 +25,7 @@ FLAG_SYNONYMS = {
         "checkpoint",
     ),
     "batch": ("batch-size", "train-batch-size", "per-device-train-batch-size", "micro-batch-size"),
+    "cut-prompt": ("truncate", "truncation"),
     "data": ("dataset", "data-path", "dataset-path", "train-data", "train-file", "file", "text"),
     "dropout": ("lora-dropout",),
     "dtype": ("precision", "torch-dtype"),
@@ -40,11 +41,14 @@ FLAG_SYNONYMS = {
     ),
     "lr": ("learning-rate", "rate"),
     "max-new-tokens": ("max-tokens", "num-tokens", "n-predict", "max-length", "length", "tokens"),
+    "num-samples": ("samples", "n", "num-return-sequences"),
     "out": ("output", "output-dir", "output-path", "out-dir", "save-path", "save-dir"),
     "prompt": ("text", "input", "start"),
+    "quantize": ("quantization", "load-in-4bit", "4bit", "bits", "qlora"),
     "quick": ("fast", "small", "tiny", "test"),
     "r": ("rank", "lora-r", "lora-rank"),
     "resume": ("continue", "resume-from-checkpoint"),
+    "say": ("message", "once"),
     "save-every": ("save-steps", "save-interval", "checkpoint-every"),
     "seed": ("random-seed", "random-state"),
     "steps": (
@@ -57,10 +61,13 @@ FLAG_SYNONYMS = {
         "max-iters",
         "num-steps",
     ),
+    "stop": ("stop-sequence", "stop-sequences", "stop-word"),
+    "system": ("system-prompt", "system-message"),
     "target": ("target-modules", "lora-target-modules", "targets", "modules", "lora-layers"),
     "temperature": ("temp",),
     "threads": ("num-threads", "n-threads", "workers", "num-workers", "jobs"),
-    "top-k": ("topk", "top-p"),
+    "top-k": ("topk",),
+    "top-p": ("topp", "nucleus"),
 }
 
 
@@ -191,6 +198,14 @@ def share_below_one(text):
     value = _real_number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text!r}")
+    return value
+
+
+def share_above_zero(text):
+    """The type of an argument: a number in (0, 1]."""
+    value = _real_number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text!r}")
     return value
 
 

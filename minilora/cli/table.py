@@ -4,11 +4,13 @@ A command imports what it calls when it is run, so that this table alone costs n
 """
 
 import shlex
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 from . import options
-from .messages import log, warn
+from .keyboard import line_reader, read_all
+from .messages import log, warn, write
 from .parser import CommandParser
 
 # What the examples work on: `minilora demo --quick` leaves it.
@@ -36,7 +38,7 @@ def parser_of(name):
     """
     command = COMMANDS[name]
     title = "example"
-    if name != "demo":
+    if BASE in command.example:
         title += ", on what minilora demo --quick has left"
     if "--data" in command.example:
         title += ", and a text"
@@ -95,7 +97,7 @@ def _run_finetune(args):
     from ..backend import array_module
     from ..training.finetune import finetune
     from ..training.finetune_config import FineTuneConfig
-    from .folders import check_source
+    from .folders import find_sources
 
     target = args.target
     if target is None or target == ["all-linear"]:
@@ -115,32 +117,95 @@ def _run_finetune(args):
         length=args.length,
         dropout=args.dropout,
         save_every=args.save_every,
+        quantize=args.quantize,
     )
-    check_source(args.base, "model")
+    find_sources(args.base)
     xp = array_module(args.backend)
     parts, threads = _parts_and_threads(args)
     finetune(config, xp, parts=parts, threads=threads, resume=args.resume, log=log)
 
 
+def _sampling(args):
+    """The Sampling of a command that writes. Options that nothing is drawn by are refused."""
+    if args.temperature == 0:
+        for flag in ("top_k", "top_p"):
+            if getattr(args, flag) is not None:
+                args.refuse(
+                    f"argument --{flag.replace('_', '-')}: at temperature 0 nothing is drawn, "
+                    "give a --temperature as well, say 0.8"
+                )
+
+    from .generation import Sampling
+
+    return Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+
+
 def _run_generate(args):
-    if args.top_k is not None and args.temperature == 0:
+    if args.num_samples > 1 and args.temperature == 0:
         args.refuse(
-            "argument --top-k: at temperature 0 nothing is drawn, "
+            "argument --num-samples: at temperature 0 every text is the same, "
             "give a --temperature as well, say 0.8"
         )
+    if "" in args.stop:
+        args.refuse("argument --stop: the text is empty, which ends everything at once")
+    sampling = _sampling(args)
 
     from ..backend import array_module
-    from . import commands
+    from .generation import Continuation, continue_prompt
 
-    sampling = commands.Sampling(args.max_new_tokens, args.temperature, args.top_k, args.seed)
+    job = Continuation(
+        args.base,
+        read_all() if args.prompt == "-" else args.prompt,
+        sampling,
+        args.adapter,
+        args.num_samples,
+        tuple(args.stop),
+        args.quantize,
+        args.other_precision,
+        args.cut_prompt,
+    )
     xp = array_module(args.backend)
-    texts = commands.continue_prompt(args.base, args.adapter, args.prompt, sampling, xp, warn)
-    if len(args.adapter) <= 1:
-        log(texts[0])
+    headings = _headings(args.adapter, args.num_samples)
+    if not headings and sys.stdout.isatty():
+        continue_prompt(job, xp, warn, write)
+        write("\n")
         return
-    for folder, text in zip(args.adapter, texts, strict=True):
-        log(f"--- {folder}")
-        log(text)
+    texts = continue_prompt(job, xp, warn)
+    for i, text in enumerate(texts):
+        if headings:
+            log(headings[i])
+        write(f"{text}\n")
+
+
+def _headings(adapters, samples):
+    """The line above each text, in their order; [] for a text that is the only one."""
+    numbers = [str(i + 1) for i in range(samples)]
+    if len(adapters) <= 1:
+        return [f"--- {number}" for number in numbers if samples > 1]
+    if samples == 1:
+        return [f"--- {folder}" for folder in adapters]
+    return [f"--- {folder}, {number}" for folder in adapters for number in numbers]
+
+
+def _run_chat(args):
+    sampling = _sampling(args)
+
+    from ..backend import array_module
+    from .chat import chat
+
+    chat(
+        args.base,
+        args.adapter,
+        sampling,
+        array_module(args.backend),
+        read_line=line_reader(),
+        write=write,
+        warn=warn,
+        system=args.system,
+        message=args.say,
+        quantize=args.quantize,
+        other_precision=args.other_precision,
+    )
 
 
 def _run_merge(args):
@@ -153,6 +218,7 @@ def _run_merge(args):
         log,
         dtype=args.dtype,
         allow_rounding=args.allow_rounding,
+        other_precision=args.other_precision,
     )
 
 
@@ -174,6 +240,8 @@ def _run_compare(args):
         log,
         batch=args.batch,
         length=args.length,
+        quantize=args.quantize,
+        other_precision=args.other_precision,
     )
 
 
@@ -195,6 +263,12 @@ COMMANDS = {
         f"--base {BASE} --adapter {ADAPTER} --prompt 'The list '",
         options.generate_options,
         _run_generate,
+    ),
+    "chat": Command(
+        "talk to a model, and switch between adapters",
+        "--base smollm2 --say 'Is MD5 safe?'",
+        options.chat_options,
+        _run_chat,
     ),
     "merge": Command(
         "write a model with an adapter merged into it, as a plain model",

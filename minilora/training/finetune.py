@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from ..count import parameter_report
+from ..disk.bases import find_base
 from ..disk.folder import check_unused
 from ..disk.models import load_model
 from ..disk.peft import TENSORS as ADAPTER_TENSORS
 from ..disk.peft import init_peft_adapter, save_adapter
+from ..disk.quantized import quantized_base
 from ..disk.tokenizer import load_tokenizer
 from ..lora import attach
 from ..optim import Adam, warmup_cosine
@@ -40,6 +42,8 @@ CHECKPOINT = "checkpoint"
 # These settings may change when a run goes on: where things lie, and how often they are saved. The
 # model and the data themselves may not, so their fingerprints are compared.
 MAY_CHANGE = ("base", "data", "out", "save_every")
+# Settings that came later. With these values a run is what it was before there was such a setting.
+CAME_LATER = {"quantize": None}
 
 LONGEST_WARMUP = 100
 
@@ -105,12 +109,15 @@ def _check_out(out, resume):
 
 def _prepare(config, xp, parts, log, quiet):
     """Load and draw everything that a run needs: a _Run. Whatever does not fit is refused here."""
-    base = load_model(config.base, xp)
-    tokenizer = load_tokenizer(config.base)
+    path = find_base(config.base)
+    base = load_model(path, xp)
+    tokenizer = load_tokenizer(path)
     log(
         f"base {config.base}: {parameter_report(base).total:,} parameters, a context of "
         f"{base.config.block_size:,} tokens, {tokenizer.vocab_size:,} tokens in the vocabulary"
     )
+    if config.quantize is not None:
+        base = quantized_base(base, config.quantize, log, quiet)
     # One generator for each purpose: how much one of them draws changes nothing for the others.
     split_rng, adapter_rng, batch_rng = np.random.default_rng(config.seed).spawn(3)
     data = load_data(config.data, tokenizer, base.config.block_size, config.length, quiet)
@@ -129,7 +136,11 @@ def _prepare(config, xp, parts, log, quiet):
 
 def _identity(config, data, base, adapter, xp, parts):
     """What must be the same when the run goes on."""
-    settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
+    settings = {}
+    for name, value in asdict(config).items():
+        is_as_before = name in CAME_LATER and value == CAME_LATER[name]
+        if name not in MAY_CHANGE and not is_as_before:
+            settings[name] = value
     data_file = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
     identity = {
         "settings": settings,

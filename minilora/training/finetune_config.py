@@ -4,18 +4,23 @@ import math
 from dataclasses import dataclass
 
 from ..lora_config import ConfigError, LoRAConfig
+from ..quant import KINDS
+
+# What a base may be packed as.
+QUANTIZATIONS = tuple(kind.lower() for kind in KINDS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
     """What to fine-tune, on what, and how.
 
-    base: the folder of a model with its tokenizer. data: a .txt file, or .jsonl with a prompt and
-    an answer on each line. out: the folder for the adapter. alpha, r, target, dropout: those of
-    LoRAConfig. lr: the peak of the learning rate, after a warm-up and before a cosine. steps: how
-    many, of `batch` rows each. seed: of everything random. eval_split: the share that is held out
-    to measure the loss on. length: tokens in a window of a text (None: 256, or the model's context
-    if that is shorter). save_every: steps between two checkpoints.
+    base: what `find_base` takes: a folder, a .gguf file, or smollm2. data: a .txt file, or .jsonl
+    with a prompt and an answer on each line. out: the folder for the adapter. alpha, r, target,
+    dropout: those of LoRAConfig. lr: the peak of the learning rate, after a warm-up and before a
+    cosine. steps: how many, of `batch` rows each. seed: of everything random. eval_split: the share
+    that is held out to measure the loss on. length: tokens in a window of a text (None: 256, or the
+    model's context if that is shorter). save_every: steps between two checkpoints. quantize: what
+    the base's linear weights are packed as once it is loaded, "nf4", or None: as they are stored.
     Raises: ConfigError (a ValueError) that names the field, what it must be, and its value.
     """
 
@@ -33,6 +38,7 @@ class FineTuneConfig:
     length: int | None = None
     dropout: float = 0.0
     save_every: int = 50
+    quantize: str | None = None
 
     def __post_init__(self):
         for field in ("steps", "batch", "save_every"):
@@ -42,6 +48,8 @@ class FineTuneConfig:
             self._refuse("seed", "a whole number of at least 0")
         if self.length is not None and not _is_whole(self.length, 1):
             self._refuse("length", "a whole number of at least 1, or None")
+        if self.quantize not in (None, *QUANTIZATIONS):
+            self._refuse("quantize", f"None or one of {', '.join(QUANTIZATIONS)}")
         if not _is_finite(self.lr) or self.lr <= 0:
             self._refuse("lr", "a finite positive number")
         if not _is_finite(self.eval_split) or not 0 <= self.eval_split < 1:

@@ -8,7 +8,7 @@ from program import PAIRS, TEXT, finish, start
 from strategies import trained_adapter
 
 from minilora import GPT, GPTConfig, save_adapter, save_model
-from minilora.cli import commands
+from minilora.cli import commands, generation
 from minilora.cli.main import main
 
 
@@ -41,7 +41,8 @@ def run(folder, monkeypatch, capsys):
         return tqdm(*given, **more, disable=True)
 
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(commands, "tqdm", bar)
+    for module in (commands, generation):
+        monkeypatch.setattr(module, "tqdm", bar)
 
     def run(*arguments):
         code = main([str(argument) for argument in arguments])

