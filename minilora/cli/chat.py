@@ -100,11 +100,14 @@ class Conversation:
     def _tokens(self, ids, n):
         """Yield at most n ids that follow `ids`, of which only what the cache lacks is read."""
         model = self.models[self.name]
-        if self._cache is not None and _goes_on(ids, self._read):
+        size = len(ids) + n
+        if self._cache is not None and size <= self._size and _goes_on(ids, self._read):
             cache = self._cache
             unread = ids[len(self._read) :]
         else:
-            cache = model.new_cache(model.config.block_size)
+            # Room for what will follow: a whole context may be more than the memory there is.
+            self._size = min(2 * size, model.config.block_size)
+            cache = model.new_cache(self._size)
             unread = ids
         # If this does not come to its end, nobody can say how far the cache has got.
         self._forget_cache()
@@ -120,6 +123,7 @@ class Conversation:
         self._read = [*ids, *new[:-1]]
 
     def _forget_cache(self):
+        # The cache of the model that answers, and the ids that are in it.
         self._cache = None
         self._read = []
 
@@ -144,7 +148,7 @@ def chat_ids(tokenizer, messages, context):
     if len(ids) >= context:
         raise ContextFullError(
             f"with this message the conversation has {len(ids)} tokens, and the model's context is "
-            f"{context}: /reset begins a new one"
+            f"{context}: say it in fewer words, or begin a new one with /reset"
         )
     return ids
 

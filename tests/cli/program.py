@@ -17,17 +17,22 @@ def everything(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def start(folder, *arguments, buffered=False, stdout=subprocess.PIPE, path=(), **environment):
-    """`python -m minilora`, which Ctrl-C reaches even if these tests run in the background.
-
-    Modules are looked for in the folders `path` first.
-    """
-    return start_python(
-        folder, "-m", "minilora", *arguments, buffered=buffered, stdout=stdout, path=path, **environment
-    )
+def start(folder, *arguments, **how):
+    """`python -m minilora`, which Ctrl-C reaches even if these tests run in the background: `start_python`."""
+    return start_python(folder, "-m", "minilora", *arguments, **how)
 
 
-def start_python(folder, *arguments, buffered=False, stdout=subprocess.PIPE, path=(), **environment):
+def start_python(
+    folder,
+    *arguments,
+    buffered=False,
+    stdin=None,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    path=(),
+    **environment,
+):
+    """A Python with these arguments. Modules are looked for in the folders `path` first."""
     environment["PYTHONPATH"] = os.pathsep.join(map(str, [*path, ROOT]))
     environment["PYTHONUNBUFFERED"] = "" if buffered else "1"
     heed_ctrl_c = None
@@ -38,8 +43,9 @@ def start_python(folder, *arguments, buffered=False, stdout=subprocess.PIPE, pat
         cwd=folder,
         env=os.environ | environment,
         preexec_fn=heed_ctrl_c,
+        stdin=stdin,
         stdout=stdout,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
 

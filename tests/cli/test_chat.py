@@ -1,18 +1,23 @@
 """A conversation: what is answered by whom, what is read again, what a command does, and how it ends."""
 
 import io
+import os
 import shutil
+import signal
+import subprocess
 
 import numpy as np
 import pytest
-from program import everything
+from program import everything, finish, start
+from strategies import small_gpt
 
-from minilora import attach, generate, load_adapter, load_model
-from minilora.cli import chat, generation
+from minilora import attach, generate, load_adapter, load_model, save_model
+from minilora.cli import chat, generation, keyboard
 from minilora.cli.chat import Conversation, converse, named
 from minilora.cli.generation import Sampling
 from minilora.disk.characters import ALPHABET, decode, encode
 from minilora.disk.token_stream import TokenStream
+from minilora.disk.tokenizer import load_tokenizer
 from minilora.gpt import GPTConfig
 from minilora.tensor import Tensor
 
@@ -45,7 +50,8 @@ def talk(run, monkeypatch):
         monkeypatch.setattr(module, "load_tokenizer", lambda base: Talk())
 
     def talk(lines, *arguments):
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        typed = "".join(f"{line}\n" for line in lines).encode()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
         return run("chat", "--max-new-tokens", 4, *arguments)
 
     return talk
@@ -173,12 +179,13 @@ class Echo:
         self.read = []
 
     def new_cache(self, size):
-        assert size == 40
-        return {"text": ""}
+        assert size <= 40
+        return {"text": "", "size": size}
 
     def hidden(self, ids, cache):
         self.read.append(decode(ids[0]))
         cache["text"] += self.read[-1]
+        assert len(cache["text"]) <= cache["size"]
         *_, last = cache["text"].split("a>")
         answer = f"{self.letter}{cache['text'].count('u>') * 11}\n"
         assert answer.startswith(last)
@@ -202,10 +209,12 @@ def held(conversation, *lines):
 
 def test_what_was_read_is_not_read_again():
     talk = conversation()
-    assert held(talk, "x", "yy", "z") == ("m11\nm22\nm33\n", [])
+    assert held(talk, "x", "yy") == ("m11\nm22\n", [])
     # Of each answer the last token, its end, is read with the next message.
-    first = ["u>x\na>", "m", "1", "1"]
-    assert talk.models["m"].read == [*first, "\nu>yy\na>", "m", "2", "2", "\nu>z\na>", "m", "3", "3"]
+    assert talk.models["m"].read == ["u>x\na>", "m", "1", "1", "\nu>yy\na>", "m", "2", "2"]
+    # There was room for twice as much as the first question and an answer. Now it is made anew.
+    assert held(talk, "z") == ("m33\n", [])
+    assert talk.models["m"].read[8:] == ["u>x\na>m11\nu>yy\na>m22\nu>z\na>", "m", "3", "3"]
 
 
 def test_after_a_switch_or_a_reset_everything_is_read_by_who_answers():
@@ -256,7 +265,7 @@ def test_ctrl_c_at_the_prompt_ends_the_program(folder, talk, monkeypatch):
     def interrupted(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("builtins.input", interrupted)
+    monkeypatch.setattr(keyboard, "_next_piped_line", interrupted)
     code, out, err = talk([], "--base", "base")
     assert (code, out) == (130, "") and err.endswith("minilora: interrupted\n")
 
@@ -265,7 +274,7 @@ def test_a_full_context_is_told_and_a_reset_helps():
     talk = conversation()
     written, told = held(talk, "x" * 20, "y" * 8, "ok", "/reset", "y" * 8)
     assert written == "m11\nm22\nm11\n" or "context" in told[0]
-    assert [line for line in told if "is 40: /reset begins a new one" in line]
+    assert [line for line in told if "is 40: say it in fewer words, or begin a new one with /reset" in line]
     assert [message["content"] for message in talk.messages] == ["y" * 8, "m11"]
 
 
@@ -321,6 +330,66 @@ def test_an_adapter_is_called_by_the_name_of_its_folder_if_no_other_is(tmp_path,
     for folders in (["one", "one"], ["none"]):
         with pytest.raises(ValueError, match="rename a folder"):
             named(folders)
+
+
+@pytest.fixture
+def chatty(bpe_folder, tmp_path):
+    """A base with a tokenizer of 300 tokens and a chat template, whose context is 256."""
+    save_model(small_gpt(vocab_size=300, positions="rope", block_size=256), tmp_path / "chatty")
+    shutil.copy(bpe_folder / "tokenizer.json", tmp_path / "chatty")
+    (tmp_path / "chatty/chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return tmp_path
+
+
+def test_a_base_is_talked_to_through_the_template_of_its_folder(chatty, run):
+    code, out, err = run("chat", "--base", chatty / "chatty", "--say", "The dog", "--max-new-tokens", 9)
+    model, tokenizer = load_model(chatty / "chatty"), load_tokenizer(chatty / "chatty")
+    ids = tokenizer.encode("user: The dog<|endoftext|>assistant: ")
+    written = generate(model, ids[None], 9, stop=tokenizer.ends)[0, len(ids) :]
+    assert (code, out) == (0, tokenizer.decode([i for i in written if i not in tokenizer.ends]) + "\n")
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_no_utf_8_is_told_and_spoils_no_other(chatty, errors):
+    process = start(chatty, "chat", "--base", "chatty", "--max-new-tokens", "2", stdin=subprocess.PIPE,
+                    PYTHONIOENCODING=f"utf-8:{errors}")  # fmt: skip
+    process.stdin.buffer.write(b"the dog\n\xff\r\nthe fox")
+    code, out, err = finish(process)
+    assert code == 0 and out.count("\n") >= 2 and "Traceback" not in err
+    assert "(the message is not UTF-8: character 1 is '\\udcff')" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="opens a pseudo-terminal")
+def test_in_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_conversation(chatty):
+    import pty
+
+    ours, theirs = pty.openpty()
+    ask = ["chat", "--base", "chatty", "--max-new-tokens", "200", "--temperature", "2"]
+    process = start(chatty, *ask, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = ""
+
+    def until(mark, least=0):
+        nonlocal shown
+        shown = ""
+        while mark not in shown or len(shown) < least:
+            shown += os.read(ours, 1000).decode(errors="replace")
+
+    until("> ")
+    os.write(ours, b"the fox\n")
+    until("the fox\r\n", least=60)
+    process.send_signal(signal.SIGINT)
+    until("> ")
+    assert "(stopped; Ctrl-C once more ends" in shown
+    os.write(ours, b"/adapter\n")
+    until("> ")
+    assert "* none" in shown
+    os.write(ours, b"\x04")
+    assert process.wait(timeout=60) == 0
+    os.close(ours)
 
 
 def test_a_folder_that_would_make_a_terminal_obey_is_spelt_out(folder, talk, tmp_path):
