@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from program import GOLDEN, PAIRS, TEXT, everything, finish, start
-from strategies import bits, small_gpt, trained_adapter
+from strategies import bits, small_gpt, small_llama, trained_adapter
 
 from minilora import (
     attach,
@@ -25,6 +25,7 @@ from minilora import (
 )
 from minilora.cli import generation
 from minilora.disk.characters import decode, encode
+from minilora.disk.tensor_file import rounded
 from minilora.disk.tokenizer import load_tokenizer
 from minilora.quant import quantize, relative_error, stored_as, widen
 
@@ -318,6 +319,46 @@ def test_compare_and_merge_take_an_adapter_in_another_precision_if_asked_for(fol
     assert code == 1 and "in another precision" in err and not (tmp_path / "m").exists()
     assert run(*merge_it, "--other-precision")[0] == 0
     assert bits(load_model(tmp_path / "m")) == bits(merge(attach(base, on_nf4, check_base=False)))
+
+
+@pytest.fixture
+def halves(bpe_folder, tmp_path):
+    """The folder of a Llama in bfloat16, which stays as it is stored, with an adapter `a` beside it."""
+    save_model(small_llama(vocab_size=300, max_position_embeddings=64), tmp_path / "halves", dtype="bfloat16")
+    shutil.copy(bpe_folder / "tokenizer.json", tmp_path / "halves")
+    base = load_model(tmp_path / "halves")
+    assert set(stored_as(base).values()) == {"BF16"}
+    save_adapter(trained_adapter(base, target_modules=["q_proj", "down_proj"]), tmp_path / "a")
+    return tmp_path
+
+
+@pytest.mark.parametrize("adapters", [[], ["a"], ["a", "a"]], ids=str)
+def test_a_base_in_halves_is_widened_once_and_told(halves, run, adapters):
+    base = load_model(halves / "halves")
+    ask = ["generate", "--base", halves / "halves", "--prompt", "the fox", "--max-new-tokens", 5]
+    code, out, err = run(*ask, *(["--adapter", *(halves / name for name in adapters)] if adapters else []))
+    assert code == 0 and err.count("the base is stored as BF16: widened once") == 1
+    model = widen(base)
+    if adapters:
+        model = attach(model, load_adapter(halves / "a", base, say=lambda _: None), check_base=False)
+    tokenizer = load_tokenizer(halves / "halves")
+    ids = tokenizer.encode("the fox")
+    text = tokenizer.decode(generate(model, ids[None], 5, stop=tokenizer.ends)[0])
+    assert out.count(text.removesuffix("<|endoftext|>")) == max(1, len(adapters))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merging_into_a_base_in_halves_says_that_it_widens(halves, run, dtype):
+    ask = ["merge", "--base", halves / "halves", "--adapter", halves / "a", "--out", halves / "m", "--dtype", dtype]
+    code, out, err = run(*ask, "--allow-rounding")
+    assert (code, err) == (0, "")
+    told = "the base's weights are stored as BF16: each is widened, the update is added, and the sum is written as"
+    assert f"{told} {dtype}\n" in out
+    base = load_model(halves / "halves")
+    merged = merge(attach(base, load_adapter(halves / "a", base, say=lambda _: None), check_base=False))
+    written = dict(load_model(halves / "m").named_parameters())
+    for name, p in merged.named_parameters():
+        assert np.array_equal(written[name].data, rounded(name, p.data, dtype).astype("float32"))
 
 
 # merge
