@@ -367,9 +367,11 @@ def dropout(x, p, rng):
     Raises: ValueError if p is outside [0, 1), TypeError for another kind of generator.
     Source: Srivastava et al. 2014.
     """
+    if rng is None:
+        return x
     if not np.all((0 <= np.asarray(p)) & (np.asarray(p) < 1)):
         raise ValueError(f"dropout: p must lie in [0, 1), got {p}")
-    if rng is None or not np.any(p):
+    if not np.any(p):
         return x
     # NumPy draws, in float64, and the mask is moved: one seed drops the same on every backend.
     mask = (check_rng(rng).random(x.shape) >= p) / (1 - p)

@@ -19,14 +19,19 @@ from .functional import (
     rows_with_loss,
 )
 from .graph import is_recording
+from .packed import StoredTensor
 from .tensor import check_same, record
 
-# How many queries have scores at a time, and how many rows have logits.
+# How many queries have scores at a time, and how many rows have logits: fewer, where the logits of
+# so many would take more than LOGIT_BYTES.
 QUERY_BLOCK = 64
 LOGIT_ROWS = 256
+LOGIT_BYTES = 1 << 25
 # The score of a key that is hidden from every query of its row. Its probability is zero beside any
 # other key, and where a query sees no other, the row is finite still.
 HIDDEN = -1e30
+# A float32 times this is still a float32 of full precision, if it was above 1e-18.
+TINY = 1e-20
 
 
 def layer_norm(x, weight, bias, eps=1e-5):
@@ -58,7 +63,11 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
 
 def rms_norm(x, weight, eps=1e-6):
-    """`functional.rms_norm`, in place, with the sums as products of rows."""
+    """`functional.rms_norm`, in place, with the sums as products of rows.
+
+    The layers that read y keep it, if they carry LoRA. So x / rms is not kept beside it where the
+    weight comes from a file: for the gradient it is y / weight.
+    """
     check_rms_norm(x, weight)
     w = weight.data
     X = x.data
@@ -67,17 +76,27 @@ def rms_norm(x, weight, eps=1e-6):
     rstd *= 1 / C
     rstd += eps
     rstd **= -0.5  # (..., 1)
-    normed = X * rstd  # (..., C)
+    y = X * rstd
+    can_divide = isinstance(weight, StoredTensor) and weight.once(_no_number_is_tiny)
+    kept = None if can_divide else y.copy()
+    y *= w  # (..., C)
+    normed = lambda: y / w if kept is None else kept
 
     def dx(dy):
-        d = dy * w
-        along = _row_dot(d, normed)
+        # Σ d normed, with d = dy w
+        along = _row_dot(dy, y)
         along *= 1 / C
-        d -= normed * along
+        d = normed() * -along
+        d += dy * w
         d *= rstd
         return d
 
-    return record(normed * w, (x, dx), (weight, lambda dy: dy * normed))
+    return record(y, (x, dx), (weight, lambda dy: dy * normed()))
+
+
+def _no_number_is_tiny(w):
+    """Is no number of `w` zero, or so small that what was multiplied by it has lost digits?"""
+    return bool(abs(w).min() > TINY)
 
 
 def swiglu(gate, up):
@@ -211,6 +230,7 @@ def attention(q, k, v, n_head, hidden=None):
         O[:, :, queries] = E.swapaxes(-1, -2) @ V[:, :, keys]
     # P = E / row_sum. The sum divides a row of the output, D numbers, not a row of E, S of them.
     O /= row_sum.swapaxes(-1, -2)
+    y = join(O, T)
 
     def dqkv(dy):
         # Divided by row_sum, dO turns E into P wherever the two are multiplied below.
@@ -218,8 +238,8 @@ def attention(q, k, v, n_head, hidden=None):
         dQ = xp.zeros_like(Q)
         dK = xp.zeros_like(K)
         dV = xp.zeros_like(V)
-        # Σ dP P over the keys is Σ dO O over the channels.
-        along = _row_dot(dO, O).swapaxes(-1, -2)
+        # Σ dP P over the keys is Σ dO O over the channels. O is in y, which others keep as well.
+        along = _row_dot(dO, split(y)).swapaxes(-1, -2)
         for queries, keys in blocks:
             E = scores(queries, keys)
             E -= row_max[..., queries]
@@ -233,13 +253,13 @@ def attention(q, k, v, n_head, hidden=None):
             dK[:, :, keys] += dscores @ Q[:, :, queries]
         return join(dQ, T), join(dK, S), join(dV, S)
 
-    return record(join(O, T), ((q, k, v), dqkv))
+    return record(y, ((q, k, v), dqkv))
 
 
 def linear_cross_entropy(x, weight, targets):
     """`functional.linear_cross_entropy` in blocks of rows, with the gradients made on the way.
 
-    Logits exist for LOGIT_ROWS rows at a time, and for no row without a loss. Where a gradient is
+    Logits exist for few rows at a time, and for no row without a loss. Where a gradient is
     needed, it is made while they exist: only a factor is missing then, the gradient of the loss.
     """
     check_same("linear_cross_entropy", x, weight)
@@ -262,8 +282,9 @@ def linear_cross_entropy(x, weight, targets):
     if _needs_gradient(weight):
         dW = xp.zeros_like(W)
 
-    for start in range(0, n, LOGIT_ROWS):
-        block = slice(start, start + LOGIT_ROWS)
+    step = min(LOGIT_ROWS, max(1, LOGIT_BYTES // W[:, 0].nbytes))
+    for start in range(0, n, step):
+        block = slice(start, start + step)
         X_block = X[rows[block]]
         E = X_block @ W.T  # the logits, (at most LOGIT_ROWS, V)
         at_target = (xp.arange(len(E)), columns[block])

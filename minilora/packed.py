@@ -18,6 +18,8 @@ Shapes: weight (out, in) or any other; n blocks.
 """
 
 import math
+import threading
+import weakref
 from collections import namedtuple
 
 import numpy as np
@@ -60,6 +62,10 @@ class Packed:
         self.kind = kind
         self.shape = tuple(shape)
         self.arrays = arrays
+        self.lock = threading.Lock()
+        # The values, as long as somebody holds them: threads that compute parts of a batch meet
+        # at the same weight, and the largest, the head, would be there twice.
+        self.held_values = lambda: None
         layout = [(array.shape, array.dtype.name) for array in arrays]
         expected = _layout(kind, self.shape)
         if layout != expected:
@@ -70,7 +76,21 @@ class Packed:
     xp = property(lambda self: get_array_module(*self.arrays))
 
     def widened(self):
-        """The values: a new float32 array of `shape`."""
+        """The values: a float32 array of `shape`, which nobody may write.
+
+        It is made anew, unless another thread still holds the last one.
+        """
+        with self.lock:
+            y = self.held_values()
+            if y is None:
+                y = self._values()
+                if isinstance(y, np.ndarray):
+                    y.flags.writeable = False
+                    self.held_values = weakref.ref(y)
+        # The last block of NF4 may be filled up.
+        return y.reshape(-1)[: self.size].reshape(self.shape)
+
+    def _values(self):
         if self.kind == "NF4":
             return self._widened_nf4()
         return self._widened_rows(*self.arrays, self.shape)
@@ -127,8 +147,7 @@ class Packed:
             part = slice(start, start + step)
             pairs[part] = table[codes[part]]
             y[part] *= scales[part, None]
-        # The last block may be filled up.
-        return y.reshape(-1)[: self.size].reshape(self.shape)
+        return y
 
 
 def _layout(kind, shape):
@@ -242,25 +261,26 @@ def float8_table():
 class StoredTensor(Tensor):
     """A frozen tensor over an array that nobody can write: what a file holds.
 
-    So its `digest` is computed once. A GPU's arrays have no such lock: there it is a promise.
+    So what is asked of its values is computed once. A GPU's arrays have no such lock: there it is a
+    promise.
     """
 
-    __slots__ = ("_digest",)
+    __slots__ = ("_answers",)
 
     def __init__(self, data):
         super().__init__(data)
         self.data = _read_only(self.data)
-        self._digest = None
+        self._answers = {}
 
     def to_device(self, xp):
         """The same tensor in the memory of `xp`."""
         return StoredTensor(to_device(self.data, xp))
 
-    def digest(self, compute):
-        """`compute(self.data)`, which is called the first time alone."""
-        if self._digest is None:
-            self._digest = compute(self.data)
-        return self._digest
+    def once(self, question):
+        """`question(self.data)`: the function is called the first time alone."""
+        if question not in self._answers:
+            self._answers[question] = question(self.data)
+        return self._answers[question]
 
 
 def _read_only(array):
@@ -286,7 +306,7 @@ class PackedTensor(StoredTensor):
         self.packed = Packed(kind, shape, *map(_read_only, arrays))
         self.source = None
         self.node = None
-        self._digest = None
+        self._answers = {}
 
     data = property(lambda self: self.packed.widened())
     kind = property(lambda self: self.packed.kind)

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The reading order, and under it the floors, each with its own: a file imports only what stands before it.
 BOOK = ["backend", "graph", "tensor", "functional", "gradcheck", "nn", "optim", "gpt", "lora_config", "lora"]
 FLOORS = {
-    "book": ["backend", "graph", "tensor", "functional", "lean", "structure", "mistakes", "differences", "verdict",
-             "subject", "compare", "directions", "gradcheck", "packed", "nn", "quant", "optim", "decoder", "gpt",
+    "book": ["backend", "graph", "tensor", "functional", "packed", "lean", "structure", "mistakes", "differences",
+             "verdict", "subject", "compare", "directions", "gradcheck", "nn", "quant", "optim", "decoder", "gpt",
              "llama", "lora_config", "fits", "lora", "generate", "compose", "count"],
     "disk": ["characters", "checks", "lfs", "tensor_file", "folder", "family", "gpt2", "llama", "own", "bases",
              "gguf_file", "gguf_fields", "gguf_vocabulary", "gguf", "gguf_companions", "models", "c_attn",

@@ -175,6 +175,19 @@ def test_planted_a_product_with_other_numbers_is_noticed(monkeypatch, wrong):
         computes_as_widened("Q4_1")
 
 
+def test_who_asks_while_another_holds_the_values_is_given_the_same_array():
+    for kind in (*BLOCKS, "NF4"):
+        tensor = random_packed(kind, np.random.default_rng(0))
+        held = tensor.data
+        assert np.shares_memory(tensor.data, held) and not held.flags.writeable
+        address = held.ctypes.data
+        turned = held.T
+        del held
+        assert tensor.data.ctypes.data == address
+        del turned
+        assert tensor.packed.held_values() is None
+
+
 def test_parts_on_threads_compute_with_it():
     base = packed_model("Q4_0")
     adapters = [learned(new_adapter(base)) for _ in range(2)]
@@ -259,12 +272,11 @@ def test_nobody_writes_what_a_file_holds():
         random_packed("Q8_0", np.random.default_rng(0)).data = array
 
 
-def test_its_digest_is_computed_once():
+def test_what_is_asked_of_its_values_is_computed_once():
     calls = []
-    for tensor in (StoredTensor(np.ones(3, np.float32)), random_packed("Q4_0", np.random.default_rng(0))):
-        for _ in range(3):
-            assert tensor.digest(lambda data: calls.append(1) or "digest") == "digest"
-    assert len(calls) == 2
+    question = lambda data: calls.append(data.sum()) or len(calls)
+    for i, tensor in enumerate((StoredTensor(np.ones(3, np.float32)), random_packed("Q4_0", np.random.default_rng(0)))):
+        assert [tensor.once(question) for _ in range(3)] == [i + 1] * 3
 
 
 def test_a_base_and_its_widened_twin_have_one_fingerprint():
