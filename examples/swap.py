@@ -32,7 +32,7 @@ from minilora import (
 from minilora.cli import demo
 from minilora.disk import characters
 from minilora.optim import warmup_cosine
-from minilora.training.batches import pair_batches
+from minilora.training.batches import answer_rows, row_batches
 from minilora.training.corpus import load_corpus
 from minilora.training.loop import exact_match, train
 from minilora.training.threads import cores, keep_freed_memory
@@ -115,7 +115,7 @@ for name, task in tasks.items():
     train(
         attach(base, adapters[name]),
         Adam(adapters[name].parameters(), betas=(0.9, 0.95)),
-        pair_batches(questions(task, trained_on), 32, rng),
+        row_batches(answer_rows(questions(task, trained_on)), 32, rng),
         steps,
         schedule=lambda step: warmup_cosine(step, steps, peak=1e-2, warmup=10),
         label=name,

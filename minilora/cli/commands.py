@@ -47,16 +47,32 @@ def merge_folders(base, adapter, out, log, *, dtype, allow_rounding, other_preci
     log(f"kept in {out}: a plain model, {size / 1e6:,.1f} MB")
 
 
-def compare(base, adapter, data, xp, log, *, batch, length, quantize=None, other_precision=False):
+def compare(
+    base,
+    adapter,
+    data,
+    xp,
+    log,
+    *,
+    batch,
+    length,
+    quantize=None,
+    other_precision=False,
+    too_long=None,
+):
     """Print the loss of a model on the file `data`, without and with an adapter.
 
     `base` is what `find_base` takes, `adapter` a folder; `batch` is how many rows are computed at
     once, `length` how many tokens a row of text has (None: as `load_data`). `quantize` is what the
-    base is packed as, None to leave it as it is stored; `other_precision` as for `load_adapter`.
+    base is packed as, None to leave it as it is stored; `other_precision` as for `load_adapter`;
+    `too_long` what becomes of rows longer than the context: "cut", "drop", or None: refused.
     """
     base = find_sources(base, [adapter])
     model = load_base(base, xp, quantize, log)
-    examples = load_data(data, load_tokenizer(base), model.config.block_size, length)
+    tokenizer = load_tokenizer(base)
+    examples = load_data(
+        data, tokenizer, model.config.block_size, length, too_long=too_long, log=log
+    )
     loaded = load_adapter(adapter, model, other_precision=other_precision, say=log)
     adapted = attach(model, loaded, check_base=False)
     log(f"data {data}: {examples}")

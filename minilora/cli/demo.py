@@ -19,7 +19,7 @@ from ..gpt import GPT, GPTConfig
 from ..lora import attach, init_adapter
 from ..lora_config import LoRAConfig
 from ..optim import Adam, warmup_cosine
-from ..training.batches import consecutive_windows, pair_batches, random_windows
+from ..training.batches import answer_rows, consecutive_windows, random_windows, row_batches
 from ..training.corpus import load_corpus
 from ..training.loop import Interrupted, heldout_loss, train
 from . import questions
@@ -106,7 +106,7 @@ def run(size, out, xp, seed, log=print, *, rerun_command="minilora demo", parts=
 
         progress.step = "step 4 of 5, training A and B"
         started = time.perf_counter()
-        batches = pair_batches(characters.encode_pairs(questions.TRAINED), 16, rng)
+        batches = row_batches(answer_rows(characters.encode_pairs(questions.TRAINED)), 16, rng)
         teach(
             adapted,
             adapter,

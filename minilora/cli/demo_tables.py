@@ -16,7 +16,7 @@ from ..generate import generate
 from ..graph import no_grad
 from ..lora import attach, init_adapter, merge
 from ..lora_config import LoRAConfig
-from ..training.batches import pad_pairs
+from ..training.batches import answer_rows, pad_rows
 from ..training.loop import exact_match
 from . import questions
 
@@ -74,7 +74,7 @@ def attached_line(base, adapted, adapter, change, log):
 
 def cost_table(base, adapted, rng, log):
     """Step 3: what a training step holds in memory, for three ways to train."""
-    ids, targets = pad_pairs(characters.encode_pairs(questions.TRAINED[::23]))
+    ids, targets = pad_rows(answer_rows(characters.encode_pairs(questions.TRAINED[::23])))
     attention_only = LoRAConfig(r=8, alpha=16, target_modules=["q_proj", "v_proj"])
     models = {
         "full fine-tuning": base.trainable_copy(),

@@ -99,6 +99,14 @@ def _add_backend(parser):
     )
 
 
+def _add_too_long(parser):
+    parser.add_argument(
+        "--too-long",
+        choices=["cut", "drop"],
+        help="what to do with rows of a .jsonl longer than the model's context (default: refuse)",
+    )
+
+
 def _add_parts_and_threads(parser):
     parser.add_argument(
         "--parts",
@@ -151,7 +159,8 @@ def finetune_options(parser):
         required=True,
         metavar="FILE",
         help='a .txt, or a .jsonl with {"prompt": "...", "answer": "..."} on each line, of which '
-        "the answers are learned; an answer usually starts with a space or a newline",
+        "the answers are learned; or with prompt and completion, instruction, input and output, "
+        "messages, or text. An answer to a prompt usually starts with a space or a newline",
     )
     add("--out", required=True, metavar="DIR", help="the adapter's folder, in PEFT's format")
     _add_quantize(parser)
@@ -193,6 +202,7 @@ def finetune_options(parser):
         type=whole_number(1),
         help="tokens in a row of text (default 256, or the model's context if shorter)",
     )
+    _add_too_long(parser)
     add(
         "--dropout",
         type=share_below_one,
@@ -322,4 +332,5 @@ def compare_options(parser):
     add("--length", type=whole_number(1), help="as for finetune")
     _add_quantize(parser)
     _add_other_precision(parser)
+    _add_too_long(parser)
     _add_backend(parser)

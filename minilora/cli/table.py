@@ -118,6 +118,7 @@ def _run_finetune(args):
         dropout=args.dropout,
         save_every=args.save_every,
         quantize=args.quantize,
+        too_long=args.too_long,
     )
     find_sources(args.base)
     xp = array_module(args.backend)
@@ -242,6 +243,7 @@ def _run_compare(args):
         length=args.length,
         quantize=args.quantize,
         other_precision=args.other_precision,
+        too_long=args.too_long,
     )
 
 

@@ -1,9 +1,9 @@
-"""Files of text, and of prompts and answers, as batches of token ids. Knows no model.
+"""Files of text, and of rows with answers, as batches of token ids. Knows no model.
 
-Of tokenizers it knows `encode`. A text is learned as it stands; of prompts and answers only the
-answers are: the loss is on them alone.
+A text is learned as it stands; of prompts and answers only the answers are, of a conversation what
+the assistant says: the loss is on them alone.
 
-Text and Pairs are two kinds of one thing: both `split`, have a `fingerprint`, and give endless
+Text and Rows are two kinds of one thing: both `split`, have a `fingerprint`, and give endless
 random `batches` to train on, or the batches of one `epoch` to measure a loss on.
 """
 
@@ -16,8 +16,23 @@ import numpy as np
 from tqdm import tqdm
 
 from ..fits import indented
-from .batches import consecutive_windows, pad_pairs, pair_batches, random_windows
-from .text_files import line_name, read_pairs, read_text
+from .batches import (
+    Row,
+    answer_row,
+    consecutive_windows,
+    length_batches,
+    random_windows,
+    row_batches,
+)
+from .text_files import (
+    INSTRUCTION,
+    MESSAGES,
+    TEXT,
+    TOO_LONG,
+    line_name,
+    read_rows,
+    read_text,
+)
 
 # How many tokens of a text a window has, if the model's context is not shorter and nobody says.
 WINDOW_LENGTH = 256
@@ -79,27 +94,24 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """A tuple of (prompt ids, answer ids), which are learned with the loss on the answers alone."""
+class Rows:
+    """A tuple of Rows, each of which is learned where it says: an answer, several, or all of it."""
 
-    pairs: tuple
+    rows: tuple
 
     def __str__(self):
-        n_prompt_tokens = sum(len(prompt) for prompt, _ in self.pairs)
-        n_answer_tokens = sum(len(answer) for _, answer in self.pairs)
-        return (
-            f"{len(self.pairs):,} prompts of {n_prompt_tokens:,} tokens, "
-            f"with answers of {n_answer_tokens:,}"
-        )
+        n_tokens = sum(len(ids) for ids, _ in self.rows)
+        n_learned = sum(int(has_loss.sum()) for _, has_loss in self.rows)
+        return f"{len(self.rows):,} rows of {n_tokens:,} tokens, of which {n_learned:,} are learned"
 
     def split(self, fraction, rng):
-        """(Pairs to train on, Pairs held out): a `fraction` drawn by `rng`; None for nothing.
+        """(Rows to train on, Rows held out): a `fraction` drawn by `rng`; None for nothing.
 
         Raises: ValueError if a side would be empty.
         """
         if not fraction:
             return self, None
-        n = len(self.pairs)
+        n = len(self.rows)
         n_heldout = round(fraction * n)
         if not 0 < n_heldout < n:
             raise ValueError(
@@ -112,45 +124,48 @@ class Pairs:
         return self._where(~is_heldout), self._where(is_heldout)
 
     def _where(self, chosen):
-        return Pairs(tuple(self.pairs[i] for i in np.flatnonzero(chosen)))
+        return Rows(tuple(self.rows[i] for i in np.flatnonzero(chosen)))
 
     def fingerprint(self):
-        """The SHA-256 of the tokens and of where each side ends, in hexadecimal."""
+        """The SHA-256 of the tokens, and of which are learned, in hexadecimal."""
         digest = hashlib.sha256()
-        for pair in self.pairs:
-            for ids in pair:
-                digest.update(len(ids).to_bytes(8, "little"))
-                digest.update(ids.tobytes())
+        for ids, has_loss in self.rows:
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(ids.tobytes())
+            digest.update(has_loss.tobytes())
         return digest.hexdigest()
 
     def batches(self, batch, rng):
-        """Endless (inputs, targets), both (batch, T), in a new order on each pass.
+        """Endless (inputs, targets), both (batch, T), as `row_batches` makes them.
 
-        Raises: ValueError if there are fewer pairs than one batch takes.
+        Raises: ValueError if there are fewer rows than one batch takes.
         """
         # Before the first batch is asked for, and in words for who has a file of lines.
-        if len(self.pairs) < batch:
+        if len(self.rows) < batch:
             raise ValueError(
-                f"{len(self.pairs)} lines to train on do not make one batch of {batch}; "
+                f"{len(self.rows)} lines to train on do not make one batch of {batch}; "
                 "use more lines or a smaller batch"
             )
-        return pair_batches(self.pairs, batch, rng)
+        return row_batches(self.rows, batch, rng)
 
     def epoch(self, batch):
-        """A list of (inputs, targets), both (at most batch, T): each pair once."""
-        starts = range(0, len(self.pairs), batch)
-        return [pad_pairs(self.pairs[start : start + batch]) for start in starts]
+        """A list of (inputs, targets), both (at most batch, T): each row once."""
+        return length_batches(self.rows, batch)
 
 
-def load_data(path, tokenizer, block_size, length=None, quiet=False):
-    """The Text of a .txt file, or the Pairs of a .jsonl file, tokenised once.
+def load_data(path, tokenizer, block_size, length=None, quiet=False, *, too_long=None, log=print):
+    """The Text of a .txt file, or the Rows of a .jsonl file, tokenised once.
 
     A text is learned in windows of `length` tokens (default: 256, or block_size if that is less).
-    Prompts and answers are tokenised apart, as they are when an answer is generated, and an answer
-    is followed by the end token. A progress bar appears if it takes long, unless `quiet`.
-    Raises: FileNotFoundError; ValueError for another kind of file, as `read_text` and `read_pairs`,
-    for text that the tokenizer does not take, and for rows longer than block_size, with their lines
-    and lengths.
+    What is learned of a row is its answer and the end token after it, of a conversation what the
+    assistant says, of a text all. Prompts and answers are tokenised apart, as they are when an
+    answer is generated.
+    A row longer than block_size is refused, or with `too_long` "cut" at its end or "drop" left out.
+    `log` is given what should be known of the rows, line by line. A progress bar appears if it
+    takes long, unless `quiet`.
+    Raises: FileNotFoundError; ValueError for another kind of file, as `read_text` and `read_rows`,
+    for text that the tokenizer or the chat template does not take, and for rows that are too long,
+    with their lines and lengths.
     """
     path = Path(path)
     if path.suffix == ".txt":
@@ -164,7 +179,10 @@ def load_data(path, tokenizer, block_size, length=None, quiet=False):
             f"length {length} is for .txt files; a row of {path} is as long as its prompt and "
             "answer"
         )
-    return _load_pairs(path, tokenizer, block_size, quiet)
+    if too_long not in (None, *TOO_LONG):
+        raise ValueError(f"too_long must be {' or '.join(TOO_LONG)}, or None; got {too_long!r}")
+    rows = _load_rows(path, tokenizer, quiet, log)
+    return Rows(tuple(_fitting(path, rows, block_size, too_long, log)))
 
 
 def _window_length(length, block_size):
@@ -185,24 +203,122 @@ def _load_text(path, tokenizer, length, quiet):
     return Text(np.concatenate(ids), length)
 
 
-def _load_pairs(path, tokenizer, block_size, quiet):
-    pairs = []
-    too_long = []
-    for number, (prompt, answer) in enumerate(_with_bar(read_pairs(path), quiet), 1):
+def _load_rows(path, tokenizer, quiet, log):
+    """The Rows of a file, however long they are."""
+    schema, lines = read_rows(path, log)
+    row_of = _maker(schema, path, tokenizer, log)
+    rows = []
+    for number, fields in enumerate(_with_bar(lines, quiet), 1):
         where = line_name(path, number)
-        prompt_ids = _encode(tokenizer, prompt, where)
-        answer_ids = np.append(_encode(tokenizer, answer, where), tokenizer.end)
-        pairs.append((prompt_ids, answer_ids))
-        # The last token is a target, not an input.
-        n = len(prompt_ids) + len(answer_ids) - 1
-        if n > block_size:
-            too_long.append(f"line {number} has {n}")
-    if too_long:
-        raise ValueError(
-            f"{path}: {len(too_long)} rows are longer than the model's context of {block_size} "
-            f"tokens; shorten or split them:{indented(too_long)}"
+        try:
+            row = row_of(fields)
+        except (ValueError, TypeError) as error:
+            # A character that the tokenizer does not know; half of a surrogate pair is a TypeError.
+            raise ValueError(f"{where}: the tokenizer does not take this text: {error}") from None
+        if not row.has_loss[1:].any():
+            raise ValueError(f"{where}: nothing of it is learned: it holds no token of an answer")
+        rows.append(_to_the_last_learned(row))
+    if not any(row.ids[-1] in tokenizer.ends for row in rows):
+        log(
+            f"{path}: no answer ends with a token that ends a text, because the chat template "
+            "writes none: what is generated will not end by itself"
         )
-    return Pairs(tuple(pairs))
+    return rows
+
+
+def _maker(schema, path, tokenizer, log):
+    """The function that makes a Row of a line's fields."""
+    if schema == MESSAGES:
+        if tokenizer.template is None:
+            raise ValueError(
+                f"{path} holds messages, and the base has no chat template to put them into one "
+                'text: give rows of {"prompt": "...", "answer": "..."}, or add the '
+                "chat_template.jinja of a model made for chat to the base"
+            )
+        return lambda fields: _conversation_row(tokenizer, fields["messages"])
+    if schema == INSTRUCTION and tokenizer.template is not None:
+        log(f"{path}: instructions are put to the base as a user's, in its chat template")
+        return lambda fields: _conversation_row(tokenizer, _as_messages(**fields))
+    if schema == INSTRUCTION:
+        log(f"{path}: instructions are put in Alpaca's words; the base has no chat template")
+        return lambda fields: _answer_row(
+            tokenizer, tokenizer.encode_text, _in_alpacas_words(**fields), fields["output"]
+        )
+    if schema == TEXT:
+        return lambda fields: _text_row(tokenizer, fields["text"])
+    prompt, answer = schema.keys
+    return lambda fields: _answer_row(tokenizer, tokenizer.encode, fields[prompt], fields[answer])
+
+
+def _answer_row(tokenizer, encode, prompt, answer):
+    return answer_row(encode(prompt), np.append(encode(answer), tokenizer.end))
+
+
+def _text_row(tokenizer, text):
+    ids = np.append(tokenizer.encode(text), tokenizer.end)
+    return Row(ids, np.arange(len(ids)) > 0)
+
+
+def _conversation_row(tokenizer, messages):
+    ids, is_answer = tokenizer.encode_answers(messages)
+    # Nothing comes before the first token from which it could be told.
+    return Row(ids, is_answer & (np.arange(len(ids)) > 0))
+
+
+def _as_messages(instruction, output, input=""):
+    asked = f"{instruction}\n\n{input}" if input else instruction
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
+
+
+def _in_alpacas_words(instruction, output, input=""):
+    """The prompt for an instruction. Source: Taori et al. 2023 (Stanford Alpaca)."""
+    if input:
+        return (
+            "Below is an instruction that describes a task, paired with an input that provides "
+            "further context. Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+        )
+    return (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        f"completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    )
+
+
+def _to_the_last_learned(row):
+    """The Row without what comes after its last learned token: nothing that is learned sees it."""
+    n = np.flatnonzero(row.has_loss)[-1] + 1
+    return Row(row.ids[:n], row.has_loss[:n])
+
+
+def _fitting(path, rows, block_size, too_long, log):
+    """Those of the Rows that fit in the context, after cutting and leaving out what was asked for.
+
+    The last token is a target, not an input.
+    """
+    long = [number for number, row in enumerate(rows, 1) if len(row.ids) - 1 > block_size]
+    if not long:
+        return rows
+    if too_long is None:
+        lines = [f"line {number} has {len(rows[number - 1].ids) - 1}" for number in long]
+        raise ValueError(
+            f"{path}: {len(long)} rows are longer than the model's context of {block_size} tokens; "
+            f"shorten or split them, or choose --too-long cut or drop:{indented(lines)}"
+        )
+    fitting = []
+    for row in rows:
+        if len(row.ids) - 1 > block_size and too_long == "cut":
+            row = Row(row.ids[: block_size + 1], row.has_loss[: block_size + 1])
+        if len(row.ids) - 1 <= block_size and row.has_loss.any():
+            fitting.append(_to_the_last_learned(row))
+    n_dropped = len(rows) - len(fitting)
+    said = f"{path}: {len(long)} of {len(rows)} rows are longer than {block_size} tokens"
+    if too_long == "cut":
+        log(f"{said}: {len(long) - n_dropped} are cut, {n_dropped} dropped with no answer left")
+    else:
+        log(f"{said}: they are dropped")
+    if not fitting:
+        raise ValueError(f"{said}, and none is left; shorten or split them")
+    return fitting
 
 
 def _with_bar(items, quiet):

@@ -47,7 +47,7 @@ CAME_LATER = {"quantize": None}
 
 LONGEST_WARMUP = 100
 
-# What a run works with: `batches` from the first on, `heldout` a Text, Pairs or None.
+# What a run works with: `batches` from the first on, `heldout` a Text, Rows or None.
 _Run = namedtuple("_Run", "config model adapter adam batches heldout checkpoint")
 
 
@@ -120,7 +120,15 @@ def _prepare(config, xp, parts, log, quiet):
         base = quantized_base(base, config.quantize, log, quiet)
     # One generator for each purpose: how much one of them draws changes nothing for the others.
     split_rng, adapter_rng, batch_rng = np.random.default_rng(config.seed).spawn(3)
-    data = load_data(config.data, tokenizer, base.config.block_size, config.length, quiet)
+    data = load_data(
+        config.data,
+        tokenizer,
+        base.config.block_size,
+        config.length,
+        quiet,
+        too_long=config.too_long,
+        log=log,
+    )
     train_data, heldout = data.split(config.eval_split, split_rng)
     batches = train_data.batches(config.batch, batch_rng)
     log(f"data {config.data}: {train_data}")

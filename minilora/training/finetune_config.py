@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..lora_config import ConfigError, LoRAConfig
 from ..quant import KINDS
+from .text_files import TOO_LONG
 
 # What a base may be packed as.
 QUANTIZATIONS = tuple(kind.lower() for kind in KINDS)
@@ -15,12 +16,14 @@ class FineTuneConfig:
     """What to fine-tune, on what, and how.
 
     base: what `find_base` takes: a folder, a .gguf file, or smollm2. data: a .txt file, or .jsonl
-    with a prompt and an answer on each line. out: the folder for the adapter. alpha, r, target,
-    dropout: those of LoRAConfig. lr: the peak of the learning rate, after a warm-up and before a
-    cosine. steps: how many, of `batch` rows each. seed: of everything random. eval_split: the share
-    that is held out to measure the loss on. length: tokens in a window of a text (None: 256, or the
-    model's context if that is shorter). save_every: steps between two checkpoints. quantize: what
-    the base's linear weights are packed as once it is loaded, "nf4", or None: as they are stored.
+    with a row on each line: a prompt and an answer, an instruction and an output, messages, or a
+    text. out: the folder for the adapter. alpha, r, target, dropout: those of LoRAConfig. lr: the
+    peak of the learning rate, after a warm-up and before a cosine. steps: how many, of `batch` rows
+    each. seed: of everything random. eval_split: the share that is held out to measure the loss on.
+    length: tokens in a window of a text (None: 256, or the model's context if that is shorter).
+    save_every: steps between two checkpoints. quantize: what the base's linear weights are packed
+    as once it is loaded, "nf4", or None: as they are stored. too_long: what becomes of rows longer
+    than the context: "cut" at their ends, "drop" left out, None refused.
     Raises: ConfigError (a ValueError) that names the field, what it must be, and its value.
     """
 
@@ -39,6 +42,7 @@ class FineTuneConfig:
     dropout: float = 0.0
     save_every: int = 50
     quantize: str | None = None
+    too_long: str | None = None
 
     def __post_init__(self):
         for field in ("steps", "batch", "save_every"):
@@ -50,6 +54,8 @@ class FineTuneConfig:
             self._refuse("length", "a whole number of at least 1, or None")
         if self.quantize not in (None, *QUANTIZATIONS):
             self._refuse("quantize", f"None or one of {', '.join(QUANTIZATIONS)}")
+        if self.too_long not in (None, *TOO_LONG):
+            self._refuse("too_long", f"{' or '.join(map(repr, TOO_LONG))}, or None")
         if not _is_finite(self.lr) or self.lr <= 0:
             self._refuse("lr", "a finite positive number")
         if not _is_finite(self.eval_split) or not 0 <= self.eval_split < 1:

@@ -9,8 +9,9 @@ from tqdm import tqdm
 from ..backend import to_numpy
 from ..functional import IGNORE
 from ..graph import no_grad
+from ..lean import LOGIT_ROWS
 from ..optim import clip_grad_norm
-from .batches import pad_pairs
+from .batches import answer_rows, pad_rows
 from .parts import PartWorkers
 from .threads import blas_threads, cores, ctrl_c_deferred
 
@@ -140,15 +141,31 @@ def exact_match(model, pairs, batch=64):
     """For each (prompt ids, answer ids): is this what greedy decoding gives? A list of bool.
 
     One forward pass tells. Greedy decoding reproduces the answer if and only if, at each of its
-    positions, the likeliest token after the answer so far is the right one.
+    positions, the likeliest token after the answer so far is the right one. Logits are made at
+    these positions alone, for LOGIT_ROWS of them at a time.
     """
-    # Prompts alike in length share a batch, so that little padding is needed.
-    by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
-    right = np.zeros(len(pairs), bool)
+    rows = answer_rows(pairs)
+    # Rows alike in length share a batch, so that little is filled up.
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    right = np.zeros(len(rows), bool)
     with no_grad():
-        for start in range(0, len(pairs), batch):
-            rows = by_length[start : start + batch]
-            inputs, targets = pad_pairs([pairs[i] for i in rows])
-            likeliest = to_numpy(model(inputs).data).argmax(-1)
-            right[rows] = ((likeliest == targets) | (targets == IGNORE)).all(axis=1)
+        for start in range(0, len(rows), batch):
+            chosen = by_length[start : start + batch]
+            inputs, targets = pad_rows([rows[i] for i in chosen])
+            is_wrong = np.zeros(targets.shape, bool)
+            learned = targets != IGNORE
+            is_wrong[learned] = _likeliest(model, inputs, learned) != targets[learned]
+            right[chosen] = ~is_wrong.any(axis=1)
     return right.tolist()
+
+
+def _likeliest(model, inputs, where):
+    """The likeliest next tokens (N,) after those of `inputs` (B, T) where `where`, booleans, is."""
+    hidden = model.hidden(inputs)
+    at_rows, at_columns = np.nonzero(where)
+    likeliest = []
+    for start in range(0, len(at_rows), LOGIT_ROWS):
+        block = slice(start, start + LOGIT_ROWS)
+        logits = model.head(hidden[at_rows[block], at_columns[block]])
+        likeliest.append(to_numpy(logits.data.argmax(-1)))
+    return np.concatenate(likeliest)

@@ -60,7 +60,7 @@ def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         spy(patch, demo, "random_windows", lambda ids, *more: ids)
-        spy(patch, demo, "pair_batches", lambda pairs, *more: in_words(pairs))
+        spy(patch, demo, "answer_rows", in_words)
         spy(patch, demo, "consecutive_windows", lambda ids, *more: ids)
         spy(patch, demo, "train", lambda model, adam, batches, steps, **more: (model, adam.params, steps))
         spy(patch, demo_tables, "exact_match", lambda model, pairs: in_words(pairs))
@@ -78,7 +78,7 @@ def test_the_base_learns_from_the_training_text_and_is_measured_on_the_heldout_t
 
 
 def test_the_adapter_learns_from_the_trained_phrasings_alone(ran):
-    assert ran.seen["pair_batches"] == [questions.TRAINED]
+    assert ran.seen["answer_rows"] == [questions.TRAINED]
 
 
 def test_before_and_after_are_scored_on_the_same_three_sets_and_the_merged_on_the_unseen(ran):

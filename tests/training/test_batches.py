@@ -1,4 +1,7 @@
-"""Batches of windows and of pairs: what is in them, in which order, and what cannot be made."""
+"""Batches of windows and of rows: what is in them, in which order, and what cannot be made."""
+
+from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -8,7 +11,15 @@ from strategies import seeds
 
 from minilora.disk.characters import ALPHABET, decode, encode_pairs
 from minilora.functional import IGNORE
-from minilora.training.batches import consecutive_windows, pad_pairs, pair_batches, random_windows
+from minilora.training.batches import (
+    Row,
+    answer_rows,
+    consecutive_windows,
+    length_batches,
+    pad_rows,
+    random_windows,
+    row_batches,
+)
 
 sides = st.text(alphabet=ALPHABET, min_size=1, max_size=40)
 
@@ -58,12 +69,12 @@ def test_consecutive_windows_go_once_through_the_text_and_leave_out_less_than_on
     assert n - 1 - len(all_targets) < length
 
 
-# Pairs of prompt and answer.
+# Rows, of which a part is learned.
 
 
 @given(st.lists(st.tuples(sides, sides), min_size=1, max_size=4))
-def test_the_loss_of_pairs_is_on_the_answers_alone(pairs):
-    inputs, targets = pad_pairs(encode_pairs(pairs))
+def test_the_loss_of_prompts_and_answers_is_on_the_answers_alone(pairs):
+    inputs, targets = pad_rows(answer_rows(encode_pairs(pairs)))
     for (prompt, answer), input_row, target_row in zip(pairs, inputs, targets, strict=True):
         n = len(prompt) + len(answer) - 1
         assert decode(input_row[:n]) == (prompt + answer)[:-1]
@@ -72,47 +83,97 @@ def test_the_loss_of_pairs_is_on_the_answers_alone(pairs):
         assert (target_row[n:] == IGNORE).all()
 
 
-@pytest.mark.parametrize("pairs", [[], [("a", "b"), ("a", "")], [("", "b")]], ids=["no pair", "answer", "prompt"])
-def test_no_pairs_and_an_empty_side_are_refused(pairs):
-    with pytest.raises(ValueError, match="no .* pairs, or an empty side"):
-        pad_pairs(encode_pairs(pairs))
+@pytest.mark.parametrize("prompt, answer", [("a", ""), ("", "b")])
+def test_an_empty_side_is_refused(prompt, answer):
+    with pytest.raises(ValueError, match="neither may be empty"):
+        answer_rows(encode_pairs([("a", "b"), (prompt, answer)]))
 
 
-def test_pairs_may_be_tokens_of_any_vocabulary():
-    inputs, targets = pad_pairs([(np.array([50_000, 7]), np.array([9, 50_256])), ([1], [2])])
+@pytest.mark.parametrize("rows", [[], [Row(np.array([1, 2]), np.array([True, False]))],
+                                  [Row(np.array([1]), np.array([True]))]],
+                         ids=["no row", "the first token", "one token"])  # fmt: skip
+def test_rows_that_learn_nothing_are_refused(rows):
+    with pytest.raises(ValueError, match="no rows, or one that learns nothing"):
+        pad_rows(rows)
+
+
+def test_rows_may_be_tokens_of_any_vocabulary_and_learn_in_several_places():
+    inputs, targets = pad_rows(answer_rows([(np.array([50_000, 7]), np.array([9, 50_256])), ([1], [2])]))
     assert inputs.tolist() == [[50_000, 7, 9], [1, 0, 0]]
     assert targets.tolist() == [[IGNORE, 9, 50_256], [2, IGNORE, IGNORE]]
+    two_answers = Row(np.array([5, 6, 7, 8, 9]), np.array([False, True, False, False, True]))
+    assert pad_rows([two_answers])[1].tolist() == [[6, IGNORE, IGNORE, 9]]
 
 
-def prompts_of(n):
-    """`n` prompts of one length. With an answer of one token, such a prompt is its whole input."""
-    return [f"Q{i} " for i in range(10, 10 + n)]
+def rows_of(lengths):
+    """Row number i begins with the token i, and is so long."""
+    return [Row(np.array([i] + [0] * (n - 1)), np.arange(n) > 0) for i, n in enumerate(lengths)]
 
 
-def pairs_of(prompts):
-    return encode_pairs([(prompt, "a") for prompt in prompts])
+def numbers_of(batches):
+    return [inputs[:, 0].tolist() for inputs, _ in batches]
 
 
-def test_every_pair_comes_once_in_a_pass():
-    prompts = prompts_of(8)
-    stream = pair_batches(pairs_of(prompts), 4, np.random.default_rng(0))
-    rows = np.concatenate([next(stream)[0], next(stream)[0]])
-    assert sorted(decode(row) for row in rows) == prompts
+@given(st.integers(1, 40), st.integers(1, 7), seeds, st.integers(1, 3))
+def test_every_row_comes_once_in_a_pass(n, batch, seed, n_passes):
+    """Also where batches do not come out even: what is left of a pass begins the next."""
+    if n < batch:
+        return
+    rng = np.random.default_rng(seed)
+    stream = row_batches(rows_of(rng.integers(2, 9, n)), batch, rng)
+    passes = n_passes * n // batch
+    counts = Counter(i for numbers in numbers_of(islice(stream, passes)) for i in numbers)
+    assert sum(counts.values()) == passes * batch
+    first_pass = islice(row_batches(rows_of([2] * n), batch, rng), n // batch)
+    first = Counter(i for numbers in numbers_of(first_pass) for i in numbers)
+    assert set(first.values()) == {1}
+    assert all(n_passes - 1 <= counts[i] <= n_passes for i in range(n))
 
 
 def test_the_order_is_another_in_each_pass_and_for_each_generator():
-    prompts = prompts_of(32)
     orders = set()
     for seed in (0, 0, 1):
-        stream = pair_batches(pairs_of(prompts), 32, np.random.default_rng(seed))
+        stream = row_batches(rows_of([2] * 32), 4, np.random.default_rng(seed))
         for _ in range(3):
-            inputs, _ = next(stream)
-            orders.add(decode(inputs))
+            orders.add(str(numbers_of(islice(stream, 8))))
     # Three orders for each of two seeds: the same seed gives the same ones again.
     assert len(orders) == 6
-    assert "".join(prompts) not in orders
 
 
-def test_fewer_pairs_than_a_batch_are_refused():
-    with pytest.raises(ValueError, match="1 pairs .* batch of 2"):
-        next(pair_batches([([1], [2])], 2, np.random.default_rng(0)))
+def test_rows_are_not_always_beside_the_same_ones():
+    stream = row_batches(rows_of(range(2, 42)), 4, np.random.default_rng(0))
+    together = {frozenset(numbers) for numbers in numbers_of(islice(stream, 50))}
+    assert len(together) > 40
+    lengths = [inputs.shape[1] for inputs, _ in islice(stream, 10)]
+    assert lengths != sorted(lengths)
+
+
+def padding(batches):
+    filled = total = 0
+    for inputs, _ in batches:
+        # Here the token 0 stands for nothing else than filling.
+        filled += int((inputs == 0).sum())
+        total += inputs.size
+    return filled / total
+
+
+def test_little_is_filled_up():
+    """Lengths as people's answers have them; rows in no order are filled up to nearly twice their size."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4, 0.7, 800).astype(int), 4, 400)
+    rows = [Row(np.ones(n, int), np.arange(n) > 0) for n in lengths]
+    shares = padding(islice(row_batches(rows, 8, rng), 300))
+    in_no_order = padding(pad_rows([rows[i] for i in rng.permutation(800)[:8]]) for _ in range(300))
+    assert shares < 0.15
+    assert in_no_order > 0.4
+    assert padding(length_batches(rows, 8)) < 0.05
+
+
+def test_batches_by_length_hold_each_row_once():
+    rows = rows_of([5, 2, 9, 2, 7])
+    assert numbers_of(length_batches(rows, 2)) == [[1, 3], [0, 4], [2]]
+
+
+def test_fewer_rows_than_a_batch_are_refused():
+    with pytest.raises(ValueError, match="1 rows .* batch of 2"):
+        next(row_batches(answer_rows([([1], [2])]), 2, np.random.default_rng(0)))

@@ -1,6 +1,7 @@
-"""Texts and pairs as batches of tokens: what the loss is on, what is held out, and that nothing is left out."""
+"""Texts and rows as batches of tokens: what the loss is on, what is held out, and that nothing is left out."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -12,9 +13,10 @@ from minilora.disk import characters
 from minilora.disk.tokenizer import Tokenizer, load_tokenizer
 from minilora.functional import IGNORE
 from minilora.training import datasets
-from minilora.training.datasets import Pairs, Text, load_data
+from minilora.training.batches import answer_rows
+from minilora.training.datasets import Rows, Text, load_data
 
-CHARACTERS = Tokenizer(characters.encode, characters.decode, end=0, vocab_size=96, cuttable=True)
+CHARACTERS = Tokenizer(characters.encode, characters.decode, (0,), 96, True, encode_text=characters.encode)
 
 
 def txt(path, content="to be or not to be, that is the question\n"):
@@ -87,18 +89,19 @@ def test_a_tokenizer_that_may_not_be_cut_is_given_the_whole(tmp_path, monkeypatc
         return characters.encode(piece)
 
     monkeypatch.setattr(datasets, "PIECE_LENGTH", 1)
-    tokenizer = Tokenizer(encode, characters.decode, 0, 96, cuttable)
+    tokenizer = Tokenizer(encode, characters.decode, (0,), 96, cuttable, encode_text=encode)
     load_data(txt(tmp_path / "a.txt", "ab\ncd\nef\ngh\n"), tokenizer, 4)
     assert encoded == pieces
 
 
-# Pairs.
+# Prompts and answers.
 
 
 def test_prompts_and_answers_are_tokenised_apart_and_answers_end(bpe_folder, tmp_path):
     """Together, "The" and " quick" could share a token, which a model that is given the prompt alone never sees."""
     bpe = load_tokenizer(bpe_folder)
-    pairs = [("The qui", "ck brown"), ("\n", " fox")]
+    # The shorter first, as batches of an epoch have them.
+    pairs = [("\n", " fox"), ("The qui", "ck brown")]
     [(inputs, targets)] = load_data(jsonl(tmp_path / "a.jsonl", pairs), bpe, 64).epoch(9)
     for (prompt, answer), input_row, target_row in zip(pairs, inputs, targets, strict=True):
         prompt_ids = bpe.encode(prompt).tolist()
@@ -140,7 +143,7 @@ def test_a_line_that_is_no_pair_is_refused_with_its_number(tmp_path):
         load_data(txt(tmp_path / "a.jsonl", "[]"), CHARACTERS, 16)
 
 
-def test_a_length_for_pairs_is_refused(tmp_path):
+def test_a_length_for_rows_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"length 8 is for \.txt files"):
         load_data(jsonl(tmp_path / "a.jsonl", [("a", "b")]), CHARACTERS, 64, 8)
 
@@ -157,6 +160,209 @@ def test_a_file_that_is_not_there_is_named(tmp_path, name):
         load_data(tmp_path / name, CHARACTERS, 16)
 
 
+# Rows as people have them.
+
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")  # fmt: skip
+
+
+def chat_folder(bpe_folder, folder, template=CHATML):
+    """The folder of a model made for chat: the tokens of `bpe_folder` and two more, and a template."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(bpe_folder / name, folder)
+    (folder / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 302}')
+    decoder = {"300": {"content": "<|im_start|>", "special": True}, "301": {"content": "<|im_end|>", "special": True}}
+    settings = {"eos_token": "<|im_end|>", "added_tokens_decoder": decoder}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def chat(bpe_folder, tmp_path):
+    return chat_folder(bpe_folder, tmp_path)
+
+
+def rows(path, *fields):
+    path.write_text("".join(json.dumps(row) + "\n" for row in fields))
+    return path
+
+
+def learned(tokenizer, data):
+    """[(text of a row, [texts of what is learned in it])]."""
+    found = []
+    for ids, has_loss in data.rows:
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], has_loss, [0]])))
+        found.append((tokenizer.decode(ids), [tokenizer.decode(ids[a:b]) for a, b in edges.reshape(-1, 2)]))
+    return found
+
+
+def loaded(path, tokenizer, *fields, context=512, **options):
+    """(data, what was said) of a file with these rows."""
+    said = []
+    data = load_data(rows(path / "a.jsonl", *fields), tokenizer, context, log=said.append, **options)
+    return data, said
+
+
+def test_a_completion_is_an_answer_whatever_the_order_of_the_keys(chat, tmp_path):
+    answer, _ = loaded(tmp_path, chat, {"answer": "fox", "prompt": "The "})
+    completion, _ = loaded(tmp_path, chat, {"prompt": "The ", "completion": "fox"})
+    assert answer.fingerprint() == completion.fingerprint()
+    assert learned(chat, answer) == [("The fox<|im_end|>", ["fox<|im_end|>"])]
+
+
+def test_control_tokens_of_a_prompt_are_tokens_because_a_prompt_is_the_whole_text(chat, tmp_path):
+    data, _ = loaded(tmp_path, chat, {"prompt": "<|im_start|>The", "answer": "fox"})
+    assert data.rows[0].ids[0] == 300
+
+
+def test_of_a_conversation_what_the_assistant_says_is_learned_to_the_end_of_each_turn(chat, tmp_path):
+    messages = [{"role": "user", "content": "one <|im_end|>"}, {"role": "assistant", "content": "The fox"},
+                {"role": "user", "content": "two"}, {"role": "assistant", "content": "sleeps"},
+                {"role": "user", "content": "three"}]  # fmt: skip
+    data, said = loaded(tmp_path, chat, {"messages": messages})
+    [(text, parts)] = learned(chat, data)
+    assert parts == ["The fox<|im_end|>", "sleeps<|im_end|>"]
+    # What comes after the last of them is not computed.
+    assert chat.template.render(messages).startswith(text) and text.endswith("sleeps<|im_end|>")
+    assert data.rows[0].ids.tolist().count(301) == 4
+    assert said == []
+
+
+def test_a_row_of_messages_begins_with_the_tokens_that_a_chat_gives(chat, tmp_path):
+    messages = [{"role": "user", "content": "The"}, {"role": "assistant", "content": "\nfox"}]
+    data, _ = loaded(tmp_path, chat, {"messages": messages})
+    prompt = chat.encode_chat(messages[:1], add_generation_prompt=True)
+    assert data.rows[0].ids[: len(prompt)].tolist() == prompt.tolist()
+    assert np.flatnonzero(data.rows[0].has_loss)[0] == len(prompt)
+
+
+def test_messages_without_a_template_are_refused_with_the_remedy(bpe_folder, tmp_path):
+    message = {"role": "assistant", "content": "b"}
+    with pytest.raises(ValueError, match='a.jsonl holds messages, and the base has no chat template.*"answer".*jinja'):
+        loaded(tmp_path, load_tokenizer(bpe_folder), {"messages": [message]})
+
+
+def test_a_template_that_refuses_a_row_is_told_with_its_line(bpe_folder, tmp_path):
+    refusing = "{{ raise_exception('no system') if messages[0].role == 'system' }}"
+    chat = chat_folder(bpe_folder, tmp_path, refusing + CHATML)
+    good, bad = ([{"role": role, "content": "a"}, {"role": "assistant", "content": "b"}] for role in ("user", "system"))
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: .*chat_template.jinja: the chat template fails: no system"):
+        loaded(tmp_path, chat, {"messages": good}, {"messages": bad})
+
+
+def test_a_template_that_changes_what_it_wrote_is_refused_with_the_line(bpe_folder, tmp_path):
+    chat = chat_folder(bpe_folder, tmp_path, "{{ messages | length }}" + CHATML)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1: .*generation %} and {% endgeneration"):
+        loaded(tmp_path, chat, {"messages": messages})
+
+
+def test_marks_around_nothing_are_refused_with_the_line(bpe_folder, tmp_path):
+    chat = chat_folder(bpe_folder, tmp_path, CHATML + "{% generation %}{% endgeneration %}")
+    with pytest.raises(ValueError, match="line 1: nothing of it is learned"):
+        loaded(tmp_path, chat, {"messages": [{"role": "assistant", "content": "b"}]})
+
+
+INSTRUCTIONS = [{"output": "3", "instruction": "Add <|im_end|>", "input": "1 2"},
+                {"instruction": "Sing", "output": "la"}]  # fmt: skip
+
+
+def test_an_instruction_is_a_users_where_there_is_a_template(chat, tmp_path):
+    data, [said] = loaded(tmp_path, chat, *INSTRUCTIONS)
+    start = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert learned(chat, data) == [(start.format("Add <|im_end|>\n\n1 2") + "3<|im_end|>", ["3<|im_end|>"]),
+                                   (start.format("Sing") + "la<|im_end|>", ["la<|im_end|>"])]  # fmt: skip
+    assert [row.ids.tolist().count(301) for row in data.rows] == [2, 2]
+    assert "put to the base as a user's, in its chat template" in said
+
+
+def test_an_instruction_is_in_alpacas_words_where_there_is_none(bpe_folder, tmp_path):
+    plain = chat_folder(bpe_folder, tmp_path, template=None)
+    data, [said] = loaded(tmp_path, plain, *INSTRUCTIONS)
+    (first, parts), (second, _) = learned(plain, data)
+    assert first == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd <|im_end|>\n\n### Input:\n1 2\n\n### Response:\n3<|im_end|>"
+    )
+    assert second == (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSing\n\n### Response:\nla<|im_end|>"
+    )
+    assert parts == ["3<|im_end|>"]
+    # What somebody typed ends nothing.
+    assert data.rows[0].ids.tolist().count(301) == 1
+    assert "in Alpaca's words" in said
+
+
+def test_of_a_text_all_is_learned_and_its_end(chat, tmp_path):
+    data, _ = loaded(tmp_path, chat, {"text": "The fox"}, {"text": "x"})
+    assert learned(chat, data) == [("The fox<|im_end|>", [" fox<|im_end|>"]), ("x<|im_end|>", ["<|im_end|>"])]
+
+
+def test_answers_that_end_with_no_end_are_told(bpe_folder, tmp_path):
+    chat = chat_folder(bpe_folder, tmp_path, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    _, [said] = loaded(tmp_path, chat, {"messages": messages})
+    assert "no answer ends with a token that ends a text" in said
+
+
+def test_other_keys_are_told(chat, tmp_path):
+    _, [said] = loaded(tmp_path, chat, {"prompt": "a", "answer": "b", "id": 5})
+    assert said.endswith("ignored, and not learned: id")
+
+
+# Rows that are too long.
+
+LONG = [("12", "34"), ("123456", "78"), ("1234567890", "1"), ("1", "2345")]
+
+
+def of_lengths(path, too_long, pairs=LONG, context=7):
+    said = []
+    data = load_data(jsonl(path / "a.jsonl", pairs), CHARACTERS, context, too_long=too_long, log=said.append)
+    return [characters.decode(row.ids) for row in data.rows], said
+
+
+def test_rows_that_are_too_long_are_dropped_and_counted(tmp_path):
+    texts, said = of_lengths(tmp_path, "drop")
+    assert texts == ["1234\n", "12345\n"]
+    assert said == [f"{tmp_path / 'a.jsonl'}: 2 of 4 rows are longer than 7 tokens: they are dropped"]
+
+
+def test_rows_that_are_too_long_are_cut_and_counted_and_those_without_an_answer_dropped(tmp_path):
+    texts, said = of_lengths(tmp_path, "cut")
+    assert texts == ["1234\n", "12345678", "12345\n"]
+    counts = "2 of 4 rows are longer than 7 tokens: 1 are cut, 1 dropped with no answer left"
+    assert said == [f"{tmp_path / 'a.jsonl'}: {counts}"]
+
+
+@pytest.mark.parametrize("too_long", ["cut", "drop"])
+def test_rows_of_which_none_is_left_are_refused(tmp_path, too_long):
+    with pytest.raises(ValueError, match="1 of 1 rows are longer than 3 tokens, and none is left"):
+        of_lengths(tmp_path, too_long, [("1234", "5")], 3)
+
+
+def test_rows_that_fit_are_not_touched(tmp_path):
+    assert of_lengths(tmp_path, "cut", LONG[:1]) == (["1234\n"], [])
+
+
+def test_another_way_to_treat_them_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="too_long must be cut or drop, or None; got 'shorten'"):
+        of_lengths(tmp_path, "shorten")
+
+
+def test_a_conversation_is_cut_behind_the_last_token_that_is_learned(chat, tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "The fox sleeps. " * 9}, {"role": "assistant", "content": "c"}]  # fmt: skip
+    data, _ = loaded(tmp_path, chat, {"messages": messages}, context=60, too_long="cut")
+    [(text, parts)] = learned(chat, data)
+    assert parts == ["b<|im_end|>"]
+    assert text.endswith("b<|im_end|>")
+
+
 # Held out.
 
 
@@ -168,40 +374,40 @@ def test_of_a_text_the_end_is_held_out(n, fraction):
     assert train.length == heldout.length == 3
 
 
-def numbered_pairs(n):
-    """Pairs of which number i is the prompt [i] and the answer [i]."""
-    return Pairs(tuple((np.array([i]), np.array([i])) for i in range(n)))
+def numbered_rows(n):
+    """Rows of which number i is the prompt [i] and the answer [i]."""
+    return Rows(tuple(answer_rows((np.array([i]), np.array([i])) for i in range(n))))
 
 
-def numbers_in(pairs, batch=1):
-    """How often each number comes in an epoch of numbered pairs."""
-    return Counter(int(row[0]) for inputs, _ in pairs.epoch(batch) for row in inputs)
+def numbers_in(rows, batch=1):
+    """How often each number comes in an epoch of numbered rows."""
+    return Counter(int(row[0]) for inputs, _ in rows.epoch(batch) for row in inputs)
 
 
 @given(st.integers(4, 30), st.sampled_from([0.2, 0.5]), st.integers(0, 99))
-def test_of_pairs_a_random_share_is_held_out_and_none_is_lost(n, fraction, seed):
-    train, heldout = numbered_pairs(n).split(fraction, np.random.default_rng(seed))
+def test_of_rows_a_random_share_is_held_out_and_none_is_lost(n, fraction, seed):
+    train, heldout = numbered_rows(n).split(fraction, np.random.default_rng(seed))
     assert numbers_in(train, 3) + numbers_in(heldout, 2) == Counter(range(n))
-    assert len(heldout.pairs) == round(fraction * n)
+    assert len(heldout.rows) == round(fraction * n)
 
 
-def test_the_seed_decides_which_pairs_are_held_out():
+def test_the_seed_decides_which_rows_are_held_out():
     def heldout_numbers(seed):
-        _, heldout = numbered_pairs(30).split(0.3, np.random.default_rng(seed))
+        _, heldout = numbered_rows(30).split(0.3, np.random.default_rng(seed))
         return tuple(numbers_in(heldout))
 
     assert heldout_numbers(0) == heldout_numbers(0)
     assert len({heldout_numbers(seed) for seed in range(5)}) == 5
 
 
-@pytest.mark.parametrize("data", [Text(np.arange(9), 3), numbered_pairs(3)], ids=["text", "pairs"])
+@pytest.mark.parametrize("data", [Text(np.arange(9), 3), numbered_rows(3)], ids=["text", "rows"])
 def test_nothing_held_out_is_none(data):
     assert data.split(0, np.random.default_rng(0)) == (data, None)
 
 
 @pytest.mark.parametrize("data, fraction, complaint", [
-    (numbered_pairs(3), 0.1, "3 lines to train on and 0 held out"),
-    (numbered_pairs(3), 0.9, "0 lines to train on and 3 held out"),
+    (numbered_rows(3), 0.1, "3 lines to train on and 0 held out"),
+    (numbered_rows(3), 0.9, "0 lines to train on and 3 held out"),
     (Text(np.arange(20), 3), 0.1, "18 tokens to train on and 2 held out: 2 tokens are too few: a window needs 3"),
     (Text(np.arange(20), 3), 0.9, "2 tokens to train on and 18 held out: 2 tokens are too few: a window needs 3"),
 ], ids=["no line held out", "no line to learn", "nothing to measure", "nothing to learn"])  # fmt: skip
@@ -212,21 +418,21 @@ def test_a_side_that_would_be_empty_is_refused_with_the_counts(data, fraction, c
 
 def test_fewer_lines_than_a_batch_are_refused_before_the_first_is_asked_for():
     with pytest.raises(ValueError, match="3 lines to train on do not make one batch of 4"):
-        numbered_pairs(3).batches(4, np.random.default_rng(0))
+        numbered_rows(3).batches(4, np.random.default_rng(0))
 
 
 # What they are.
 
 
-def one_pair(prompt, answer):
-    return Pairs(((np.array(prompt), np.array(answer)),))
+def one_row(prompt, answer):
+    return Rows(tuple(answer_rows([(np.array(prompt), np.array(answer))])))
 
 
-def test_a_fingerprint_tells_tokens_and_the_ends_of_sides_apart():
-    pairs = [one_pair([1, 2], [3]), one_pair([1], [2, 3]), one_pair([1], [23])]
+def test_a_fingerprint_tells_tokens_and_what_is_learned_apart():
+    rows = [one_row([1, 2], [3]), one_row([1], [2, 3]), one_row([1], [23])]
     texts = [Text(np.array([1, 2]), 1), Text(np.array([2, 1]), 1)]
-    assert len({data.fingerprint() for data in pairs + texts}) == 5
+    assert len({data.fingerprint() for data in rows + texts}) == 5
 
 
-def test_pairs_say_how_many_they_are():
-    assert str(one_pair([1, 2], [3])) == "1 prompts of 2 tokens, with answers of 1"
+def test_rows_say_how_many_they_are():
+    assert str(one_row([1, 2], [3])) == "1 rows of 3 tokens, of which 1 are learned"

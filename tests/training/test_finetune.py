@@ -234,8 +234,8 @@ def test_the_report_says_sizes_losses_and_cost(inputs, tmp_path):
         "1,656 parameters",
         "a context of 32 tokens",
         "96 tokens in the vocabulary",
-        "6 prompts of",
-        "held out: 2 prompts of",
+        "6 rows of",
+        "held out: 2 rows of",
         "112 of 1,768 parameters are trainable",
         "4 steps in",
         "tokens/s",
@@ -440,7 +440,7 @@ def test_a_run_killed_at_any_moment_and_resumed_gives_the_same_bits(inputs, whol
     assert codes.count(-signal.SIGKILL) > n_moments / 2 + 10
 
 
-def ctrl_c(*arguments):
+def ctrl_c(*arguments, **options):
     raise KeyboardInterrupt
 
 
@@ -605,7 +605,7 @@ def test_the_same_file_in_other_tokens_is_another_run(inputs, tmp_path, monkeypa
     config = config_for(inputs, tmp_path / "out", eval_split=0.0)
     stop(config)
     load_tokenizer = finetune.load_tokenizer
-    monkeypatch.setattr(finetune, "load_tokenizer", lambda folder: replace(load_tokenizer(folder), end=1))
+    monkeypatch.setattr(finetune, "load_tokenizer", lambda folder: replace(load_tokenizer(folder), ends=(1,)))
     with pytest.raises(ValueError, match="data tokens: .* in the checkpoint"):
         run(config, resume=True)
 

@@ -26,6 +26,7 @@ PATHS = {"base": "b", "data": "d", "out": "o"}
     ("dropout", 1.0, "in [0, 1)"),
     ("quantize", "int8", "None or one of nf4, q8_0, q4_0, q4_1"),
     ("quantize", "NF4", "None or one of nf4, q8_0, q4_0, q4_1"),
+    ("too_long", "shorten", "'cut' or 'drop', or None"),
     ("target", [], "at least one name, or an expression"),
 ])  # fmt: skip
 def test_a_setting_out_of_range_is_named_with_its_value_and_what_it_must_be(field, value, need):

@@ -9,12 +9,14 @@ from itertools import islice, repeat
 import numpy as np
 import pytest
 import threadpoolctl
-from strategies import character_gpt, contents
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import character_gpt, contents, seeds
 from tqdm import tqdm
 
 from minilora import GPT, Adam, generate
 from minilora.disk.characters import decode, encode, encode_pairs
-from minilora.training.batches import consecutive_windows, pad_pairs, pair_batches
+from minilora.training.batches import answer_rows, consecutive_windows, pad_rows, row_batches
 from minilora.training.loop import exact_match, heldout_loss, train
 
 
@@ -181,12 +183,13 @@ def test_the_heldout_loss_is_the_mean_over_the_text_and_does_not_depend_on_the_b
 def test_the_heldout_loss_of_questions_is_the_mean_over_the_tokens_of_the_answers():
     """Not the mean of the batches' means: here one batch has two tokens that count, the other thirteen."""
     model = character_gpt(dtype="float64")
-    pairs = encode_pairs([("one ", "1\n"), ("count to six ", "1 2 3 4 5 6\n")])
-    means = [model.loss(*pad_pairs([pair])).item() for pair in pairs]
-    over_tokens = np.average(means, weights=[len(answer) for _, answer in pairs])
-    together = [pad_pairs(pairs)]
-    apart = [pad_pairs([pair]) for pair in pairs]
-    from_a_generator = (pad_pairs([pair]) for pair in pairs[::-1])
+    answers = ["1\n", "1 2 3 4 5 6\n"]
+    rows = answer_rows(encode_pairs(zip(["one ", "count to six "], answers, strict=True)))
+    means = [model.loss(*pad_rows([row])).item() for row in rows]
+    over_tokens = np.average(means, weights=[len(answer) for answer in answers])
+    together = [pad_rows(rows)]
+    apart = [pad_rows([row]) for row in rows]
+    from_a_generator = (pad_rows([row]) for row in rows[::-1])
     for batches in (together, apart, from_a_generator):
         assert heldout_loss(model, batches) == pytest.approx(over_tokens, rel=1e-12)
     assert abs(over_tokens - np.mean(means)) > 1e-3
@@ -198,7 +201,7 @@ def test_the_heldout_loss_of_nothing_is_refused(model):
 
 
 def test_the_heldout_loss_shows_a_bar_only_under_a_label(model, capfd):
-    batches = [pad_pairs(encode_pairs([("one ", "1\n")]))]
+    batches = [pad_rows(answer_rows(encode_pairs([("one ", "1\n")])))]
     heldout_loss(model, batches)
     assert capfd.readouterr().err == ""
     heldout_loss(model, batches, "before")
@@ -212,8 +215,8 @@ def steps_of_a_run(start, stop, model, adam):
     """Take the steps start .. stop of one run; returns ([(steps done, loss)], rates)."""
     calls = []
     rates = []
-    pairs = encode_pairs([(f"{i}+{i}=", f"{2 * i}\n") for i in range(7)])
-    batches = islice(pair_batches(pairs, 3, np.random.default_rng(4)), start, stop)
+    rows = answer_rows(encode_pairs([(f"{i}+{i}=", f"{2 * i}\n") for i in range(7)]))
+    batches = islice(row_batches(rows, 3, np.random.default_rng(4)), start, stop)
 
     def schedule(step):
         rates.append(0.01 * (step + 1))
@@ -287,10 +290,55 @@ def test_exact_match_agrees_with_greedy_decoding():
     """No token is chosen by less than 0.3: over seeds and processors' kernels 0.1 to 0.8, far above all rounding."""
     model = character_gpt(seed=1)
     pairs = [("2+2=", "4\n"), ("capital of peru? ", "lima\n"), ("q ", "ok\n"), ("rr ", "no\n")]
-    train(model, Adam(model.parameters(), lr=1e-2), repeat(pad_pairs(encode_pairs(pairs))), 60, quiet=True)
+    batches = repeat(pad_rows(answer_rows(encode_pairs(pairs))))
+    train(model, Adam(model.parameters(), lr=1e-2), batches, 60, quiet=True)
     with_another_space = [(prompt + " ", answer) for prompt, answer in pairs]
     probes = [*pairs, *with_another_space, ("2+2=", "5\n"), ("q ", "okay\n")]
     decoded = [decodes_to(model, prompt, answer) for prompt, answer in probes]
     assert exact_match(model, encode_pairs(probes)) == decoded
     assert True in decoded
     assert False in decoded
+
+
+class Watched:
+    """A model of which `exact_match` may ask two things, and how many logits it made at once."""
+
+    def __init__(self, model):
+        self.model = model
+        self.config = model.config
+        self.sizes = []
+
+    def hidden(self, ids):
+        return self.model.hidden(ids)
+
+    def head(self, hidden):
+        logits = self.model.head(hidden)
+        self.sizes.append(logits.shape)
+        return logits
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 9)), min_size=1, max_size=12), seeds, st.integers(1, 5))
+def test_exact_match_makes_logits_only_where_an_answer_is_and_few_at_once(lengths, seed, batch):
+    rng = np.random.default_rng(seed)
+    model = character_gpt(seed=2)
+    pairs = [(rng.integers(0, 96, n_prompt), rng.integers(0, 96, n_answer)) for n_prompt, n_answer in lengths]
+    # Half of them are what the model says.
+    for i in range(0, len(pairs), 2):
+        prompt, answer = pairs[i]
+        pairs[i] = (prompt, generate(model, prompt[None], len(answer))[0, len(prompt) :])
+    ids = [np.concatenate(pair)[None, :-1] for pair in pairs]
+    logits = [np.sort(model(row).data[0, -len(answer) :]) for row, (_, answer) in zip(ids, pairs, strict=True)]
+    # No token is chosen by so little that rounding could choose another.
+    assume(all((row[:, -1] - row[:, -2]).min() > 1e-4 for row in logits))
+    watched = Watched(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minilora.training.loop.LOGIT_ROWS", 7)
+        found = exact_match(watched, pairs, batch)
+    assert found == [generate(model, prompt[None], len(answer))[0, len(prompt) :].tolist() == list(answer)
+                     for prompt, answer in pairs]  # fmt: skip
+    assert all(n <= 7 for n, _ in watched.sizes)
+    assert sum(n for n, _ in watched.sizes) == sum(len(answer) for _, answer in pairs)
+
+
+def test_exact_match_of_nothing_is_nothing():
+    assert exact_match(character_gpt(seed=1), []) == []
