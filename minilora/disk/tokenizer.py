@@ -3,7 +3,9 @@
 Knows the files of tokenizers and the fields of config.json, no tensor.
 """
 
+import base64
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,6 +263,7 @@ def _read_one_file(folder):
 
     path = folder / ONE_FILE
     check_no_pointer(path)
+    _check_charsmaps(path)
     bpe = _read(path, lambda: tokenizers.Tokenizer.from_file(str(path)))
     for number, token in _added_tokens(folder).items():
         if bpe.token_to_id(token.content) is None:
@@ -273,6 +276,22 @@ def _read_one_file(folder):
             )
     _add_named(folder, bpe)
     return bpe
+
+
+def _check_charsmaps(path):
+    """Raise ValueError for a table of characters that is shorter than it says.
+
+    The library takes its first number for the size of an array, and ends the whole process if there
+    is no such memory.
+    """
+    for match in re.finditer(rb'"precompiled_charsmap"\s*:\s*("[^"]*")', path.read_bytes()):
+        table = _read(path, lambda stored=match[1]: base64.b64decode(json.loads(stored)))
+        size = int.from_bytes(table[:4], "little")
+        if len(table) < 4 + size or size % 4 or size == 0:
+            raise ValueError(
+                f"{path}: damaged: its precompiled_charsmap says that it begins with a table of "
+                f"{size} bytes, and has {len(table)} in all"
+            )
 
 
 def _read_two_files(folder):

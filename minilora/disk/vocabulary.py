@@ -37,6 +37,9 @@ class Vocabulary:
 
         # A tokenizer.json may ask for any of these, and would be obeyed without a word. The last
         # would also leave blanks out of the positions of tokens.
+        if getattr(bpe.model, "dropout", None) is not None:
+            # Merges left out at random, another time other ones.
+            bpe.model.dropout = None
         bpe.no_truncation()
         bpe.no_padding()
         bpe.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])

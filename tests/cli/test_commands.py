@@ -409,6 +409,18 @@ def loss(model, ids, targets):
     return list(np.log(np.exp(logits).sum(-1)) - chosen)
 
 
+def test_compare_leaves_out_rows_that_are_too_long_if_asked_to(folder, run, tmp_path):
+    rows = [{"prompt": "who?", "answer": " me"}, {"prompt": "who?" * 20, "answer": " me"}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "short.jsonl").write_text(json.dumps(rows[0]))
+    code, out, err = run("compare", "base", "two", "--data", tmp_path / "long.jsonl")
+    assert code == 1 and "choose --too-long cut or drop" in err
+    code, out, err = run("compare", "base", "two", "--data", tmp_path / "long.jsonl", "--too-long", "drop")
+    assert code == 0 and "1 of 2 rows are longer than 48 tokens: they are dropped" in out + err
+    _, short, _ = run("compare", "base", "two", "--data", tmp_path / "short.jsonl")
+    assert out.splitlines()[-4:] == short.splitlines()[-4:]
+
+
 @pytest.mark.parametrize("file, more", [("t.txt", []), ("t.txt", ["--length", 7]), ("q.jsonl", ["--batch", 2])])
 def test_compare_measures_the_loss_without_and_with(folder, run, file, more):
     means, ids, length = [], encode(TEXT), 7 if "--length" in more else 48

@@ -276,10 +276,11 @@ def test_the_options_reach_the_training(monkeypatch, tmp_path):
     usual = FineTuneConfig(base="b", data="d.txt", out="o", alpha=3.0)
     assert given_to_finetune(monkeypatch) == (usual, False, parts_and_threads(None, None, "numpy"))
     every = "--r 5 --target c_attn --target mlp.c_fc q_proj --lr 0.25 --steps 6 --batch 7 --length 8 --dropout 0.5"
-    more = "--seed 9 --eval-split 0.125 --save-every 11 --resume --target c_proj --parts 3 --threads 1 --quantize nf4"
+    more = "--seed 9 --eval-split 0.125 --save-every 11 --resume --target c_proj --parts 3 --threads 1 --quantize nf4 "
+    more += "--too-long cut"
     targets = ["c_attn", "mlp.c_fc", "q_proj", "c_proj"]
     expected = replace(usual, r=5, target=targets, lr=0.25, steps=6, batch=7, length=8, seed=9, dropout=0.5,
-                       eval_split=0.125, save_every=11, quantize="nf4")  # fmt: skip
+                       eval_split=0.125, save_every=11, quantize="nf4", too_long="cut")  # fmt: skip
     assert given_to_finetune(monkeypatch, *every.split(), *more.split()) == (expected, True, (3, 1))
 
 

@@ -364,10 +364,35 @@ def test_a_text_that_the_tokenizer_does_not_take_is_refused(tmp_path):
         load_tokenizer(tmp_path).encode("Zz")
 
 
-def test_a_file_that_the_library_panics_at_is_named(bpe_folder, tmp_path):
-    folder = copied(bpe_folder, tmp_path, FILES[:1])
+def changed(folder, change):
+    """The folder, with what `change` does to the fields of its tokenizer.json."""
     saved = json.loads((folder / "tokenizer.json").read_text())
-    saved["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    change(saved)
     (folder / "tokenizer.json").write_text(json.dumps(saved))
+    return folder
+
+
+@pytest.mark.parametrize("table", ["", "AAAA", "////////", "AAAAAAAA", "BAAAAAAA", "BAAAAA=="])
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_table_of_characters_that_lies_about_its_size_is_refused(bpe_folder, tmp_path, capfd, table, nested):
+    """The library would ask for gigabytes, and abort the process."""
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": table}
+    if nested:
+        normalizer = {"type": "Sequence", "normalizers": [normalizer]}
+    folder = changed(copied(bpe_folder, tmp_path, FILES[:1]), lambda saved: saved.update(normalizer=normalizer))
     with pytest.raises(ValueError, match="tokenizer.json: damaged"):
         load_tokenizer(folder)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_file_that_the_library_panics_at_is_named(bpe_folder, tmp_path):
+    folder = copied(bpe_folder, tmp_path, FILES[:1])
+    changed(folder, lambda saved: saved["model"].update(continuing_subword_prefix="x" * 100))
+    with pytest.raises(ValueError, match="tokenizer.json: damaged"):
+        load_tokenizer(folder)
+
+
+def test_merges_are_not_left_out_at_random(bpe_folder, tmp_path):
+    folder = changed(copied(bpe_folder, tmp_path, FILES[:1]), lambda saved: saved["model"].update(dropout=0.9))
+    text = "The quick brown fox" * 9
+    assert load_tokenizer(folder).encode(text).tolist() == load_tokenizer(bpe_folder).encode(text).tolist()

@@ -272,6 +272,64 @@ def test_a_folder_with_gpt2s_tokenizer_is_fine_tuned(inputs, bpe_folder, tmp_pat
     load_adapter(tmp_path / "out", base, say=lambda receipt: None)
 
 
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")  # fmt: skip
+CONVERSATIONS = [[{"role": "user", "content": f"{i} <|im_end|>?"}, {"role": "assistant", "content": answer},
+                  {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes " * 4 * i + answer}]
+                 for i, (_, answer) in enumerate(PAIRS)]  # fmt: skip
+
+
+@pytest.fixture
+def chat_inputs(bpe_folder, tmp_path):
+    """A base that has a chat template, and conversations of several answers, some of them too long for it."""
+    base = GPT(replace(character_gpt(n_embd=8).config, vocab_size=302, block_size=100), np.random.default_rng(0))
+    save_model(base, tmp_path / "base")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(bpe_folder / name, tmp_path / "base")
+    decoder = {str(300 + i): {"content": f"<|im_{name}|>", "special": True} for i, name in enumerate(("start", "end"))}
+    settings = {"eos_token": "<|im_end|>", "added_tokens_decoder": decoder}
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "base" / "chat_template.jinja").write_text(CHATML)
+    rows = [{"messages": messages, "source": "a test"} for messages in CONVERSATIONS]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_conversations_are_learned_where_the_assistant_answers(chat_inputs, tmp_path, monkeypatch):
+    tokenizer = finetune.load_tokenizer(chat_inputs / "base")
+
+    def learned(ids, targets):
+        return {tuple(tokenizer.decode(row[row != IGNORE]).split("<|im_end|>")[:-1]) for row in targets}
+
+    batches = spied(monkeypatch, GPT, "loss", learned)
+    config = config_for(chat_inputs, tmp_path / "out", too_long="drop", eval_split=0.0, steps=12, length=None)
+    result, report = run_and_report(config)
+    answers = [(messages[1]["content"], messages[3]["content"]) for messages in CONVERSATIONS]
+    n_fitting = len(set().union(*batches))
+    assert 2 < n_fitting < 8
+    assert set().union(*batches) == set(answers[:n_fitting])
+    assert f"{8 - n_fitting} of 8 rows are longer than 100 tokens: they are dropped" in report
+    assert report.count("ignored, and not learned: source") == 1
+    assert f"data {config.data}: {n_fitting} rows of" in report
+    assert len(result.losses) == 12
+
+
+def test_a_run_on_conversations_goes_on_to_the_bit_and_only_with_the_same_rows(chat_inputs, tmp_path):
+    config = config_for(chat_inputs, tmp_path / "stopped", too_long="cut", length=None)
+    whole = run(replace(config, out=str(tmp_path / "whole")))
+    stop(config)
+    with pytest.raises(ValueError, match="settings too_long: cut in the checkpoint, drop now"):
+        run(replace(config, too_long="drop"), resume=True)
+    assert same(run(config, resume=True), whole)
+
+
+def test_rows_too_long_are_refused_before_anything_is_written(chat_inputs, tmp_path):
+    told = r"rows are longer than the model's context of 100.*or choose --too-long cut or drop"
+    with pytest.raises(ValueError, match=told):
+        run(config_for(chat_inputs, tmp_path / "out", length=None))
+    assert not (tmp_path / "out").exists()
+
+
 # In parts, on threads.
 
 
