@@ -114,6 +114,10 @@ def measure_steps(running, size, work, task, chosen):
     floor = Program(GEMM, "numpy_minilora", "", GEMM)
     outcome = running.measure(size, work, task, [*chosen, floor])
     summary = report.medians(outcome, work, task, reference="minilora")
+    counted = [outcome["rounds"][i] for i in report.quiet_rounds(outcome["foreign"])]
+    over = report.paired(counted)
+    for row in summary["rows"]:
+        row["over"] = over[row["library"]]
     print(f"\n{size}, {task}: {STEPS[task]}\n{report.HEADER}")
     for line in report.table_lines(size, task, summary["rows"]):
         print(line, flush=True)
@@ -126,13 +130,15 @@ def measure_first_token(running, size, work, task, chosen):
     # Read once before, so that the file is in the cache for all of them.
     first_tokens(chosen[:1], folder, running.threads, 1, os.cpu_count())
     outcome = first_tokens(chosen, folder, running.threads, running.rounds, os.cpu_count())
+    counted = [outcome["rounds"][i] for i in report.quiet_rounds(outcome["foreign"])]
+    over = report.paired([{n: row["seconds"] for n, row in times.items()} for times in counted])
     rows = []
     for program in chosen:
         label = program.label
-        each = [times[label] for times in outcome["rounds"] if label in times]
+        each = [times[label] for times in counted if label in times]
         if each:
             row = {key: median(one[key] for one in each) for key in each[0]}
-            rows.append({"library": label, **row, "ratio": ratio_of(outcome["rounds"], label)})
+            rows.append({"library": label, **row, "over": over[label]})
     print(f"\n{size}, {task}: {TASKS[task]}")
     print(FORMAT("", "library", "load, ms", "process, ms", "peak MB"))
     for row in rows:
@@ -140,13 +146,6 @@ def measure_first_token(running, size, work, task, chosen):
         print(FORMAT("", row["library"], *ms, f"{row['peak'] / 1e6:,.0f}"), flush=True)
     remark(running, size, task, outcome["failed"])
     running.add(size, task, {"shape": work._asdict(), "rows": rows}, outcome)
-
-
-def ratio_of(rounds, label):
-    """The median of minilora's time from load to token over that of another; None without both."""
-    both = [times for times in rounds if "minilora" in times and label in times]
-    ratios = [times["minilora"]["seconds"] / times[label]["seconds"] for times in both]
-    return median(ratios) if ratios else None
 
 
 def measure_shared(running, size, work, task, chosen):

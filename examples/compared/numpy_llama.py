@@ -20,11 +20,12 @@ def prepare(task, variant, job):
     if task in ("first-token", "shared"):
         return first_token(job, variant)
     base = load_base(job, variant)
-    # It was made for the base in float32.
+    # The adapter was made for the base in float32: that in 4 bits, made of it, is another one.
+    other = variant == "nf4"
     adapter = load_adapter(
-        job.folder / "adapter", base, say=lambda receipt: None, other_precision=True
+        job.folder / "adapter", base, say=lambda receipt: None, other_precision=other
     )
-    model = attach(base, adapter)
+    model = attach(base, adapter, check_base=not other)
     # Not before everything is loaded, or what loading has freed would be kept too.
     keep_freed_memory()
     if task == "generate":

@@ -72,6 +72,22 @@ def medians(outcome, work, task, reference):
     return {"flops": n_flops, "gemm_flops_per_s": best_rate, "rows": rows}
 
 
+def paired(rounds):
+    """{label: {other: the median of label's time over other's}} of rounds {label: seconds}.
+
+    Each ratio is made within one round, so that what slows a whole round down counts in neither.
+    """
+    labels = list(dict.fromkeys(label for times in rounds for label in times))
+    ratios = {}
+    for label in labels:
+        ratios[label] = {}
+        for other in labels:
+            both = [times for times in rounds if label in times and other in times]
+            if both:
+                ratios[label][other] = median(times[label] / times[other] for times in both)
+    return ratios
+
+
 def _best_rate(rates):
     """The median FLOP/s of the shape that has the highest; None if no round has rates."""
     by_shape = zip(*[rate for rate in rates if rate], strict=True)
