@@ -131,19 +131,24 @@ def measure_first_token(running, size, work, task, chosen):
     first_tokens(chosen[:1], folder, running.threads, 1, os.cpu_count())
     outcome = first_tokens(chosen, folder, running.threads, running.rounds, os.cpu_count())
     counted = [outcome["rounds"][i] for i in report.quiet_rounds(outcome["foreign"])]
-    over = report.paired([{n: row["seconds"] for n, row in times.items()} for times in counted])
+    paired = lambda key: report.paired(
+        [{label: row[key] for label, row in times.items()} for times in counted]
+    )
+    over = paired("seconds")
+    over_process = paired("process")
     rows = []
     for program in chosen:
         label = program.label
         each = [times[label] for times in counted if label in times]
         if each:
             row = {key: median(one[key] for one in each) for key in each[0]}
-            rows.append({"library": label, **row, "over": over[label]})
+            ratios = {"over": over[label], "over_process": over_process[label]}
+            rows.append({"library": label, **row, **ratios})
     print(f"\n{size}, {task}: {TASKS[task]}")
     print(FORMAT("", "library", "load, ms", "process, ms", "peak MB"))
     for row in rows:
         ms = [f"{1e3 * row[key]:,.0f}" for key in ("seconds", "process")]
-        print(FORMAT("", row["library"], *ms, f"{row['peak'] / 1e6:,.0f}"), flush=True)
+        print(FORMAT("", row["library"], *ms, f"{row['peak_bytes'] / 1e6:,.0f}"), flush=True)
     remark(running, size, task, outcome["failed"])
     running.add(size, task, {"shape": work._asdict(), "rows": rows}, outcome)
 

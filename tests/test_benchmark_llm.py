@@ -91,7 +91,7 @@ def test_a_new_process_loads_and_writes_one_token(nano):
     assert found["tokens"]["minilora"] == found["tokens"]["again"] and len(found["tokens"]["again"]) == 33
     for times in found["rounds"]:
         assert times.keys() == {"minilora", "again"}
-        assert all(0 < row["seconds"] < row["process"] and row["peak"] > 1e6 for row in times.values())
+        assert all(0 < row["seconds"] < row["process"] and row["peak_bytes"] > 1e6 for row in times.values())
 
 
 def test_a_process_that_dies_says_why_and_the_others_go_on(nano):
@@ -166,7 +166,7 @@ def test_what_was_measured_is_printed_and_kept(tmp_path, monkeypatch, capsys):
     steps, first, shared = (each["rows"] for each in kept["results"])
     assert [row["library"] for row in steps] == ["minilora", "minilora-nf4"]
     assert steps[0]["over"]["minilora"] == first[0]["over"]["minilora"] == 1
-    assert first[0]["seconds"] < first[0]["process"]
+    assert first[0]["seconds"] < first[0]["process"] and first[0]["over_process"] == {"minilora": 1}
     printed = capsys.readouterr().out
     assert "base: random weights" in printed and printed.count("minilora") >= 4
     if os.path.exists("/proc/self/smaps_rollup"):

@@ -15,7 +15,7 @@ ROLLUP = "/proc/{}/smaps_rollup"
 def first_tokens(programs, folder, threads, rounds, cores):
     """Start each program in turn, `rounds` times, and let it do one unit of its task.
 
-    Returns a dict: `rounds`, one {label: {"process", "seconds", "peak"}} each: seconds from the
+    Returns a dict: `rounds`, one {label: {"process", "seconds", "peak_bytes"}} each: seconds from the
     start of the process to the token, of them those after the imports, and bytes at the peak;
     `foreign`, one share each; `tokens` {label: its ids} and `failed` {label: why}.
     """
@@ -55,7 +55,7 @@ def _row(answer):
     return {
         "process": answer["process"],
         "seconds": answer["seconds"],
-        "peak": answer["peak"],
+        "peak_bytes": answer["peak"],
     }
 
 
