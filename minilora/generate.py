@@ -209,8 +209,7 @@ def _likeliest(logits, top_k, top_p):
     ranked = np.take_along_axis(logits, order, axis=-1)
     if top_k is not None:
         ranked[:, top_k:] = -np.inf
-    # At 1 nothing is left out, not even what rounding would call unlikely.
-    if top_p is not None and top_p < 1:
+    if top_p is not None:
         p = np.exp(ranked)
         p /= p.sum(-1, keepdims=True)
         # A token is in the nucleus if the likelier ones do not fill it: the first always is.

@@ -52,6 +52,12 @@ def test_a_text_ends_before_the_first_stop_in_it_wherever_tokens_begin(ids, stop
     assert stream.ended == bool(places)
 
 
+def test_of_two_stops_in_one_token_the_first_ends_the_text():
+    for stops in (["b", "a"], ["a", "b"]):
+        pieces, stream = streamed(Letters(), [5, 4], stops)
+        assert stream.text == "\n" and stream.ended
+
+
 @given(st.lists(st.integers(0, 7), max_size=12), st.lists(texts_of_letters, max_size=3))
 def test_what_comes_out_is_all_that_no_further_token_can_take_back(ids, stops):
     stream = TextStream(Letters(), stops)
