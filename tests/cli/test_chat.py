@@ -132,6 +132,7 @@ def test_a_base_without_a_template_is_refused_before_it_is_loaded(run, monkeypat
 
 @pytest.mark.parametrize("arguments, says", [
     (["--say", "x" * 50], "the conversation has 55 tokens, and the model's context is 48"),
+    (["--say", "x" * 43], "the conversation has 48 tokens, and the model's context is 48"),
     (["--say", "refuse"], "the template: no such message"),
     (["--system", "refuse"], "the template: no such message"),
     (["--say", "\udcff"], "the message is not UTF-8"),
@@ -255,6 +256,12 @@ def test_ctrl_c_stops_an_answer_and_what_was_written_is_remembered():
     assert talk.models["m"].read[3] == "u>x\na>m1\nu>y\na>"
 
 
+def test_after_ctrl_c_nothing_of_the_cache_is_trusted_that_earlier_answers_left():
+    talk = conversation({"m": Interrupted(6)})
+    assert held(talk, "x", "y", "z")[0] == "m11\nm\nm33\n"
+    assert talk.models["m"].read[6] == "u>x\na>m11\nu>y\na>m\nu>z\na>"
+
+
 def test_a_question_whose_answer_was_stopped_before_it_began_is_forgotten():
     talk = conversation({"m": Interrupted(1)})
     assert held(talk, "x", "y")[0] == "\nm11\n"
@@ -293,6 +300,10 @@ def test_an_empty_answer_is_an_answer():
     talk = conversation({"m": Mute()})
     assert held(talk, "x", "y") == ("\n\n", [])
     assert [message["content"] for message in talk.messages] == ["x", "", "y", ""]
+    # A template that forgets may write out what was read already, and no more.
+    talk = conversation({"m": Mute()})
+    talk.tokenizer.encode_chat = lambda messages, add_generation_prompt: encode("u>x\na>")
+    assert held(talk, "x", "x") == ("\n\n", [])
 
 
 @pytest.mark.parametrize("line, told", [
