@@ -9,7 +9,7 @@ import json
 from .gguf import gguf_fields, gguf_tokenizer
 
 
-def companions_of(path):
+def gguf_companions(path):
     """{name of a file: its bytes}, from which transformers makes the tokenizer of a GGUF file.
 
     tokenizer.json and tokenizer_config.json; chat_template.jinja, if there is a template; and

@@ -8,6 +8,7 @@ Knows fields and names, opens no file.
 
 from ..llama import Llama, LlamaConfig
 from .family import Family, check_fields, head_is_tied
+from .rotary_fields import read_rotary, written_rotary
 
 # {model_type: the class of transformers that is one}
 _ARCHITECTURES = {
@@ -36,16 +37,7 @@ _SUPPORTED = {
     "pretraining_tp": (1, None),
     "partial_rotary_factor": (1, None),
 }
-# {kind of rotary positions: the numbers that it needs}
-_ROPE_FACTORS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-    ),
-}  # fmt: skip
 # What transformers takes for absent fields.
-_ROPE_THETA = 10000.0
 _RMS_NORM_EPS = 1e-6
 _SLIDING_WINDOW = 4096
 _MAX_WINDOW_LAYERS = 28
@@ -61,7 +53,7 @@ def _read_config(folder, fields, tensors):
         raise ValueError(f"no {', '.join(missing)}: this does not describe a {model_type}")
     _check_not_quantized(fields)
     check_fields(fields, _SUPPORTED)
-    rope_theta, rope_scaling = _read_rope(fields)
+    rope_theta, rope_scaling = read_rotary(fields)
     attention_bias, output_bias = _read_biases(fields)
     tied = head_is_tied(
         folder, fields, tensors, embedding="embed_tokens.weight", head="lm_head.weight",
@@ -155,59 +147,6 @@ def _window(fields):
     return window
 
 
-def _read_rope(fields):
-    """(rope_theta, rope_scaling) from the fields of transformers 5 or of 4.
-
-    5 has all in rope_parameters. 4 has rope_theta, and in rope_scaling what is not the default.
-    """
-    new = fields.get("rope_parameters")
-    old = fields.get("rope_scaling")
-    for name, value in (("rope_parameters", new), ("rope_scaling", old)):
-        if value is not None and not isinstance(value, dict):
-            raise ValueError(f"{name} must be an object with fields, or null, got {value!r}")
-    theta = _one_theta(fields, new or {}, old or {})
-    scalings = [_read_scaling(fields, rope) for rope in (new, old) if rope]
-    # transformers 5 takes the old field if there are both.
-    if len(scalings) == 2 and scalings[0] != scalings[1]:
-        raise ValueError(
-            f"rope_parameters={new!r} and rope_scaling={old!r} contradict each other; keep the one "
-            "that the model was trained with"
-        )
-    return theta, scalings[0] if scalings else None
-
-
-def _one_theta(fields, *ropes):
-    """The base of the rotary angles, which may be given in several places."""
-    given = [rope["rope_theta"] for rope in (fields, *ropes) if rope.get("rope_theta") is not None]
-    if any(theta != given[0] for theta in given):
-        raise ValueError(f"rope_theta is given as {' and as '.join(map(repr, given))}; keep one")
-    return given[0] if given else _ROPE_THETA
-
-
-def _read_scaling(fields, rope):
-    """What is done to the rotary angles: None, or a rope_scaling of a LlamaConfig."""
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"rotary positions that differ by layer are not implemented: {rope!r}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _ROPE_FACTORS:
-        raise ValueError(
-            f"rope_type={kind!r} changes what the model computes; only "
-            f"{' or '.join(map(repr, _ROPE_FACTORS))} is implemented"
-        )
-    check_fields(rope, {"partial_rotary_factor": (1, None)})
-    for name in _ROPE_FACTORS[kind]:
-        if rope.get(name) is None:
-            raise ValueError(f"rope_type={kind!r} needs {name}, and {rope!r} has none")
-    if kind == "default":
-        return None
-    scaling = {"rope_type": kind, **{name: rope[name] for name in _ROPE_FACTORS[kind]}}
-    # transformers 5 prefers the one outside.
-    name = "original_max_position_embeddings"
-    if name in scaling and fields.get(name, scaling[name]) != scaling[name]:
-        raise ValueError(f"{name} is given as {scaling[name]!r} and as {fields[name]!r}; keep one")
-    return scaling
-
-
 def _read_biases(fields):
     """(has q, k, v a bias?, has o one?)"""
     model_type = fields["model_type"]
@@ -231,7 +170,6 @@ def _write_config(model, fields, dtype):
         settings = {key: fields[key] for key in fields if key not in _WRITTEN_ANEW}
     if len(settings.get("layer_types") or ()) != config.num_hidden_layers:
         settings.pop("layer_types", None)
-    scaling = config.rope_scaling or {"rope_type": "default"}
     written = {
         **settings,
         "model_type": model_type,
@@ -246,10 +184,7 @@ def _write_config(model, fields, dtype):
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        # transformers 4 reads the first two, 5 the third.
-        "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling,
-        "rope_parameters": {**scaling, "rope_theta": config.rope_theta},
+        **written_rotary(config),
         "tie_word_embeddings": config.tie_word_embeddings,
         "dtype": dtype,
         # Without a tokenizer there is no end-of-text token to name: transformers' default, 2, may

@@ -4,7 +4,6 @@ Of a family it knows the record alone. A model that carries an adapter it refuse
 """
 
 import re
-from pathlib import Path
 
 import numpy as np
 
@@ -13,8 +12,17 @@ from ..lora import adapted_names
 from ..nn import Embedding, Linear
 from ..packed import PackedTensor, StoredTensor
 from ..tensor import Tensor
+from .base_files import (
+    CONFIG,
+    TENSORS,
+    companions_of,
+    fields_file,
+    is_gguf,
+    load_fields,
+    load_stored,
+)
 from .checks import check_same_tensors, errors_name
-from .folder import load_config, load_folder, save_folder
+from .folder import save_folder
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .own import OWN
@@ -28,14 +36,6 @@ FAMILIES = (
     LLAMA,
     OWN,
 )
-TENSORS = "model.safetensors"
-CONFIG = "config.json"
-# Files that a saved model takes along from the folder it came from.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-    "generation_config.json",
-)  # fmt: skip
 
 
 def families_of(model):
@@ -107,20 +107,8 @@ def load_model_config(base):
     """
     fields = load_fields(base)
     family = _family_in(base, fields, FAMILIES)
-    with errors_name(_where_fields_are(base)):
+    with errors_name(fields_file(base)):
         return family.read_config(base, fields, {})
-
-
-def load_fields(base):
-    """The fields of `config.json` in a folder, or those that a GGUF file would have there.
-
-    Raises: as `load_model`, but for what only the tensors tell.
-    """
-    if is_gguf(base):
-        from .gguf import gguf_fields
-
-        return gguf_fields(base)
-    return load_config(base, TENSORS, CONFIG)
 
 
 def load_gpt2(folder):
@@ -207,50 +195,19 @@ def _save(model, family, folder, dtype, like):
         if dtype is not None:
             array = rounded(name, array, dtype)
         arrays[name] = array
-    save_folder(folder, TENSORS, arrays, CONFIG, config, beside=_companions(folder, like))
-
-
-def _companions(folder, like):
-    """{name: path or bytes} of the files that go along from `like` into another folder."""
-    if like is None or Path(like).resolve() == Path(folder).resolve():
-        return {}
-    if is_gguf(like):
-        from .gguf_companions import companions_of
-
-        return companions_of(like)
-    paths = {name: Path(like) / name for name in COMPANIONS}
-    return {name: path for name, path in paths.items() if path.exists()}
+    save_folder(folder, TENSORS, arrays, CONFIG, config, beside=companions_of(like, folder))
 
 
 def _load(base, families):
     """The model in `base`, a folder or a GGUF file, which must be of one of `families`."""
-    fields, tensors = _read_base(base)
+    fields, tensors = load_stored(base)
     family = _family_in(base, fields, families)
     _take_prefix_off(base, family, tensors)
-    with errors_name(_where_fields_are(base)):
+    with errors_name(fields_file(base)):
         config = family.read_config(base, fields, tensors)
         _check_size(family.count(config), tensors)
     blank = family.model(config, None)
     return _filled(base, family, blank, tensors)
-
-
-def _read_base(base):
-    """(fields, {name in files: array or PackedTensor}) of a folder, or of a GGUF file as of one."""
-    if is_gguf(base):
-        from .gguf import load_gguf
-
-        return load_gguf(base)
-    fields, tensors, _ = load_folder(base, TENSORS, CONFIG)
-    return fields, tensors
-
-
-def _where_fields_are(base):
-    return Path(base) if is_gguf(base) else Path(base) / CONFIG
-
-
-def is_gguf(base):
-    """Is `base` a GGUF file, by its name, and no folder?"""
-    return Path(base).suffix.lower() == ".gguf" and not Path(base).is_dir()
 
 
 def _family_in(base, fields, families):
@@ -260,7 +217,7 @@ def _family_in(base, fields, families):
     if family is None:
         known = [repr(name) for family in families for name in family.model_types]
         raise ValueError(
-            f"{_where_fields_are(base)}: model_type={model_type!r} is another kind of model; only "
+            f"{fields_file(base)}: model_type={model_type!r} is another kind of model; only "
             f"{' or '.join(known)} is implemented"
         )
     return family

@@ -12,8 +12,9 @@ from strategies import bits, learned, new_adapter, trained_adapter
 
 from minilora import attach, load_model, merge, save_merged, save_model
 from minilora.disk.gguf import gguf_tokenizer
-from minilora.disk.gguf_companions import companions_of
+from minilora.disk.gguf_companions import gguf_companions
 from minilora.disk.models import load_model_config
+from minilora.disk.tokenizer import load_tokenizer
 from minilora.graph import no_grad
 from minilora.llama import Llama
 from minilora.packed import PackedTensor, StoredTensor
@@ -117,7 +118,7 @@ def test_a_merge_into_a_gguf_file_is_a_folder_with_all_that_belongs_to_it(path, 
                                         sentencepiece_settings(["▁h", "▁he", "ll", "o"])])  # fmt: skip
 def test_the_tokenizer_of_the_folder_gives_the_ids_of_the_file(vocabulary, path, tmp_path):
     write_gguf(path, settings_of(vocabulary=vocabulary))
-    companions = companions_of(path)
+    companions = gguf_companions(path)
     (tmp_path / "tokenizer.json").write_bytes(companions["tokenizer.json"])
     ours, ends, _ = gguf_tokenizer(path)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -131,11 +132,24 @@ def test_the_tokenizer_of_the_folder_gives_the_ids_of_the_file(vocabulary, path,
     assert config["clean_up_tokenization_spaces"] is False
 
 
+def test_this_library_reads_the_same_tokenizer_out_of_either(path, tmp_path):
+    write_gguf(path, {**settings_of(), "tokenizer.ggml.eot_token_id": 0})
+    save_model(load_model(path), tmp_path / "out", like=path)
+    file, folder = load_tokenizer(path), load_tokenizer(tmp_path / "out")
+    assert file.ends == folder.ends == (2, 0) and file.vocab_size == folder.vocab_size
+    for text in TEXTS:
+        assert np.array_equal(file.encode(text), folder.encode(text))
+        assert np.array_equal(file.encode_text(text), folder.encode_text(text))
+    messages = [{"role": "user", "content": "hello <|im_end|>"}]
+    ids = [t.encode_chat(messages, add_generation_prompt=True) for t in (file, folder)]
+    assert np.array_equal(*ids) and len(ids[0]) > 10
+
+
 def test_without_a_template_or_a_first_token_none_is_written(path):
     vocabulary = byte_level_settings()
     write_gguf(path, settings_of(vocabulary={
         **vocabulary, "tokenizer.chat_template": None, "tokenizer.ggml.bos_token_id": None}))  # fmt: skip
-    companions = companions_of(path)
+    companions = gguf_companions(path)
     assert companions.keys() == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert json.loads(companions["tokenizer_config.json"])["bos_token"] is None
     assert json.loads(companions["generation_config.json"]) == {"bos_token_id": None, "eos_token_id": 2}

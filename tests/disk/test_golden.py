@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from strategies import bits, same_adapter
 
 from minilora import Adam, attach, load_adapter, load_gpt2, load_model, lora_config, merge, save_adapter, save_gpt2
-from minilora.disk import adapter_file, models, peft
+from minilora.disk import adapter_file, base_files, models, peft
 from minilora.disk.gpt2 import GPT2
 from minilora.graph import no_grad
 from minilora.lora_config import LoRAConfig
@@ -232,14 +232,14 @@ def square_not_transposed(monkeypatch):
 
 def reading(monkeypatch, change):
     """Let the reader of bases see what `change(config, tensors)` makes of a file."""
-    real = models.load_folder
+    real = base_files.load_folder
 
     def load(*arguments):
         config, tensors, metadata = real(*arguments)
         change(config, tensors)
         return config, tensors, metadata
 
-    monkeypatch.setattr(models, "load_folder", load)
+    monkeypatch.setattr(base_files, "load_folder", load)
 
 
 def unused_tensors(pattern):

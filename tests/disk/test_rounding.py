@@ -15,7 +15,8 @@ from strategies import TinyMLP, agree, contents, hunt, learned, new_adapter, rng
 
 from minilora.compose import stack
 from minilora.disk import rounding
-from minilora.disk.models import COMPANIONS, TENSORS, load_gpt2, load_model, save_gpt2, save_model
+from minilora.disk.base_files import COMPANIONS, TENSORS
+from minilora.disk.models import load_gpt2, load_model, save_gpt2, save_model
 from minilora.disk.rounding import LIMIT, Rounding, rounding_report, save_merged
 from minilora.disk.tensor_file import rounded
 from minilora.gpt import GPT, GPTConfig

@@ -1,0 +1,64 @@
+"""What a base is on disk: the fields, the tensors and the companions of a folder or a GGUF file.
+
+A GGUF file is read as the folder that transformers would have of it. Knows no kind of model.
+"""
+
+from pathlib import Path
+
+from .folder import load_config, load_folder
+
+TENSORS = "model.safetensors"
+CONFIG = "config.json"
+# Files that a saved model takes along from the folder it came from.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
+
+
+def is_gguf(base):
+    """Is `base` a GGUF file, by its name, and no folder?"""
+    return Path(base).suffix.lower() == ".gguf" and not Path(base).is_dir()
+
+
+def fields_file(base):
+    """The path of the file that the fields of `base` are in."""
+    return Path(base) if is_gguf(base) else Path(base) / CONFIG
+
+
+def load_fields(base):
+    """The fields of `config.json` in a folder, or those that a GGUF file would have there.
+
+    Raises: as `load_config` and `load_gguf`.
+    """
+    if is_gguf(base):
+        from .gguf import gguf_fields
+
+        return gguf_fields(base)
+    return load_config(base, TENSORS, CONFIG)
+
+
+def load_stored(base):
+    """(fields, {name: array or PackedTensor}) of a base, by the names that transformers has.
+
+    Raises: as `load_folder` and `load_gguf`.
+    """
+    if is_gguf(base):
+        from .gguf import load_gguf
+
+        return load_gguf(base)
+    fields, tensors, _ = load_folder(base, TENSORS, CONFIG)
+    return fields, tensors
+
+
+def companions_of(base, folder):
+    """{name: path or bytes} of the files that go along from `base`, or None, into `folder`."""
+    if base is None or Path(base).resolve() == Path(folder).resolve():
+        return {}
+    if is_gguf(base):
+        from .gguf_companions import gguf_companions
+
+        return gguf_companions(base)
+    paths = {name: Path(base) / name for name in COMPANIONS}
+    return {name: path for name, path in paths.items() if path.exists()}
