@@ -52,50 +52,57 @@ def read_tensors(path):
     pointer of Git LFS, or holds a type that is not read. FileNotFoundError.
     """
     check_no_pointer(path)
-    try:
-        # The library checks that all sizes fit. It would copy the tensors.
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
-    header, data_start = _header(path)
-    file_map = _map_of(path)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] != "BF16" and entry["dtype"] not in _NUMPY_TYPES:
-            raise ValueError(
-                f"{path}: {name} is stored as {entry['dtype']}, which is not read; save it again "
-                "as float32"
-            )
-        start = data_start + entry["data_offsets"][0]
-        tensors[name] = _array(path, file_map, entry["dtype"], entry["shape"], start)
+    # It is opened once: a file that is renamed to this name meanwhile is not read in part.
+    with open(path, "rb") as file:
+        _check_sizes(path)
+        header, data_start = _header(file)
+        metadata = header.pop("__metadata__", None) or {}
+        file_map = _map_of(file)
+        tensors = {}
+        for name, entry in header.items():
+            code = entry["dtype"]
+            if code != "BF16" and code not in _NUMPY_TYPES:
+                raise ValueError(
+                    f"{path}: {name} is stored as {code}, which is not read; save it again as "
+                    "float32"
+                )
+            start = data_start + entry["data_offsets"][0]
+            tensors[name] = _array(file, file_map, code, entry["shape"], start)
     return tensors, metadata
 
 
-def _header(path):
-    """({name: dtype, shape and data_offsets}, where the data start) of a sound file."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length
+def _check_sizes(path):
+    """Raise ValueError unless the library finds that all sizes in a file fit its length."""
+    try:
+        # Nothing is read through it: it would copy.
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
 
 
-def _map_of(path):
+def _header(file):
+    """(the JSON in front of the data, where the data start) of an open, sound file."""
+    length = int.from_bytes(file.read(8), "little")
+    return json.loads(file.read(length)), 8 + length
+
+
+def _map_of(file):
     """The bytes of a file as a map that nobody can write, None where there can be none."""
     if sys.platform == "win32":
         return None
-    with open(path, "rb") as file, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return None
 
 
-def _array(path, file_map, code, shape, start):
+def _array(file, file_map, code, shape, start):
     """The read-only array of safetensors' type `code` that begins at byte `start` of a file."""
     dtype = np.dtype("<u2" if code == "BF16" else _NUMPY_TYPES[code])
     size = math.prod(shape)
     if file_map is None or start % dtype.itemsize:
-        array = np.fromfile(path, dtype, size, offset=start)
+        file.seek(start)
+        array = np.fromfile(file, dtype, size)
     else:
         array = np.frombuffer(file_map, dtype, size, start)
     # The file is little-endian. This copies on the few machines that are not.

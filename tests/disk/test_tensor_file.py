@@ -79,6 +79,27 @@ def test_a_map_keeps_its_bytes_when_the_file_is_replaced_and_when_it_is_removed(
     assert np.array_equal(read, drawn(0))
 
 
+@posix_only
+def test_a_file_that_is_replaced_while_it_is_read_is_not_read_in_part(tmp_path, monkeypatch):
+    """All that is read is of the file that was opened, though another one with other sizes took its name since."""
+    path = tmp_path / "x.safetensors"
+    save_file({"x": drawn(0), "y": drawn(1)}, path, {"of": "the first"})
+    save_file({"longer name": np.ones(3, "f8"), "x": drawn(2, shape=(4, 4))}, tmp_path / "new", {"of": "the second"})
+    real = tensor_file.safe_open
+
+    def slow(*args, **more):
+        checked = real(*args, **more)
+        if (tmp_path / "new").exists():
+            os.replace(tmp_path / "new", path)
+        return checked
+
+    monkeypatch.setattr(tensor_file, "safe_open", slow)
+    tensors, metadata = read_tensors(path)
+    assert metadata == {"of": "the first"} and tensors.keys() == {"x", "y"}
+    assert np.array_equal(tensors["x"], drawn(0)) and np.array_equal(tensors["y"], drawn(1))
+    assert read_tensors(path)[1] == {"of": "the second"}
+
+
 @pytest.mark.parametrize("padding", range(8))
 def test_a_tensor_that_does_not_lie_where_its_type_may_is_copied(padding, tmp_path):
     """The header may end anywhere, and a tensor of bytes may stand before one of wider numbers."""
