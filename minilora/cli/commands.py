@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import quant
 from ..disk.folder import check_unused
 from ..disk.models import TENSORS, load_model
 from ..disk.peft import load_adapter
@@ -24,10 +23,13 @@ from .generation import load_base
 LARGEST_EXPONENT = 700
 
 
-def merge_folders(base, adapter, out, log, *, dtype, allow_rounding, other_precision=False):
+def merge_folders(
+    base, adapter, out, log, *, dtype, allow_rounding, quantize=None, other_precision=False
+):
     """Merge the adapter in the folder `adapter` into the model in `base`; write it to `out`.
 
-    `base` is what `find_base` takes, `other_precision` as for `load_adapter`.
+    `base` is what `find_base` takes, `other_precision` as for `load_adapter`; the other options are
+    those of `save_merged`.
     Raises: ValueError if `out` is not empty, or as `save_merged`.
     """
     check_unused(out)
@@ -35,14 +37,15 @@ def merge_folders(base, adapter, out, log, *, dtype, allow_rounding, other_preci
     model = load_model(base)
     loaded = load_adapter(adapter, model, other_precision=other_precision, say=log)
     adapted = attach(model, loaded, check_base=False)
-    stored = quant.stored_as(model)
-    if stored:
-        kinds = " and ".join(sorted(set(stored.values())))
-        log(
-            f"the base's weights are stored as {kinds}: each is widened, the update is added, and "
-            f"the sum is written as {dtype}"
-        )
-    save_merged(adapted, out, dtype=dtype, like=base, allow_rounding=allow_rounding, say=log)
+    save_merged(
+        adapted,
+        out,
+        dtype=dtype,
+        like=base,
+        quantize=quantize,
+        allow_rounding=allow_rounding,
+        say=log,
+    )
     size = (Path(out) / TENSORS).stat().st_size
     log(f"kept in {out}: a plain model, {size / 1e6:,.1f} MB")
 

@@ -35,12 +35,10 @@ def _add_seed(parser):
     )
 
 
-def _add_quantize(parser):
-    parser.add_argument(
-        "--quantize",
-        choices=["nf4", "q8_0", "q4_0", "q4_1"],
-        help="pack the base's linear weights in few bits once it is loaded; nf4 is QLoRA's",
-    )
+def _add_quantize(
+    parser, what="pack the base's linear weights in few bits once it is loaded; nf4 is QLoRA's"
+):
+    parser.add_argument("--quantize", choices=["nf4", "q8_0", "q4_0", "q4_1"], help=what)
 
 
 def _add_other_precision(parser):
@@ -312,6 +310,7 @@ def merge_options(parser):
         action="store_true",
         help="store it though rounding costs over a tenth of an update",
     )
+    _add_quantize(parser, "quantise the merged weights again, and write the values they then have")
     _add_other_precision(parser)
 
 

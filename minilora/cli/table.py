@@ -219,6 +219,7 @@ def _run_merge(args):
         log,
         dtype=args.dtype,
         allow_rounding=args.allow_rounding,
+        quantize=args.quantize,
         other_precision=args.other_precision,
     )
 

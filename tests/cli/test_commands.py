@@ -347,13 +347,31 @@ def test_a_base_in_halves_is_widened_once_and_told(halves, run, adapters):
     assert out.count(text.removesuffix("<|endoftext|>")) == max(1, len(adapters))
 
 
+def test_merged_weights_are_quantised_again_on_request(halves, run):
+    kind = "nf4"
+    code, _, err = run("merge", "--base", halves / "halves", "--adapter", halves / "a", "--out", halves / "q8",
+                       "--quantize", "q8_0")  # fmt: skip
+    assert code == 1 and "multiple of 32" in err and not (halves / "q8").exists()
+    ask = ["merge", "--base", halves / "halves", "--adapter", halves / "a", "--out", halves / kind, "--quantize", kind]
+    code, out, err = run(*ask, "--allow-rounding")
+    assert (code, err) == (0, "") and f"the sums are quantised again, as {kind.upper()}\n" in out
+    base = load_model(halves / "halves")
+    adapter = load_adapter(halves / "a", base, say=lambda _: None)
+    merged = merge(attach(base, adapter, check_base=False))
+    again = dict(quantize(merged, kind).named_parameters())
+    adapted = {f"{name}.weight" for name in adapter.pairs}
+    expected = {name: again[name].data if name in adapted else p.data for name, p in merged.named_parameters()}
+    for name, p in load_model(halves / kind).named_parameters():
+        assert np.array_equal(p.data, expected[name])
+    assert 0 < len(adapted) < len(expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_merging_into_a_base_in_halves_says_that_it_widens(halves, run, dtype):
     ask = ["merge", "--base", halves / "halves", "--adapter", halves / "a", "--out", halves / "m", "--dtype", dtype]
     code, out, err = run(*ask, "--allow-rounding")
     assert (code, err) == (0, "")
-    told = "the base's weights are stored as BF16: each is widened, the update is added, and the sum is written as"
-    assert f"{told} {dtype}\n" in out
+    assert "weights from BF16 before the updates are added\n" in out and f"to be stored as {dtype}:" in out
     base = load_model(halves / "halves")
     merged = merge(attach(base, load_adapter(halves / "a", base, say=lambda _: None), check_base=False))
     written = dict(load_model(halves / "m").named_parameters())
