@@ -14,7 +14,7 @@ from ..fits import indented
 from ..tensor import check_same_layout
 
 # The first version of this library that wrote checkpoints as they are written here.
-VERSION = "0.2"
+VERSION = "0.4"
 TENSORS = "checkpoint.safetensors"
 STATE = "checkpoint.json"
 # A folder that is being removed has this name instead of its own.
