@@ -15,6 +15,8 @@ COMPANIONS = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "generation_config.json",
 )  # fmt: skip
+# And those of these patterns: further templates of a chat, and what the licence of a base asks for.
+PATTERNS = ("additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*")
 
 
 def is_gguf(base):
@@ -60,5 +62,7 @@ def companions_of(base, folder):
         from .gguf_companions import gguf_companions
 
         return gguf_companions(base)
-    paths = {name: Path(base) / name for name in COMPANIONS}
-    return {name: path for name, path in paths.items() if path.exists()}
+    paths = [Path(base) / name for name in COMPANIONS]
+    for pattern in PATTERNS:
+        paths += sorted(Path(base).glob(pattern))
+    return {path.relative_to(base).as_posix(): path for path in paths if path.is_file()}

@@ -23,7 +23,8 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None,
     """Write both files so that the folder can be read at every moment, as the old save or the new.
 
     `arrays` is {name: NumPy array}, `config` a dict for JSON, `metadata` {str: str} that other
-    readers skip, `beside` {name: path of a file to copy along, or the bytes of one}.
+    readers skip, `beside` {name: path of a file to copy along, or the bytes of one}; the name may
+    be in a folder inside.
     Everything is written into the folder UNFINISHED first. Then the copies get their names, then
     the tensors, which carry their configuration in the metadata, then the configuration: where the
     tensors are, the folder is whole. A crash in between leaves the configuration in UNFINISHED,
@@ -40,6 +41,7 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None,
     staging.mkdir(parents=True)
     try:
         for name, content in beside.items():
+            (staging / name).parent.mkdir(exist_ok=True)
             if isinstance(content, bytes):
                 (staging / name).write_bytes(content)
             else:
@@ -54,6 +56,7 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None,
             with open(staging / name, "rb+") as file:
                 os.fsync(file.fileno())
         for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
             os.replace(staging / name, folder / name)
     except FileNotFoundError as error:
         raise FileNotFoundError(

@@ -46,6 +46,21 @@ def test_what_goes_along_is_what_is_there_and_nothing_goes_along_into_the_same_p
     assert companions_of(base, base) == companions_of(base, base / ".." / "base") == {}
 
 
+def test_further_templates_and_licences_go_along_and_nothing_else_does(tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    save_model(small_gpt(), base)
+    (base / "additional_chat_templates").mkdir()
+    (base / "LICENSES").mkdir()
+    along = ["additional_chat_templates/tools.jinja", "additional_chat_templates/rag.jinja", "LICENSE.txt", "NOTICE"]
+    for name in (*along, "additional_chat_templates/notes.txt", "README.md", "LICENSES/one"):
+        (base / name).write_text(f"this is {name}")
+    for _ in range(2):
+        save_model(small_gpt(1), out, like=base)
+        files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+        assert files == {"config.json", "model.safetensors", *along}
+        assert all((out / name).read_text() == f"this is {name}" for name in along)
+
+
 def test_of_a_gguf_file_they_are_made(path, tmp_path):
     made = companions_of(path, tmp_path / "out")
     assert made.keys() <= set(COMPANIONS) and all(isinstance(content, bytes) for content in made.values())
