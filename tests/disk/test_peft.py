@@ -24,6 +24,7 @@ from strategies import (
     same_adapter,
     seeds,
     small_gpt,
+    small_llama,
     tensor,
     tiny_mlp,
     trained_adapter,
@@ -39,9 +40,11 @@ from minilora import (
     init_peft_adapter,
     load_adapter,
     load_gpt2,
+    load_model,
     merge,
     save_adapter,
     save_gpt2,
+    save_model,
     stack,
 )
 from minilora.backend import get_array_module
@@ -49,6 +52,7 @@ from minilora.disk import peft
 from minilora.graph import no_grad
 from minilora.lora import LoRAPair
 from minilora.nn import Linear, Module
+from minilora.packed import Packed, PackedTensor
 
 PREFIX = "base_model.model."
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -145,6 +149,20 @@ def test_an_adapter_as_peft_would_make_it_comes_back_with_its_tensors_shared(tar
 def test_an_adapter_of_a_model_that_is_no_gpt_comes_back_too():
     adapter = trained_adapter(towers(), target_modules=["left.0", "down"])
     assert same_adapter(there_and_back(adapter, towers()), adapter)
+
+
+def test_loading_widens_a_packed_weight_for_its_fingerprint_and_for_nothing_else(tmp_path, monkeypatch):
+    save_model(small_llama(), tmp_path / "base", dtype="bfloat16")
+    base = load_model(tmp_path / "base")
+    packed = [p for p in base.parameters() if isinstance(p, PackedTensor)]
+    assert base.parameters()[0] is packed[0], "the tensor that is asked for its backend is packed"
+    save_adapter(trained_adapter(base, target_modules="all-linear"), tmp_path / "a")
+    again = load_model(tmp_path / "base")
+    widened = []
+    true_widened = Packed.widened
+    monkeypatch.setattr(Packed, "widened", lambda self: widened.append(self) or true_widened(self))
+    load_adapter(tmp_path / "a", again, say=lambda receipt: None)
+    assert len(widened) == len(packed)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])
