@@ -73,13 +73,17 @@ def test_generate_draws_from_the_seed(folder, run):
 
 @pytest.fixture
 def says(monkeypatch):
-    """Lets `generate` and `chat` draw given columns of tokens: says([5, 6], [7, 0]) for two rows."""
+    """Lets `generate` draw given columns of tokens: says([5, 6], [7, 0]) for two rows.
+
+    It returns a list with the model that was asked, once for each column.
+    """
     calls = []
 
     def says(*columns):
         def spoken(model, ids, n, **how):
-            calls.append((ids, n, how))
-            return iter(np.array(columns))
+            for column in columns:
+                calls.append(model)
+                yield np.array(column)
 
         monkeypatch.setattr(generation, "generate_tokens", spoken)
         return calls
@@ -109,8 +113,9 @@ def test_generate_ends_a_text_where_the_model_does_and_counts_on_a_bar(run, says
 
 def test_generate_ends_a_text_before_a_stop_that_reaches_over_tokens(run, says):
     columns = [[character] for character in encode("one, two and")]
-    says(*columns)
+    asked = says(*columns)
     assert run(*HI, "--stop", "two") == (0, "Hione, \n", "")
+    assert len(asked) == len("one, two"), "nothing is computed that nobody will see"
     assert run(*HI, "--stop", "no", "--stop", "ne, t") == (0, "Hio\n", "")
     assert run(*HI, "--stop", "two and more") == (0, "Hione, two and\n", "")
 
@@ -174,7 +179,8 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_is_loaded(folder, 
 
 def test_of_a_prompt_that_is_too_long_the_end_may_be_kept(folder, run):
     base, = parts(folder)
-    prompt = "".join(chr(40 + i) for i in range(50))
+    prompt = "The quick brown fox jumps over the lazy dog, and t"
+    assert continued(base, prompt[:40], 8)[40:] != continued(base, prompt[10:], 8)[40:]
     ask = ["generate", "--base", "base", "--max-new-tokens", 8, "--cut-prompt", "--prompt"]
     code, out, err = run(*ask, prompt)
     assert code == 0 and out == prompt[:10] + continued(base, prompt[10:], 8)
@@ -222,9 +228,16 @@ def test_in_a_terminal_a_text_appears_token_by_token(run, says, terminal, monkey
     seen.clear(), shown.clear()
     assert run(*HI, "--stop", ".tv")[0] == 0
     assert seen == ["Hi", "Hio", "Hion", "Hione", "Hione", "Hione", "Hione.tw", "Hione.two"]
-    shown.clear()
+    seen.clear(), shown.clear()
     assert run(*HI, "--stop", ".tw")[0] == 0
-    assert "".join(shown) == "Hione\n"
+    assert "".join(shown) == "Hione\n" and len(seen) == len("one.tw")
+
+
+def test_in_a_terminal_several_texts_come_one_after_the_other_under_their_headings(run, says, terminal):
+    says([5, 7], [6, 8], [0, 0])
+    shown = terminal()
+    assert run(*HI, "--temperature", 1, "--num-samples", 2)[0] == 0
+    assert "".join(shown) == "--- 1\nHi$%\n--- 2\nHi&'\n"
 
 
 def test_in_a_terminal_a_text_is_the_one_that_a_pipe_gets(folder, run, terminal):
@@ -364,6 +377,14 @@ def test_merged_weights_are_quantised_again_on_request(halves, run):
     for name, p in load_model(halves / kind).named_parameters():
         assert np.array_equal(p.data, expected[name])
     assert 0 < len(adapted) < len(expected)
+
+
+@pytest.mark.parametrize("adapters", [[], ["a"], ["a", "a"]], ids=str)
+def test_nothing_is_widened_again_for_each_token(halves, run, says, adapters):
+    asked = says([1] * max(1, len(adapters)))
+    ask = ["generate", "--base", halves / "halves", "--prompt", "the fox"]
+    assert run(*ask, *(["--adapter", *(halves / name for name in adapters)] if adapters else []))[0] == 0
+    assert [stored_as(model) for model in asked] == [{}]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
