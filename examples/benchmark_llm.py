@@ -96,10 +96,15 @@ def main():
         print(described(real_base(work)))
         folder = running.inputs(size, work)
         has_file = gguf_of(folder) is not None
-        measure = lambda task: MEASURES.get(task, measure_steps)
         for task in args.task:
             running.current = f"{size} {task}"
-            measure(task)(running, size, work, task, programs(task, args.alone, has_file))
+            chosen = programs(task, args.alone, has_file)
+            if task == "first-token":
+                measure_first_token(running, size, work, task, chosen)
+            elif task == "shared":
+                measure_shared(running, size, work, task, chosen)
+            else:
+                measure_steps(running, size, work, task, chosen)
 
 
 def described(source):
@@ -180,9 +185,6 @@ def remark(running, size, task, failed):
     """Let the session say at the end which program ended, and why."""
     for label, why in failed.items():
         running.remarks.append(f"{size} {task}: {label} ended: {why}")
-
-
-MEASURES = {"first-token": measure_first_token, "shared": measure_shared}
 
 
 if __name__ == "__main__":

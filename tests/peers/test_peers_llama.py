@@ -345,13 +345,41 @@ def check_adam(tmp_path, rng, kind, whole, weight_decay=0.01):
         their_adam.step()
     after = {key: p.detach().numpy() for key, p in weights.items()}
     assert min(np.abs(after[key] - start[key]).max() for key in start) > 0.01
-    same_dict({key: t.data for key, t in trained.items()}, after, 1e-8)
+    same_dict({key: t.data for key, t in trained.items()}, after, 1e-9)
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["adapter", "whole model"])
 @ARCHITECTURES
 def test_twenty_steps_of_adam_are_torchs(tmp_path, rng, kind, whole):
     check_adam(tmp_path, rng, kind, whole)
+
+
+def test_weight_decay_in_the_gradient_is_noticed(tmp_path, rng, monkeypatch):
+    def coupled(self, lr=None, step=Adam.step):
+        for p in self.params:
+            p.grad = p.grad + self.weight_decay * p.data
+        self.weight_decay = 0.0
+        step(self, lr)
+
+    monkeypatch.setattr(Adam, "step", coupled)
+    with pytest.raises(AssertionError, match="differ by"):
+        check_adam(tmp_path, rng, "llama tied", whole=False)
+
+
+def test_ours_to_peft_and_back_is_the_same_to_the_bit(tmp_path, rng):
+    folder = make_base(tmp_path / "base", rng)
+    base = load_model(folder)
+    first = trained(base, TRAINED["patterns"], rng)
+    save_adapter(first, tmp_path / "first")
+    there = adapted(folder, tmp_path / "first", None)
+    with without_a_word():
+        there.save_pretrained(tmp_path / "second", save_embedding_layers=False)
+    again = load_adapter(tmp_path / "second", base, **QUIET)
+    assert again.pairs.keys() == first.pairs.keys()
+    for name, pair in first.pairs.items():
+        assert again.pairs[name].scaling == pair.scaling
+        for part in ("lora_A", "lora_B"):
+            assert np.array_equal(getattr(again.pairs[name], part).data, getattr(pair, part).data), name
 
 
 # 4. Trained here, used there.
