@@ -108,6 +108,12 @@ def grows(step, start="'ab'"):
     return "{% set ns = namespace(x=" + start + ") %}" + loop + "{{ ns.x }}"
 
 
+def twice(step):
+    """Two things that grow alike, and are compared at the end, which would take for ever."""
+    steps = "".join("{% set ns." + x + " = " + step.format(f"ns.{x}") + " %}" for x in "xy")
+    return "{% set ns = namespace(x=1, y=1) %}{% for i in range(60) %}" + steps + "{% endfor %}{{ ns.x == ns.y }}"
+
+
 @pytest.mark.parametrize("text, told", [
     ("{{ raise_exception('only\nuser roles') }}", "only user roles"),
     ("{{ messages[9].content }}", "has no element 9"),
@@ -146,6 +152,11 @@ def grows(step, start="'ab'"):
     (grows("(ns.x, ns.x)"), "makes something of"),
     (grows("{1: ns.x, 2: ns.x}"), "makes something of"),
     (grows("namespace(a=ns.x, b=ns.x)"), "makes something of|more than"),
+    ("{% set ns = namespace() %}{% set ns.a = 'a' * 999999 %}{% set ns.b = ns.a %}{% set ns.c = ns.a %}{{ ns }}",
+     "makes something of"),
+    (twice("[{0}, {0}]"), "makes something of"),
+    (twice("({0}, {0})"), "makes something of"),
+    (twice("{{1: {0}, 2: {0}}}"), "makes something of"),
     ("{{ 'a' | center(10**10) }}", "more than 100,000"),
     ("{{ 'a'.center(10**10) }}", "more than 100,000"),
     ("{{ [1] | slice(10**10) | list }}", "more than 100,000"),

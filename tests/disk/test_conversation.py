@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minilora.disk.chat_template import ChatTemplate
 from minilora.disk.conversation import Conversations, turn_end
@@ -16,7 +16,7 @@ from minilora.disk.tokenizer import load_tokenizer
 from minilora.disk.vocabulary import Vocabulary
 
 # Their names nest: the last one holds others, and parts of others make one.
-CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "</s>", "<|im", "<s><|im_end|></s>"]
+CONTROLS = ["<|im", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "</s>", "<s><|im_end|></s>"]
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")  # fmt: skip
 MARKED = CHATML.replace("m.content + '<|im_end|>' + '\n' }}",
@@ -128,6 +128,15 @@ def test_a_control_token_of_a_unigram_model_is_text_when_it_is_typed():
     assert chat.encode([{"role": "user", "content": "a</s>a"}]).tolist() == [2, 3, 4, 5, 6, 2, 1]
 
 
+def test_what_a_word_piece_does_not_know_is_unknown_beside_typed_control_tokens():
+    vocab = {"[UNK]": 0, "a": 1, "[": 2, "##U": 3, "##N": 4, "##K": 5, "##]": 6, "b": 7}
+    bpe = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bpe.add_special_tokens(["[UNK]"])
+    chat = Conversations(Vocabulary(bpe, [], "t.json"), ChatTemplate("{{ messages[0].content }}"), [0])
+    assert chat.encode([{"role": "user", "content": "a [UNK] zz"}]).tolist() == [1, 2, 3, 4, 5, 6, 0]
+
+
 def test_added_tokens_that_are_no_control_tokens_are_still_tokens():
     bpe = byte_level()
     bpe.add_tokens(["<think>"])
@@ -191,6 +200,19 @@ def test_the_marks_of_a_template_tell_which_tokens_are_the_assistants():
     assert everybody == ["one<|im_end|>", "the fox<|im_end|>"]
 
 
+def test_all_that_ends_a_turn_is_the_assistants():
+    chat = conversations(CHATML.replace("'<|im_end|>' +", "'</s><|im_end|>' +"))
+    assert answers(chat, TURNS[1:3]) == ["the fox</s><|im_end|>"]
+
+
+def test_blanks_of_an_answer_are_learned_whatever_a_file_says_of_positions():
+    """A ByteLevel post-processor leaves blanks out of the positions of tokens, and some tokens are blanks."""
+    bpe = byte_level()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=True)
+    messages = [{"role": "user", "content": " "}, {"role": "assistant", "content": "  the \n\n fox  \n"}]
+    assert answers(conversations(bpe=bpe), messages) == ["  the \n\n fox  \n<|im_end|>"]
+
+
 PLAIN = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
 
@@ -212,7 +234,7 @@ def test_what_is_trained_follows_the_tokens_that_a_chat_gives():
 
 CHANGING = [
     # The last answer is written otherwise than the earlier ones: reasoning is kept there alone.
-    CHATML.replace("m.content +", "('<think>' if loop.last else '') + m.content +"),
+    CHATML.replace("m.content +", "('<think>' if loop.last and m.role == 'assistant' else '') + m.content +"),
     # What opens a turn of the assistant's is not what stands before an answer.
     CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"),
     "{{ messages | length }}" + CHATML,

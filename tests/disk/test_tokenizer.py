@@ -299,6 +299,17 @@ def test_added_tokens_that_are_none_are_refused(bpe_folder, tmp_path, decoder, s
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("names", [FILES[:1], FILES[1:]], ids=["one file", "two files"])
+def test_a_token_of_the_vocabulary_that_the_settings_name_is_a_control_token(bpe_folder, tmp_path, names):
+    folder = copied(bpe_folder, tmp_path, names, eos_token_id=0)
+    if names == FILES[:1]:
+        changed(folder, lambda saved: saved.update(added_tokens=[]))
+    settings(folder, eos_token=END)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode(f"x{END}").tolist() == [*tokenizer.encode("x"), 0]
+    assert 0 not in tokenizer.encode_text(f"x{END}")
+
+
 # Control tokens in a text.
 
 
@@ -348,6 +359,18 @@ def test_a_stream_gives_a_letter_as_soon_as_it_is_whole(bpe_folder):
     ids = tokenizer.encode("x字y").tolist()
     assert len(ids) == 5
     assert [stream.push(i) for i in ids] == ["x", "", "", "字", "y"]
+
+
+def test_a_stream_keeps_the_blanks_that_a_decoder_drops_at_the_start_of_a_text(tmp_path):
+    """As Llama's: each word begins with a mark, which is a blank, but not at the start."""
+    import tokenizers
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁a": 0, "▁b": 1, END: 2}, unk_token=END))
+    bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    write_config(tmp_path, model_type="gpt2", vocab_size=3)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    stream = load_tokenizer(tmp_path).stream()
+    assert [stream.push(i) for i in (0, 1, 1, 0)] == ["a", " b", " b", " a"]
 
 
 # What the library does not take.
