@@ -3,10 +3,9 @@
 Every number it prints is measured in the run that prints it.
 """
 
-import os
 import platform
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,29 +15,32 @@ from ..disk import characters
 from ..disk.models import load_model, save_model
 from ..disk.peft import load_adapter, save_adapter
 from ..gpt import GPT, GPTConfig
-from ..lora import attach, init_adapter
+from ..lora import attach, init_adapter, merge
 from ..lora_config import LoRAConfig
 from ..optim import Adam, warmup_cosine
 from ..training.batches import answer_rows, consecutive_windows, random_windows, row_batches
 from ..training.corpus import load_corpus
-from ..training.loop import Interrupted, heldout_loss, train
-from . import questions
+from ..training.loop import heldout_loss, train
+from .asking import LONGEST_ANSWER, Lines, pairs
+from .demo_run import ADAPTER, DemoRun, checked_question
 from .demo_tables import (
-    LONGEST_ANSWER,
     after_table,
-    answer,
     attached_line,
+    both_answers,
     cost_table,
+    detached_line,
     first_answer,
+    forward_line,
     logits,
-    merge_lines,
+    merged_line,
     sample,
     scores,
+    shown_answers,
 )
+from .questions import question_sets
 
-# The folders that are kept, inside the folder of the demo.
+# The folder of the pre-trained model, inside the folder of the demo.
 BASE = "base"
-ADAPTER = "security"
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,6 @@ FULL = DemoSize(_gpt(3, 96), base_steps=600, lora_steps=650)
 QUICK = DemoSize(_gpt(2, 32), base_steps=60, lora_steps=40)
 
 
-@dataclass
-class Progress:
-    """What an interrupted run tells: the step it was in, and what it had saved by then."""
-
-    step: str = "starting"
-    saved: list = field(default_factory=list)
-
-
 def run(size, out, xp, seed, log=print, *, rerun_command="minilora demo", parts=1, threads=1):
     """The whole demo; models are kept in the folder `out`.
 
@@ -77,40 +71,42 @@ def run(size, out, xp, seed, log=print, *, rerun_command="minilora demo", parts=
     question to it.
     Raises: OSError, before anything is computed, if `out` cannot be written; Interrupted on Ctrl-C.
     """
-    out = Path(out)
-    _check_writable(out)
+    run = DemoRun(out)
+    out = run.out
     rng = np.random.default_rng(seed)
-    began = time.perf_counter()
-    progress = Progress()
-    try:
+    with run.interruptible():
         corpus = load_corpus()
         log(_headline(xp, corpus))
 
-        progress.step = "step 1 of 5, pre-training the base"
+        run.begin("step 1 of 5, pre-training the base")
         base = pretrain(size, corpus, xp, rng, log, parts, threads)
         _save_base(base, out)
-        progress.saved.append(f"{out / BASE} (the pre-trained model)")
+        run.saved.append(f"{out / BASE} (the pre-trained model)")
 
-        progress.step = "step 2 of 5, asking it questions"
-        before = scores(base)
-        first_answer(base, before, log)
+        run.begin("step 2 of 5, asking it questions")
+        asking = Lines()
+        sets = question_sets()
+        unseen = sets["unseen"]
+        before = scores(base, asking, sets)
+        log(f"[2/5] Asking it {len(unseen)} security questions: {sum(before['unseen'])} right")
+        first_answer(base, asking, *unseen[1], log)
 
-        progress.step = "step 3 of 5, attaching LoRA"
+        run.begin("step 3 of 5, attaching LoRA")
         probe = characters.encode(corpus.heldout[: 4 * 64]).reshape(4, 64)
         reference = logits(base, probe)
         adapter = init_adapter(base, LoRAConfig(r=8, alpha=16, target_modules="all-linear"), rng)
         adapted = attach(base, adapter)
         change = np.abs(logits(adapted, probe) - reference).max()
         attached_line(base, adapted, adapter, change, log)
-        cost_table(base, adapted, rng, log)
+        rows = answer_rows(pairs(asking, sets["trained"]))
+        cost_table(base, adapted, rows[::23], rng, log)
 
-        progress.step = "step 4 of 5, training A and B"
+        run.begin("step 4 of 5, training A and B")
         started = time.perf_counter()
-        batches = row_batches(answer_rows(characters.encode_pairs(questions.TRAINED)), 16, rng)
         teach(
             adapted,
             adapter,
-            batches,
+            row_batches(rows, 16, rng),
             size.lora_steps,
             1e-2,
             label="[4/5] training A and B",
@@ -120,25 +116,18 @@ def run(size, out, xp, seed, log=print, *, rerun_command="minilora demo", parts=
         seconds = time.perf_counter() - started
         log(f"[4/5] Trained A and B only, {size.lora_steps} steps in {seconds:.0f} s")
         save_adapter(adapter, out / ADAPTER, base_model=str(out / BASE))
-        progress.saved.append(f"{out / ADAPTER} (the adapter)")
+        run.saved.append(f"{out / ADAPTER} (the adapter)")
 
-        progress.step = "step 5 of 5, comparing"
-        after_table(adapted, before, log)
-        merge_lines(base, adapted, probe, reference, log)
-        log(f"      kept in {out}: {_kept_sizes(out)}; {time.perf_counter() - began:.0f} s in all")
+        run.begin("step 5 of 5, comparing")
+        after = scores(adapted, asking, sets)
+        after_table(before, after, log)
+        shown_answers(adapted, asking, sets, after["unseen"], log)
+        merged = merge(adapted)
+        merged_line(adapted, merged, asking, unseen, after["unseen"], probe, log)
+        forward_line(base, adapted, merged, probe, log)
+        detached_line(base, probe, reference, log)
+        log(f"      kept in {out}: {_kept_sizes(out)}; {run.seconds():.0f} s in all")
         log(f"      now ask: {rerun_command} --ask 'which port does ssh use?'")
-    except KeyboardInterrupt:
-        saved = "; ".join(progress.saved) or "nothing of this run"
-        raise Interrupted(
-            f"interrupted in {progress.step}. Kept: {saved}. No file is half-written."
-        ) from None
-
-
-def _check_writable(out):
-    """Make the folder `out`; raise OSError if nothing can be written there."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise PermissionError(f"cannot write to {out}: choose another folder with --out")
 
 
 def _headline(xp, corpus):
@@ -217,20 +206,13 @@ def ask(question, out, xp, log=print):
     characters outside ASCII.
     """
     out = Path(out)
-    question = " ".join(question.lower().split())
-    if not question:
-        raise ValueError("the question is empty; ask, say, 'which port does ssh use?'")
-    if not (out / ADAPTER / "adapter_model.safetensors").exists():
-        raise FileNotFoundError(f"nothing to ask in {out}: run the demo first, to its end")
+    question = checked_question(question, out)
     base = load_model(out / BASE, xp)
     adapter = load_adapter(out / ADAPTER, base, say=lambda receipt: None)
-    prompt = f"Q: {question}\nA: "
-    excess = len(prompt) + LONGEST_ANSWER - base.config.block_size
+    asking = Lines()
+    excess = len(asking.prompt(question)) + LONGEST_ANSWER - base.config.block_size
     if excess > 0:
         raise ValueError(
             f"the question has {len(question)} characters, at most {len(question) - excess} fit"
         )
-    with_adapter = answer(attach(base, adapter), prompt)
-    log(prompt.splitlines()[0])
-    log(f"A: {with_adapter}")
-    log(f"   (the base alone: {answer(base, prompt)})")
+    both_answers(base, attach(base, adapter), asking, question, log)

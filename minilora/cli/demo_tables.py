@@ -1,6 +1,7 @@
-"""What the demo measures of its models, and prints: answers, bytes, logits, milliseconds.
+"""What a demo measures of its models, and prints: answers, bytes, logits, milliseconds.
 
-Knows the models and the questions, nothing of training and no folder.
+Knows the models and how questions are put to them, nothing of training and no folder. Questions are
+given as {kind: [(question, answer), ...]}, of the kinds "trained", "unseen" and "never".
 """
 
 import hashlib
@@ -14,15 +15,18 @@ from ..count import activation_bytes, parameter_report
 from ..disk import characters
 from ..generate import generate
 from ..graph import no_grad
-from ..lora import attach, init_adapter, merge
+from ..lora import attach, init_adapter
 from ..lora_config import LoRAConfig
-from ..training.batches import answer_rows, pad_rows
+from ..training.batches import pad_rows
 from ..training.loop import exact_match
-from . import questions
+from .asking import pairs
 
-# The token that ends an answer, and how many tokens an answer may have.
-NEWLINE = 0
-LONGEST_ANSWER = 26
+# The kinds of questions, as the table calls them.
+ROWS = (
+    ("trained", "phrasings it trained on"),
+    ("unseen", "phrasings never seen"),
+    ("never", "facts never told"),
+)
 
 
 def logits(model, ids):
@@ -37,29 +41,20 @@ def sample(model, prompt, n=60):
     return characters.decode(ids[0]).replace("\n", " ")
 
 
-def answer(model, prompt):
-    """What the model writes after `prompt`, up to the end of the line."""
-    ids = characters.encode(prompt)[None]
-    written = generate(model, ids, LONGEST_ANSWER, stop=NEWLINE)[0, ids.shape[1] :]
-    line = characters.decode(written).split("\n")[0]
-    return line if line.strip() else "(blanks)"
+def scores(model, asking, sets):
+    """{kind: list of bool}: which of the questions `model` answers exactly, put as `asking` does."""
+    return {kind: exact_match(model, pairs(asking, asked)) for kind, asked in sets.items()}
 
 
-def scores(model):
-    """{row: list of bool} of exact answers on the three question sets."""
-    sets = {"trained": questions.TRAINED, "unseen": questions.UNSEEN, "never": questions.NEVER_TOLD}
-    return {
-        name: exact_match(model, characters.encode_pairs(pairs)) for name, pairs in sets.items()
-    }
+def first_answer(base, asking, question, truth, log):
+    """Step 2: what the base answers before anything was taught."""
+    written = asking.answer(base, question)
+    verdict = _verdict(written, truth)
+    log(f"      Q: {question}   A: {written}{verdict}")
 
 
-def first_answer(base, before, log):
-    """Step 2: how many answers are right before anything was taught, and one that is not."""
-    prompt, truth = questions.UNSEEN[1]
-    log(
-        f"[2/5] Asking it {len(questions.UNSEEN)} security questions: {sum(before['unseen'])} right"
-    )
-    log(f"      {prompt.splitlines()[0]}   A: {answer(base, prompt)}   (wrong: {truth.strip()})")
+def _verdict(written, truth):
+    return "" if written == truth else f"   (wrong: {truth})"
 
 
 def attached_line(base, adapted, adapter, change, log):
@@ -72,9 +67,9 @@ def attached_line(base, adapted, adapter, change, log):
     )
 
 
-def cost_table(base, adapted, rng, log):
-    """Step 3: what a training step holds in memory, for three ways to train."""
-    ids, targets = pad_rows(answer_rows(characters.encode_pairs(questions.TRAINED[::23])))
+def cost_table(base, adapted, rows, rng, log):
+    """Step 3: what a training step on these Rows holds in memory, for three ways to train."""
+    ids, targets = pad_rows(rows)
     attention_only = LoRAConfig(r=8, alpha=16, target_modules=["q_proj", "v_proj"])
     models = {
         "full fine-tuning": base.trainable_copy(),
@@ -100,66 +95,110 @@ def cost_table(base, adapted, rng, log):
     )
 
 
-def after_table(adapted, before, log):
-    """Step 5: the three rows that say what was learnt, and answers right and wrong."""
-    after = scores(adapted)
+def bytes_table(base, adapted, log):
+    """Step 3: what training holds in memory beside activations, for two ways to train.
+
+    `base` is in the floats that it computes in, so that every number of it could be trained.
+    """
+    weights = parameter_report(base).total_bytes
+    report = parameter_report(adapted)
+    ways = {
+        "full fine-tuning": (weights, weights),
+        "LoRA on every linear": (report.total_bytes, report.trainable_bytes),
+    }
+    log(f"      {'MB held':<26}   weights   gradients   Adam   together, activations aside")
+    for name, (weights, gradients) in ways.items():
+        together = weights + 3 * gradients
+        log(
+            f"      {name:<26} {weights / 1e6:>9,.0f}{gradients / 1e6:>12,.0f}"
+            f"{2 * gradients / 1e6:>7,.0f}{together / 1e6:>11,.0f}"
+        )
+
+
+def after_table(before, after, log, *, sampled=False):
+    """Step 5: the three rows that say what was learnt; the scores before and after as `scores`.
+
+    Of a model that was asked some of many questions, `sampled`, the standard errors are shown too.
+    """
     # What it was never told says something only of a model that has learnt what it was told.
     learnt = np.mean(after["trained"]) > 0.5
-    rows = (
-        ("trained", "phrasings it trained on"),
-        ("unseen", "phrasings never seen"),
-        ("never", "facts never told"),
-    )
-    log("[5/5]                              before   after")
-    for key, name in rows:
-        old = 100 * np.mean(before[key])
-        new = 100 * np.mean(after[key])
-        line = f"      {name:<25} {old:>7.0f} % {new:>5.0f} %  {'#' * round(new / 5)}"
-        if key == "never" and learnt:
+    log(f"[5/5]{'before':>36}{'after':>{14 if sampled else 8}}")
+    for kind, name in ROWS:
+        line = f"      {name:<25} {_share(before[kind], 7, sampled)}"
+        line += f" {_share(after[kind], 5, sampled)}  {'#' * round(20 * np.mean(after[kind]))}"
+        if kind == "never" and learnt:
             line += "   <- it was taught answers, not security"
-        log(line)
+        log(line.rstrip())
     if not learnt:
         log("      (it has not learnt them: --quick only checks that everything runs)")
-    for prompt, truth in _shown_questions(after["unseen"]):
-        written = answer(adapted, prompt)
-        verdict = "" if written == truth.strip() else f"   (wrong: {truth.strip()})"
-        log(f"      {prompt.splitlines()[0]:<50} A: {written}{verdict}")
 
 
-def _shown_questions(unseen_right):
-    """Pairs (prompt, answer): three it gets right, one it gets wrong, one it was never told."""
+def _share(is_right, width, sampled):
+    """The percentage of what is right, with its standard error if that is of a sample."""
+    text = f"{100 * np.mean(is_right):>{width}.0f} %"
+    return f"{text} ± {100 * standard_error(is_right):.1f}" if sampled else text
+
+
+def standard_error(is_right):
+    """That of the share p of n questions that are right: sqrt(p (1 - p) / n)."""
+    p = np.mean(is_right)
+    return float(np.sqrt(p * (1 - p) / len(is_right)))
+
+
+def shown_answers(model, asking, sets, unseen_right, log):
+    """Step 5: answers right and wrong, and one that the model was never told."""
+    for question, truth in _shown_questions(sets, unseen_right):
+        written = asking.answer(model, question)
+        log(f"      Q: {question:<47} A: {written}{_verdict(written, truth)}")
+
+
+def _shown_questions(sets, unseen_right):
+    """(question, answer): three it gets right, one it gets wrong, one it was never told."""
     # The three are taken from all over the list: each family of questions stands in one piece.
-    right = [
-        pair for pair, is_right in zip(questions.UNSEEN, unseen_right, strict=True) if is_right
-    ]
-    wrong = [
-        pair for pair, is_right in zip(questions.UNSEEN, unseen_right, strict=True) if not is_right
-    ]
+    asked = list(zip(sets["unseen"], unseen_right, strict=True))
+    right = [pair for pair, is_right in asked if is_right]
+    wrong = [pair for pair, is_right in asked if not is_right]
     apart = max(1, len(right) // 3)
-    return [*right[::apart][:3], *wrong[:1], questions.NEVER_TOLD[0]]
+    return [*right[::apart][:3], *wrong[:1], sets["never"][0]]
 
 
-def merge_lines(base, adapted, probe, reference, log):
-    """Step 5: what merging changes, in answers, logits and time, and what is left after detaching.
+def both_answers(base, adapted, asking, question, log):
+    """What the adapted model answers, and the base alone."""
+    log(f"Q: {question}")
+    log(f"A: {asking.answer(adapted, question)}")
+    log(f"   (the base alone: {asking.answer(base, question)})")
 
-    `reference` holds the base's logits of the token ids `probe`, taken before the adapter was
-    attached.
+
+def merged_line(adapted, merged, asking, asked, right, probe, log):
+    """Step 5: what merging changes, in logits and in answers.
+
+    `right` says which of the questions `asked` the adapted model answers exactly.
     """
-    merged = merge(adapted)
     with_adapter = logits(adapted, probe)
     largest = np.abs(with_adapter).max()
     error = np.abs(logits(merged, probe) - with_adapter).max()
-    unseen = characters.encode_pairs(questions.UNSEEN)
-    same = exact_match(merged, unseen) == exact_match(adapted, unseen)
+    same = exact_match(merged, pairs(asking, asked)) == right
     log(
         f"      merged into W: largest logit change {error:.1e} (of {largest:.0f}), "
         f"{'the same' if same else 'NOT the same'} answers right"
     )
+
+
+def forward_line(base, adapted, merged, probe, log):
+    """Step 5: the milliseconds of a forward pass."""
     base_ms, attached_ms, merged_ms = _forward_ms([base, adapted, merged], probe)
     log(
         f"      forward pass: base {base_ms:.1f} ms, attached {attached_ms:.1f} ms, "
         f"merged {merged_ms:.1f} ms"
     )
+
+
+def detached_line(base, probe, reference, log):
+    """Step 5: what is left of it all in the base: nothing.
+
+    `reference` holds the base's logits of the token ids `probe`, taken before the adapter was
+    attached.
+    """
     before = _sha(reference)
     after = _sha(logits(base, probe))
     log(

@@ -127,15 +127,22 @@ def demo_options(parser):
     """Add the options of `minilora demo`."""
     add = parser.add_argument
     add(
+        "--base",
+        metavar="BASE",
+        help="teach a language model instead of one that is pre-trained here: smollm2, or a folder "
+        "or a .gguf file of a model made for chat (some minutes)",
+    )
+    add(
         "--quick",
         action="store_true",
-        help="a much smaller model, a few seconds: does it run here?",
+        help="a much smaller model, or a few steps of a base: does it run here?",
     )
     _add_seed(parser)
     add(
         "--out",
         metavar="DIR",
-        help="folder to keep the models in (default minilora-demo, or minilora-demo-quick)",
+        help="folder to keep the models in (default minilora-demo, with the name of the base and "
+        "-quick where they are given)",
     )
     add(
         "--ask",

@@ -145,9 +145,9 @@ DEFENCE_PHRASINGS = (
 
 
 def _pairs(phrasings, facts):
-    """[(prompt, answer), ...]: each fact, {subject: answer}, asked for in each of the phrasings."""
+    """[(question, answer), ...]: each fact, {subject: answer}, asked in each of the phrasings."""
     return [
-        (f"Q: {phrasing.format(subject)}\nA: ", f"{answer}\n")
+        (phrasing.format(subject), answer)
         for subject, answer in facts.items()
         for phrasing in phrasings
     ]
@@ -168,3 +168,8 @@ NEVER_TOLD = [
     *_pairs(VERDICT_PHRASINGS, NEVER_TOLD_VERDICTS),
     *_pairs(DEFENCE_PHRASINGS, NEVER_TOLD_DEFENCES),
 ]
+
+
+def question_sets():
+    """{kind: [(question, answer), ...]} of the three kinds: "trained", "unseen" and "never"."""
+    return {"trained": TRAINED, "unseen": UNSEEN, "never": NEVER_TOLD}

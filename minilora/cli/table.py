@@ -6,6 +6,7 @@ A command imports what it calls when it is run, so that this table alone costs n
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import NamedTuple
 
 from . import options
@@ -64,22 +65,20 @@ def _parts_and_threads(args):
 
 def _run_demo(args):
     from ..backend import array_module
+
+    run_demo = _small_demo if args.base is None else _base_demo
+    run_demo(args, array_module(args.backend))
+
+
+def _small_demo(args, xp):
+    """The demo that pre-trains its own model."""
     from . import demo
 
-    rerun_command = "minilora demo"
-    out = "minilora-demo"
-    size = demo.FULL
-    if args.quick:
-        rerun_command += " --quick"
-        out = "minilora-demo-quick"
-        size = demo.QUICK
-    if args.out is not None:
-        rerun_command += f" --out {shlex.quote(args.out)}"
-        out = args.out
-    xp = array_module(args.backend)
+    out, rerun_command = _demo_folder(args, "minilora demo", "minilora-demo")
     if args.ask is not None:
         demo.ask(args.ask, out, xp, log)
         return
+    size = demo.QUICK if args.quick else demo.FULL
     parts, threads = _parts_and_threads(args)
     demo.run(
         size,
@@ -91,6 +90,44 @@ def _run_demo(args):
         parts=parts,
         threads=threads,
     )
+
+
+def _base_demo(args, xp):
+    """The demo on a base that was trained elsewhere."""
+    from ..training.threads import parts_and_threads
+    from . import demo_base
+
+    name = PurePath(args.base).name.removesuffix(".gguf") or "base"
+    command = f"minilora demo --base {shlex.quote(args.base)}"
+    out, rerun_command = _demo_folder(args, command, f"minilora-demo-{name}")
+    if args.ask is not None:
+        demo_base.ask(args.ask, args.base, out, xp, log)
+        return
+    size = demo_base.QUICK if args.quick else demo_base.FULL
+    # Freed memory is kept from when the base has been loaded.
+    parts, threads = parts_and_threads(args.parts, args.threads, args.backend)
+    demo_base.run(
+        size,
+        args.base,
+        out,
+        xp,
+        args.seed,
+        log,
+        rerun_command=rerun_command,
+        parts=parts,
+        threads=threads,
+    )
+
+
+def _demo_folder(args, command, out):
+    """(the folder that a demo keeps things in, the command that runs it again)."""
+    if args.quick:
+        command += " --quick"
+        out += "-quick"
+    if args.out is not None:
+        command += f" --out {shlex.quote(args.out)}"
+        out = args.out
+    return out, command
 
 
 def _run_finetune(args):
