@@ -188,3 +188,15 @@ def add_setting(writer, name, value):
         writer.add_string(name, value)
     else:
         writer.add_array(name, value)
+
+
+CHATML = TEMPLATE + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def write_chat_base(path, template=CHATML, seed=0):
+    """Write a small llama that was made for chat: packed matrices, random, and a context of 512."""
+    settings = settings_of()
+    settings["llama.context_length"] = 512
+    settings["tokenizer.chat_template"] = template
+    write_gguf(path, settings, kind="Q4_1", kinds={"embed": "Q8_0"}, seed=seed)
+    return path

@@ -10,12 +10,13 @@ from strategies import learned
 
 from minilora import lora
 from minilora.cli import demo, demo_tables, questions
+from minilora.cli.asking import Lines
 from minilora.disk import characters
 from minilora.disk.folder import UNFINISHED
 from minilora.disk.models import load_model
 from minilora.disk.peft import load_adapter
 from minilora.training.corpus import load_corpus
-from minilora.training.loop import train
+from minilora.training.loop import Interrupted, train
 
 SIZE = demo.DemoSize(demo._gpt(1, 32), base_steps=3, lora_steps=2)
 ALL = {"trained": questions.TRAINED, "unseen": questions.UNSEEN, "never": questions.NEVER_TOLD}
@@ -40,7 +41,10 @@ def run(out, seed=0, size=SIZE, **options):
 
 
 def in_words(pairs):
-    return [(characters.decode(prompt), characters.decode(answer)) for prompt, answer in pairs]
+    """[(question, answer)] of ids: the lines of a question, and an answer that ends with a newline."""
+    texts = [(characters.decode(prompt), characters.decode(answer)) for prompt, answer in pairs]
+    assert all(prompt[:3] == "Q: " and prompt[-4:] == "\nA: " and answer[-1] == "\n" for prompt, answer in texts)
+    return [(prompt[3:-4], answer[:-1]) for prompt, answer in texts]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,7 @@ def test_the_adapter_learns_from_the_trained_phrasings_alone(ran):
 
 
 def test_before_and_after_are_scored_on_the_same_three_sets_and_the_merged_on_the_unseen(ran):
-    assert ran.seen["exact_match"] == [*ALL.values(), *ALL.values(), questions.UNSEEN, questions.UNSEEN]
+    assert ran.seen["exact_match"] == [*ALL.values(), *ALL.values(), questions.UNSEEN]
 
 
 def test_both_trainings_take_the_steps_they_were_told_and_the_second_moves_A_and_B_alone(ran):
@@ -119,7 +123,7 @@ def test_what_is_kept_is_named_with_its_size(ran):
 
 def test_the_answer_is_the_adapted_models_and_the_bases_stands_below_it(ran, monkeypatch):
     adapted = lambda model: any("lora_A" in name for name, _ in model.named_parameters())
-    monkeypatch.setattr(demo, "answer", lambda model, prompt: f"{'with' if adapted(model) else 'without'} LoRA")
+    monkeypatch.setattr(Lines, "answer", lambda self, model, prompt: f"{'with' if adapted(model) else 'without'} LoRA")
     lines = []
     demo.ask("  Which port\n does SSH use? ", ran.out, np, log=lines.append)
     assert lines == ["Q: which port does ssh use?", "A: with LoRA", "   (the base alone: without LoRA)"]
@@ -171,8 +175,7 @@ def training_that_writes(model, *arguments, **options):
 
 
 @pytest.mark.parametrize("where, name, planted", [
-    (demo, "attach", attach_that_writes), (demo_tables, "merge", merge_that_writes),
-    (demo, "train", training_that_writes),
+    (demo, "attach", attach_that_writes), (demo, "merge", merge_that_writes), (demo, "train", training_that_writes),
 ], ids=["attach", "merge", "train"])  # fmt: skip
 def test_a_base_that_was_written_to_is_not_called_identical(small, tmp_path, monkeypatch, where, name, planted):
     assert re.search(r"sha256 (\w{12}) before and \1 after: bit-identical$", run(tmp_path)[1], re.MULTILINE)
@@ -201,7 +204,7 @@ def test_an_interrupted_run_names_what_it_kept_and_an_adapter_of_before_is_not_b
     run(tmp_path, seed=1)
     old = load_model(tmp_path / "base").fingerprint()
     monkeypatch.setattr(demo, at, interrupt)
-    with pytest.raises(demo.Interrupted) as stopped:
+    with pytest.raises(Interrupted) as stopped:
         run(tmp_path, seed=2)
     assert f"interrupted in {step}" in str(stopped.value)
     assert f"Kept: {kept.format(out=tmp_path)}. No file is half-written." in str(stopped.value)

@@ -28,6 +28,7 @@ from minilora.disk.folder import UNFINISHED
 from minilora.training import finetune
 from minilora.training import threads as process
 from minilora.training.finetune_config import FineTuneConfig
+from minilora.training.loop import Interrupted
 from minilora.training.threads import parts_and_threads
 
 # The demo, run.
@@ -348,7 +349,7 @@ def test_ctrl_c_in_a_command_is_one_line_and_130(arguments, tmp_path, capsys, mo
 
 def test_an_interrupted_run_says_what_was_kept(tmp_path, capsys, monkeypatch):
     def interrupted(*arguments, **options):
-        raise demo.Interrupted("interrupted in step 3. Kept: the base.")
+        raise Interrupted("interrupted in step 3. Kept: the base.")
 
     monkeypatch.setattr(demo, "run", interrupted)
     assert main(["demo", "--out", str(tmp_path)]) == 130

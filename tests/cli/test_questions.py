@@ -5,6 +5,7 @@ from itertools import combinations
 
 import pytest
 
+from minilora.cli.asking import LONGEST_ANSWER, Lines
 from minilora.cli.questions import (
     DEFENCES,
     NEVER_TOLD,
@@ -13,6 +14,7 @@ from minilora.cli.questions import (
     TRAINED,
     UNSEEN,
     VERDICTS,
+    question_sets,
 )
 
 # {what this project calls a service: what the registry of ports calls it}, where the two differ.
@@ -57,13 +59,16 @@ def test_the_ports_that_machines_often_do_not_know_are_those_of_the_registry(nam
     assert (PORTS | NEVER_TOLD_PORTS)[name] == port
 
 
-def test_questions_are_lower_case_and_answers_short_and_ended_by_a_newline():
-    for prompt, answer in TRAINED + UNSEEN + NEVER_TOLD:
-        assert prompt.startswith("Q: ")
-        assert prompt.endswith("\nA: ")
-        question = prompt[3:-3]
+def test_questions_are_lower_case_lines_and_answers_short():
+    for question, answer in TRAINED + UNSEEN + NEVER_TOLD:
         assert question == question.lower()
-        assert answer.endswith("\n")
-        assert 2 <= len(answer) <= 25
+        assert 1 <= len(answer) <= 24
+        assert not set("\n") & set(question + answer)
+        prompt, answer_ids = Lines().pair(question, answer)
+        assert len(answer_ids) <= LONGEST_ANSWER
         # There is room for an answer in the context of the demo's model.
-        assert len(prompt) + 26 <= 128
+        assert len(prompt) + LONGEST_ANSWER <= 128
+
+
+def test_the_sets_are_called_by_their_kinds():
+    assert question_sets() == {"trained": TRAINED, "unseen": UNSEEN, "never": NEVER_TOLD}
