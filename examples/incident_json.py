@@ -52,7 +52,6 @@ parser.add_argument("--json", help="file for the shares of the table and every a
 args = parser.parse_args()
 rng = np.random.default_rng(args.seed)
 steps = 2 if args.quick else 40
-n_asked = 6 if args.quick else 100
 
 # 1. The data: sentences, and what is to be said of each. Who is in the examples is drawn from 200
 # names, who is asked for from 40 others. With a handful of names a model learns the list of them;
@@ -109,19 +108,21 @@ names = sorted({new_name() for _ in range(300)})
 rng.shuffle(names)
 examples = incidents(TRAINED, names[:200], 4 * steps)
 asked = {
-    "trained forms, new users": incidents(TRAINED, names[200:240], n_asked),
-    "unseen forms, new users": incidents(UNSEEN, names[200:240], n_asked),
+    "trained forms": incidents(TRAINED, names[200:240], 12 if args.quick else 48),
+    "unseen forms": incidents(UNSEEN, names[200:240], 6 if args.quick else 96),
 }
 
 # 2. The base, as it is stored in its file, and how a question is put to it: its own chat template.
 # It is widened once: rows are short, and a packed base would be widened for every part of a batch.
 try:
     path = find_base(args.base)
-except FileNotFoundError as error:
-    sys.exit(f"{error}")
-tokenizer = load_tokenizer(path)
-base = widen(load_model(path))
-chat = Chat(tokenizer, SYSTEM)
+    tokenizer = load_tokenizer(path)
+    chat = Chat(tokenizer, SYSTEM)
+    to_learn = answer_rows(pairs(chat, examples))
+    base = widen(load_model(path))
+except (OSError, ValueError) as error:
+    # It is not there, or has no chat template, or is no model: each says what to do.
+    sys.exit(f"incident_json.py: {error}")
 # Now that it is loaded, malloc keeps what a step frees for the next one. It saves time.
 keep_freed_memory()
 
@@ -156,8 +157,9 @@ def shares(texts, questions):
     fields = [read(text) for text in texts]
     right = {"JSON": [list(found) == KEYS for found in fields]}
     for key in KEYS:
+        # As JSON writes them: in Python 1 equals True.
         right[key] = [
-            key in found and found[key] == json.loads(truth)[key]
+            key in found and json.dumps(found[key]) == json.dumps(json.loads(truth)[key])
             for found, truth in zip(fields, truths, strict=True)
         ]
     right["exact"] = [text == truth for text, truth in zip(texts, truths, strict=True)]
@@ -172,7 +174,7 @@ adapted = attach(base, adapter)
 losses = train(
     adapted,
     Adam(adapter.parameters()),
-    row_batches(answer_rows(pairs(chat, examples)), 4, rng),
+    row_batches(to_learn, 4, rng),
     steps,
     schedule=lambda step: warmup_cosine(step, steps, peak=1e-3, warmup=steps // 10),
     label="training",
@@ -185,32 +187,35 @@ merged = merge(adapted)
 after = {kind: answers(merged, questions) for kind, questions in asked.items()}
 
 columns = ["JSON", *KEYS, "exact"]
-print(f"{f'% of {n_asked} sentences':<34}" + "".join(f"{column:>9}" for column in columns))
-record = {"steps": steps, "asked": n_asked, "loss": losses, "shares": {}, "answers": {}}
+print(f"{'sentences of users in no example, %':<38}" + "".join(f"{name:>9}" for name in columns))
+record = {"base": args.base, "seed": args.seed, "steps": steps, "loss": losses}
 for kind, questions in asked.items():
+    record[kind] = {}
     for when, texts in (("before", before[kind]), ("after", after[kind])):
         row = shares(texts, questions)
-        record["shares"][f"{kind}: {when}"] = row
-        print(f"{kind + ': ' + when:<34}" + "".join(f"{row[column]:>9.0f}" for column in columns))
-    record["answers"][kind] = [
-        {"sentence": sentence, "right": right, "answer": text}
-        for (sentence, right), text in zip(questions, after[kind], strict=True)
+        record[kind][when] = row
+        label = f"{len(questions)} in {kind}, {when}"
+        print(f"{label:<38}" + "".join(f"{row[column]:>9.0f}" for column in columns))
+    record[kind]["answers"] = [
+        {"sentence": sentence, "right": right, "before": old, "after": new}
+        for (sentence, right), old, new in zip(questions, before[kind], after[kind], strict=True)
     ]
-n_right = record["shares"]["unseen forms, new users: after"]["exact"] / 100
-error = 100 * math.sqrt(n_right * (1 - n_right) / n_asked)
-print(f"one standard error of the last number: {error:.0f} %")
+p = record["unseen forms"]["after"]["exact"] / 100
+record["standard error"] = 100 * math.sqrt(p * (1 - p) / len(asked["unseen forms"]))
+print(f"{'one standard error of the last number':<38}{record['standard error']:>63.0f}")
 
-kind = "unseen forms, new users"
-wrong = [i for i, (_, right) in enumerate(asked[kind]) if after[kind][i] != right]
-for i in [0, *wrong[:1]]:
-    sentence, right = asked[kind][i]
-    print(f"\n{sentence}")
-    print(f"  before   {' '.join(before[kind][i].split())}")
-    print(f"  after    {' '.join(after[kind][i].split())}")
-    if i in wrong:
-        print(f"  right    {right}")
+# One that is right, if there is one, and one that is not.
+is_right = [answer["right"] == answer["after"] for answer in record["unseen forms"]["answers"]]
+shown = [is_right.index(verdict) for verdict in (True, False) if verdict in is_right]
+for i in shown:
+    answer = record["unseen forms"]["answers"][i]
+    print(f"\n{answer['sentence']}")
+    print(f"  before   {' '.join(answer['before'].split())}")
+    print(f"  after    {' '.join(answer['after'].split())}")
+    if not is_right[i]:
+        print(f"  right    {answer['right']}")
 n_numbers = parameter_report(adapter).total
-print(f"\n{len(examples)} examples, {steps} steps, {n_numbers:,} new numbers, base {args.base}")
+print(f"\n{len(examples)} examples, {steps} steps, {n_numbers:,} new numbers; base {args.base}")
 
 if args.json:
     with open(args.json, "w", encoding="utf-8") as file:

