@@ -6,7 +6,7 @@ import math
 import numpy as np
 from tqdm import tqdm
 
-from ..backend import to_numpy
+from ..backend import get_array_module, to_device, to_numpy
 from ..functional import IGNORE
 from ..graph import no_grad
 from ..lean import LOGIT_ROWS
@@ -162,10 +162,12 @@ def exact_match(model, pairs, batch=64):
 def _likeliest(model, inputs, where):
     """The likeliest next tokens (N,) after those of `inputs` (B, T) where `where`, booleans, is."""
     hidden = model.hidden(inputs)
-    at_rows, at_columns = np.nonzero(where)
+    xp = get_array_module(hidden.data)
+    # Indices that are arrays must be on the device too.
+    places = [to_device(index, xp) for index in np.nonzero(where)]
     likeliest = []
-    for start in range(0, len(at_rows), LOGIT_ROWS):
+    for start in range(0, len(places[0]), LOGIT_ROWS):
         block = slice(start, start + LOGIT_ROWS)
-        logits = model.head(hidden[at_rows[block], at_columns[block]])
+        logits = model.head(hidden[places[0][block], places[1][block]])
         likeliest.append(to_numpy(logits.data.argmax(-1)))
     return np.concatenate(likeliest)

@@ -340,5 +340,13 @@ def test_exact_match_makes_logits_only_where_an_answer_is_and_few_at_once(length
     assert sum(n for n, _ in watched.sizes) == sum(len(answer) for _, answer in pairs)
 
 
+def test_exact_match_is_told_of_models_on_other_devices(device_xp):
+    model, rng = character_gpt(seed=1), np.random.default_rng(0)
+    pairs = [(rng.integers(1, 96, 3), rng.integers(1, 96, n)) for n in (1, 2, 3)]
+    # Answers that greedy decoding gives, and one that it does not.
+    pairs = [(prompt, generate(model, prompt[None], len(answer))[0, 3:]) for prompt, answer in pairs] + pairs[:1]
+    assert exact_match(model.to_device(device_xp), pairs) == exact_match(model, pairs) == [True] * 3 + [False]
+
+
 def test_exact_match_of_nothing_is_nothing():
     assert exact_match(character_gpt(seed=1), []) == []
