@@ -102,7 +102,8 @@ def test_the_row_that_the_new_op_gets_describes_it():
 # The transcripts are the runs that are kept.
 
 
-TRANSCRIPTS = {"demo.txt": "demo.md", "swap.txt": "demo.md", "finetune.txt": "gpt2.md", "finetune_small.txt": "gpt2.md"}
+TRANSCRIPTS = {"demo.txt": "demo.md", "demo_smollm2.txt": "demo.md", "incident_json.txt": "demo.md",
+               "swap.txt": "demo.md", "finetune.txt": "gpt2.md", "finetune_small.txt": "gpt2.md"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name, page", TRANSCRIPTS.items())
@@ -124,6 +125,45 @@ def test_what_is_said_of_the_demo_is_in_the_run_that_is_kept():
     page = joined(PAGES["demo.md"])
     assert f"{first} is worse than guessing" in page
     assert f"{last} is as good as choosing among e^{float(last):.1f}" in page
+
+
+def of_smollm2():
+    """What the run of the demo on SmolLM2 that is kept measured."""
+    run = (RESULTS / "demo_smollm2.txt").read_text(encoding="utf-8")
+    rows = re.findall(r"^ {6}\S.*?(\d+) % ± ([\d.]+) +(\d+) % ± ([\d.]+)", run, re.MULTILINE)
+    return SimpleNamespace(
+        run=run,
+        before=[int(before) for before, *_ in rows],
+        after=[int(after) for *_, after, _ in rows],
+        seconds=float(re.search(r"all of it +([\d.]+)", run)[1]),
+        training=float(re.search(r"training A and B +([\d.]+)", run)[1]),
+        megabytes=int(re.search(r"all of it.* ([\d,]+)$", run, re.MULTILINE)[1].replace(",", "")),
+        numbers=re.search(r"([\d,]+) new numbers", run)[1],
+    )
+
+
+def test_what_is_said_of_the_demo_on_smollm2_is_in_the_run_that_is_kept():
+    kept = of_smollm2()
+    page = joined(PAGES["demo.md"])
+    trained, unseen, never = kept.after
+    assert kept.before == [0, 0, 0] and never == 0 and trained >= 95 and unseen >= 90
+    assert "Largest logit change: 0.0" in kept.run and "bit-identical" in kept.run and "(wrong: 70)" in kept.run
+    assert f"{trained} % of the phrasings that it was trained on, {unseen} % of those that it was not" in page
+    assert f"{kept.numbers} new numbers" in page
+    assert f"{kept.seconds:,.0f} s, of which training took {kept.training:,.0f}" in page
+    assert f"at most {kept.megabytes:,} MB" in page
+
+
+def test_the_incidents_that_it_shows_are_those_that_are_kept():
+    kept = results("incident_json")
+    shown = (RESULTS / "incident_json.txt").read_text(encoding="utf-8")
+    for kind in ("trained forms", "unseen forms"):
+        for when in ("before", "after"):
+            cells = " ".join(f"{share:>8.0f}" for share in kept[kind][when].values())
+            row = rf"{len(kept[kind]['answers'])} in {kind}, {when} +{' +'.join(cells.split())}"
+            assert re.search(row, shown)
+    exact = kept["unseen forms"]["after"]["exact"]
+    assert f"{exact:.0f} % are exact" in joined(PAGES["demo.md"])
 
 
 # The tables of time and memory, made again from what was measured.

@@ -67,7 +67,7 @@ class Chat:
         return ids[: where[0]], ids[where[0] : where[-1] + 1]
 
     def answer(self, model, question):
-        """What `model` answers, on one line; an answer that does not end is cut, and ends in ... ."""
+        """What `model` answers, on one line; one that does not end is cut, and ends in "..."."""
         ids = self.prompt(question)[None]
         written = generate(model, ids, LONGEST_ANSWER, stop=self.tokenizer.ends)
         stream = TextStream(self.tokenizer)

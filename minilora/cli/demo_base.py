@@ -119,8 +119,8 @@ def run(size, base, out, xp, seed, log=print, *, rerun_command="minilora demo", 
         after = scores(adapted, asking, sets)
         after_table(before, after, log, sampled=True)
         log(
-            f"      (a sample of {size.asked}, the same for every seed; ± one standard error. Where "
-            f"all or none are right, {300 / size.asked:.0f} % may still be otherwise)"
+            f"      ({size.asked} of each kind, the same for every seed; ± one standard error. All "
+            f"or none right of {size.asked} leaves up to {300 / size.asked:.0f} % open)"
         )
         shown_answers(adapted, asking, sets, after["unseen"], log)
         merged = merge(adapted)

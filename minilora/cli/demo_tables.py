@@ -42,7 +42,7 @@ def sample(model, prompt, n=60):
 
 
 def scores(model, asking, sets):
-    """{kind: list of bool}: which of the questions `model` answers exactly, put as `asking` does."""
+    """{kind: list of bool}: which questions, put as `asking` does, `model` answers exactly."""
     return {kind: exact_match(model, pairs(asking, asked)) for kind, asked in sets.items()}
 
 

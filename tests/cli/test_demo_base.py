@@ -164,6 +164,15 @@ def test_a_folder_of_transformers_teaches_as_its_file_does(ran, tmp_path):
     assert table(lines) == table(ran.lines)
 
 
+def test_it_runs_on_another_array_module(ran, tmp_path, device_xp):
+    lines = []
+    demo_base.run(SIZE, str(ran.base), tmp_path, device_xp, 3, log=lines.append)
+    assert any("detached" in line and line.endswith("bit-identical") for line in lines)
+    lines = []
+    demo_base.ask("which port does ssh use?", ran.base, tmp_path, device_xp, log=lines.append)
+    assert len(lines) == 3
+
+
 # --- planted bugs: each must show in the line that is there to show it ------------------------------------------------
 
 
@@ -211,7 +220,7 @@ def test_a_model_that_knows_the_answers_is_scored_so(ran, tmp_path, monkeypatch)
         kind: [i < right[kind] for i in range(5)] for kind in sets if sets == samples})  # fmt: skip
     lines, text = run(ran.base, tmp_path)
     assert "[2/5] Asking it 5 questions of each kind below: 5, 4 and 1 right" in text
-    rows = [line for line in lines if " ± " in line and "%" in line and "sample" not in line]
+    rows = [line for line in lines if " ± " in line and "%" in line and "standard error" not in line]
     assert [re.findall(r"(\d+) % ± ([\d.]+)", row) for row in rows] == [
         [("100", "0.0")] * 2, [("80", "17.9")] * 2, [("20", "17.9")] * 2]  # fmt: skip
 
