@@ -4,7 +4,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ..count import parameter_report
+from ..packed import PackedTensor
 from ..quant import quantize
+from .tensor_file import release_pages
 
 
 def quantized_base(model, kind, log, quiet=False):
@@ -15,6 +17,8 @@ def quantized_base(model, kind, log, quiet=False):
     """
     with tqdm(desc="packing", unit="layer", delay=1, leave=False, disable=quiet) as bar:
         packed = quantize(model, kind, on_layer=lambda name: bar.update())
+    # The weights were read whole. What is left of their file is the embedding, the norms, biases.
+    release_pages(_stored_arrays(model))
     sources = [p.source for p in packed.parameters() if getattr(p, "source", None)]
     before = " and ".join(sorted({source.kind for source in sources}))
     error = np.mean([source.error for source in sources])
@@ -24,6 +28,12 @@ def quantized_base(model, kind, log, quiet=False):
         "average"
     )
     return packed
+
+
+def _stored_arrays(model):
+    """The arrays that hold the numbers of a model, as they are stored."""
+    for p in model.parameters():
+        yield from p.packed.arrays if isinstance(p, PackedTensor) else [p.data]
 
 
 def _megabytes(model):

@@ -115,6 +115,25 @@ def _array(file, file_map, code, shape, start):
     return array.reshape(shape)
 
 
+def release_pages(arrays):
+    """Give back the memory in which the system holds what was read of mapped files.
+
+    The arrays stay valid: what is read again comes from the file again. Where a system cannot be
+    asked to, nothing happens.
+    """
+    maps = {}
+    for array in arrays:
+        # What an array is a view of, down to the map of its file, if there is one.
+        owner = array
+        while owner is not None and not isinstance(owner, mmap.mmap):
+            owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+        if owner is not None:
+            maps[id(owner)] = owner
+    for file_map in maps.values():
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            file_map.madvise(mmap.MADV_DONTNEED)
+
+
 def half_kind(array):
     """What a PackedTensor calls an array of 16-bit floats: "F16" or "BF16"; None for any other."""
     # NumPy itself has no bfloat16.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import tempfile
 import tracemalloc
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from strategies import seeds, write_tensors
 
 from minilora.disk import tensor_file
-from minilora.disk.tensor_file import all_finite, read_shards, read_tensors, rounded, widened
+from minilora.disk.tensor_file import all_finite, read_shards, read_tensors, release_pages, rounded, widened
 
 # Every number that 16 bits can be: signed zeros, subnormals and nan among them.
 EVERY_HALF = np.arange(2**16, dtype=np.uint16)
@@ -279,3 +280,21 @@ def test_bfloat16_is_rounded_to_nearest():
     assert rounded("x", x, "bfloat16").astype("f4").tolist() == [1, 1, 1, 1 + 2**-6, -0.0, 0.333984375]
     with pytest.raises(ValueError, match="too large for bfloat16"):
         rounded("x", np.array([3.4e38], "f4"), "bfloat16")
+
+
+def resident_file_pages():
+    """How many bytes of mapped files are in this process's memory."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssFile:\s+(\d+)", status)[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system as Linux answers")
+def test_pages_that_are_given_back_are_read_again_from_the_file(tmp_path):
+    values = np.arange(4_000_000, dtype=np.float32)
+    save_file({"a": values}, tmp_path / "a.safetensors")
+    (array,) = read_tensors(tmp_path / "a.safetensors")[0].values()
+    assert array.sum() == values.sum()
+    before = resident_file_pages()
+    release_pages([array[5:], values, array])
+    assert before - resident_file_pages() > values.nbytes / 2
+    assert np.array_equal(array, values)
