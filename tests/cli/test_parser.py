@@ -64,7 +64,7 @@ def test_an_unknown_flag_names_the_nearest_and_the_help_of_its_own_command(comma
         assert capsys.readouterr() == ("", line)
 
 
-@pytest.mark.parametrize("flag", ["--foo", "-x", "--qlora"])
+@pytest.mark.parametrize("flag", ["--foo", "-x", "--dora"])
 def test_a_flag_that_is_like_no_other_names_the_help_alone(flag, capsys):
     refused(parser_of("merge"), "--base", "b", flag)
     assert capsys.readouterr().err == f"minilora merge: there is no {flag}; see minilora merge --help\n"
