@@ -156,6 +156,18 @@ def test_logits_and_gradients_are_those_of_the_widened_model_to_the_bit(kind):
     computes_as_widened(kind)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_on_another_backend_is_the_same(kind, device_xp):
+    """The weights are as large as those of a model that was trained: random bytes would saturate attention."""
+    base = quantize(tiny_llama(dtype="float32", hidden_size=64, intermediate_size=96, head_dim=16), kind)
+    adapter = learned(new_adapter(base))
+    host = loss_and_gradients(attach(base, adapter), adapter)
+    base, adapter = base.to_device(device_xp), adapter.to_device(device_xp)
+    assert set(stored_as(base).values()) == {kind}
+    for ours, theirs in zip(loss_and_gradients(attach(base, adapter), adapter), host, strict=True):
+        assert np.allclose(device_xp.asnumpy(ours), theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
+
+
 @pytest.mark.parametrize("wrong", [
     lambda self: np.sort(Packed.right(self), axis=0),
     lambda self: Packed.right(self) * np.float32(1.0001),
