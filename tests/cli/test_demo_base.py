@@ -57,9 +57,11 @@ def ran(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     tokenizer = load_tokenizer(base)
     in_words = lambda pairs: [tuple(tokenizer.decode(ids) for ids in pair) for pair in pairs]
+    kind = lambda model: "with LoRA" if any("lora_A" in name for name, _ in model.named_parameters()) else "plain"
     with pytest.MonkeyPatch.context() as patch:
         spy(patch, demo_base, "train", lambda model, adam, batches, steps, **more: (model, adam.params, steps, more))
-        spy(patch, demo_tables, "exact_match", lambda model, pairs: in_words(pairs))
+        spy(patch, demo_tables, "exact_match", lambda model, pairs: (kind(model), in_words(pairs)))
+        spy(patch, Chat, "answer", lambda self, model, question: kind(model))
         lines, text = run(base, out, seed=3, rerun_command="minilora demo --base b", parts=2, threads=1)
     return Ran(lines, text, out, base, seen)
 
@@ -75,9 +77,16 @@ def conversation(question, answer):
 
 def test_before_and_after_are_scored_on_the_same_samples_and_the_merged_on_the_unseen(ran):
     samples = [[conversation(*pair) for pair in asked] for asked in demo_base.sampled_sets(5).values()]
-    assert ran.seen["exact_match"] == [*samples, *samples, samples[1]]
+    models, asked = zip(*ran.seen["exact_match"], strict=True)
+    assert list(asked) == [*samples, *samples, samples[1]]
+    assert models == ("plain",) * 3 + ("with LoRA",) * 3 + ("plain",)
     for (kind, asked), sample in zip(ALL.items(), samples, strict=True):
         assert len(set(sample)) == 5 and set(sample) <= {conversation(*pair) for pair in asked}, kind
+
+
+def test_the_first_answer_is_the_bases_and_those_after_training_the_adapted_models(ran):
+    first, *after = ran.seen["answer"]
+    assert first == "plain" and set(after) == {"with LoRA"} and len(after) >= 2
 
 
 def test_the_sample_is_the_same_for_every_seed_and_at_most_all():
