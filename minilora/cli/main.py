@@ -98,6 +98,7 @@ def short_help():
         "The demo takes about a minute, with --quick a few seconds, and no network.",
         "The other examples work on what the quick demo leaves, and on a text of yours.",
         f"smollm2 is a small language model: {SMOLLM2_COMMAND}",
+        "minilora demo --base smollm2 teaches it the demo's facts, in some minutes.",
         "Options of a command: minilora COMMAND --help",
     ]
     return "\n".join(lines)
