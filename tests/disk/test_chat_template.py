@@ -108,6 +108,10 @@ def grows(step, start="'ab'"):
     return "{% set ns = namespace(x=" + start + ") %}" + loop + "{{ ns.x }}"
 
 
+# A namespace that holds another one twice.
+NESTED = "{{% set n{0} = namespace() %}}{{% set n{0}.a = n{1} %}}{{% set n{0}.b = n{1} %}}"
+
+
 def twice(step):
     """Two things that grow alike, and are compared at the end, which would take for ever."""
     steps = "".join("{% set ns." + x + " = " + step.format(f"ns.{x}") + " %}" for x in "xy")
@@ -153,6 +157,8 @@ def twice(step):
     (grows("{1: ns.x, 2: ns.x}"), "makes something of"),
     (grows("namespace(a=ns.x, b=ns.x)"), "makes something of|more than"),
     ("{% set ns = namespace() %}{% set ns.a = 'a' * 999999 %}{% set ns.b = ns.a %}{% set ns.c = ns.a %}{{ ns }}",
+     "makes something of"),
+    ("{% set n0 = namespace() %}" + "".join(NESTED.format(i, i - 1) for i in range(1, 60)) + "{{ n59 }}",
      "makes something of"),
     (twice("[{0}, {0}]"), "makes something of"),
     (twice("({0}, {0})"), "makes something of"),

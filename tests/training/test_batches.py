@@ -148,6 +148,12 @@ def test_rows_are_not_always_beside_the_same_ones():
     assert lengths != sorted(lengths)
 
 
+def test_batches_of_a_pass_are_in_no_order_of_length():
+    stream = row_batches(rows_of(range(2, 66)), 2, np.random.default_rng(0))
+    lengths = np.array([inputs.shape[1] for inputs, _ in islice(stream, 32)]).reshape(4, 8)
+    assert all((np.diff(piece) < 0).sum() >= 2 for piece in lengths)
+
+
 def padding(batches):
     filled = total = 0
     for inputs, _ in batches:

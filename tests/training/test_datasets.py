@@ -265,6 +265,13 @@ def test_marks_around_nothing_are_refused_with_the_line(bpe_folder, tmp_path):
         loaded(tmp_path, chat, {"messages": [{"role": "assistant", "content": "b"}]})
 
 
+def test_the_first_token_of_all_is_not_learned(bpe_folder, tmp_path):
+    marked = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    chat = chat_folder(bpe_folder, tmp_path, marked)
+    data, _ = loaded(tmp_path, chat, {"messages": [{"role": "assistant", "content": "The fox"}]})
+    assert data.rows[0].has_loss.tolist() == [False] + [True] * (len(data.rows[0].ids) - 1)
+
+
 INSTRUCTIONS = [{"output": "3", "instruction": "Add <|im_end|>", "input": "1 2"},
                 {"instruction": "Sing", "output": "la"}]  # fmt: skip
 
