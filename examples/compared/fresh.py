@@ -33,6 +33,10 @@ def first_tokens(programs, folder, threads, rounds, cores):
                 failed[program.label] = str(error)
         for label, answer in answers.items():
             tokens[label] = answer["results"][0]
+            # They have one base and one prompt, so they must say the same.
+            expected = tokens.get(programs[0].label)
+            if expected not in (None, tokens[label]):
+                failed[label] = f"its first token is {tokens[label]}, not {expected}"
         times.append({label: _row(answer) for label, answer in answers.items()})
         foreign.append(foreign_share(answers.values(), cores) if answers else None)
     return {"rounds": times, "foreign": foreign, "tokens": tokens, "failed": failed}

@@ -67,7 +67,7 @@ class Conversation:
         self._forget_cache()
 
     def answer(self, text, write):
-        """Write the model's answer to `text`, piece by piece; why it ended too early, or None.
+        """Write the model's answer to `text`, piece by piece; what it lacks, or None.
 
         Whatever was written is remembered, also if Ctrl-C ended it.
         Raises: ContextFullError if there is no room for an answer; the question is then forgotten.
@@ -86,6 +86,11 @@ class Conversation:
                 self._remember(messages, stream.text)
             raise
         self._remember(messages, stream.text)
+        if stream.unknown:
+            return (
+                f"{stream.unknown} of {stream.tokens} new tokens are left out: the tokenizer has "
+                "no text for them"
+            )
         if stream.ended:
             return None
         if n < self.sampling.max_new_tokens:
@@ -145,10 +150,12 @@ def chat_ids(tokenizer, messages, context):
     Raises: ContextFullError if they leave no room for an answer; as the template does.
     """
     ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
+    if len(ids) == 0:
+        raise ValueError("the base's chat template writes nothing of this message; use generate")
     if len(ids) >= context:
         raise ContextFullError(
             f"with this message the conversation has {len(ids)} tokens, and the model's context is "
-            f"{context}: say it in fewer words, or begin a new one with /reset"
+            f"{context}: say it in fewer words"
         )
     return ids
 
@@ -245,6 +252,9 @@ def _answered(conversation, line, write, warn):
         why_cut = conversation.answer(line, write)
     except KeyboardInterrupt:
         why_cut = "stopped; Ctrl-C once more ends the conversation"
+    except ContextFullError as error:
+        warn(f"({one_line(error)}, or begin a new one with /reset)")
+        return
     except ValueError as error:
         warn(f"({one_line(error)})")
         return

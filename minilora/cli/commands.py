@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..disk.folder import check_unused
-from ..disk.models import TENSORS, load_model
+from ..disk.models import TENSORS, load_model, load_model_config
 from ..disk.peft import load_adapter
 from ..disk.rounding import save_merged
 from ..disk.tokenizer import load_tokenizer
@@ -71,11 +71,10 @@ def compare(
     `too_long` what becomes of rows longer than the context: "cut", "drop", or None: refused.
     """
     base = find_sources(base, [adapter])
+    # What is wrong with the data is said before a base is packed.
+    context = load_model_config(base).block_size
+    examples = load_data(data, load_tokenizer(base), context, length, too_long=too_long, log=log)
     model = load_base(base, xp, quantize, log)
-    tokenizer = load_tokenizer(base)
-    examples = load_data(
-        data, tokenizer, model.config.block_size, length, too_long=too_long, log=log
-    )
     loaded = load_adapter(adapter, model, other_precision=other_precision, say=log)
     adapted = attach(model, loaded, check_base=False)
     log(f"data {data}: {examples}")

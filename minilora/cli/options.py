@@ -304,7 +304,7 @@ def merge_options(parser):
         "--out",
         required=True,
         metavar="DIR",
-        help="a new folder for the merged model, in the format of its base",
+        help="a new folder for the merged model: its base's layout, transformers' for a .gguf file",
     )
     add(
         "--dtype",

@@ -293,7 +293,7 @@ COMMANDS = {
         _run_demo,
     ),
     "finetune": Command(
-        "train an adapter for a model folder on a file of your own",
+        "train an adapter for a model on a file of your own",
         f"--base {BASE} --data notes.txt --out my-adapter --alpha 16",
         options.finetune_options,
         _run_finetune,

@@ -103,7 +103,8 @@ def row_batches(rows, batch, rng):
 
     On each pass every row comes once. The pass is shuffled, cut into pieces of several batches, and
     each piece sorted by length, so that little is filled up; then the batches are shuffled. Rows
-    that fill no batch at the end of a pass begin the next one.
+    that fill no batch at the end of a pass begin the next one, and come last among its own: no
+    batch holds a row twice.
     Raises: ValueError if there are fewer rows than one batch takes.
     """
     if len(rows) < batch:
@@ -114,7 +115,9 @@ def row_batches(rows, batch, rng):
     piece = batch * int(np.clip(len(rows) // (batch * PIECES), 1, MOST_BATCHES))
     left = np.empty(0, np.int64)
     while True:
-        order = np.concatenate([left, rng.permutation(len(rows))])
+        fresh = rng.permutation(len(rows))
+        is_left = np.isin(fresh, left)
+        order = np.concatenate([left, fresh[~is_left], fresh[is_left]])
         n = len(order) - len(order) % batch
         left = order[n:]
         chosen = []

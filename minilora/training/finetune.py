@@ -116,8 +116,6 @@ def _prepare(config, xp, parts, log, quiet):
         f"base {config.base}: {parameter_report(base).total:,} parameters, a context of "
         f"{base.config.block_size:,} tokens, {tokenizer.vocab_size:,} tokens in the vocabulary"
     )
-    if config.quantize is not None:
-        base = quantized_base(base, config.quantize, log, quiet)
     # One generator for each purpose: how much one of them draws changes nothing for the others.
     split_rng, adapter_rng, batch_rng = np.random.default_rng(config.seed).spawn(3)
     data = load_data(
@@ -133,6 +131,9 @@ def _prepare(config, xp, parts, log, quiet):
     batches = train_data.batches(config.batch, batch_rng)
     log(f"data {config.data}: {train_data}")
     log(f"held out: {heldout or 'nothing'}")
+    # Packing a large base takes a while: what is wrong with the data is said before.
+    if config.quantize is not None:
+        base = quantized_base(base, config.quantize, log, quiet)
     adapter = init_peft_adapter(base, config.lora_config(), adapter_rng)
     model = attach(base, adapter, check_base=False)
     adam = Adam(adapter.parameters(), lr=config.lr)

@@ -122,7 +122,9 @@ def test_every_row_comes_once_in_a_pass(n, batch, seed, n_passes):
     rng = np.random.default_rng(seed)
     stream = row_batches(rows_of(rng.integers(2, 9, n)), batch, rng)
     passes = n_passes * n // batch
-    counts = Counter(i for numbers in numbers_of(islice(stream, passes)) for i in numbers)
+    in_batches = list(numbers_of(islice(stream, passes)))
+    assert all(len(set(numbers)) == batch for numbers in in_batches)
+    counts = Counter(i for numbers in in_batches for i in numbers)
     assert sum(counts.values()) == passes * batch
     first_pass = islice(row_batches(rows_of([2] * n), batch, rng), n // batch)
     first = Counter(i for numbers in numbers_of(first_pass) for i in numbers)
