@@ -69,10 +69,15 @@ def _other_precision(name, tensor, expected, kind):
     source = tensor.source if isinstance(tensor, PackedTensor) else None
     if source is not None and source.digest == expected:
         return OtherPrecision(source.kind, tensor.kind, source.error)
-    if kind in KINDS:
+    if kind not in KINDS:
+        return None
+    try:
         as_trained = quantized(name, tensor, kind)
-        if digest_of(as_trained) == expected:
-            return OtherPrecision(kind, storage_of(tensor), as_trained.source.error)
+    except ValueError:
+        # What cannot be stored as that kind never was.
+        return None
+    if digest_of(as_trained) == expected:
+        return OtherPrecision(kind, storage_of(tensor), as_trained.source.error)
     return None
 
 

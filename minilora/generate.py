@@ -77,7 +77,8 @@ def generate_tokens(
     left: no row sees its padding. `cache`, from `model.new_cache`, may hold what stands before ids.
     Raises: ValueError, before anything is computed, for ids that do not fit or would outgrow
     block_size, temperature < 0, top_k outside 1 .. V, top_p outside (0, 1], stop outside the
-    vocabulary, temperature > 0 without an rng; later for logits of nan.
+    vocabulary, temperature > 0 without an rng; later for logits of nan, and for a given `cache`
+    that has no room left.
     Source: Fan et al. 2018 (top-k sampling); Holtzman et al. 2020 (the nucleus).
     """
     V = model.config.vocab_size

@@ -61,6 +61,8 @@ class Module:
     def state_dict(self):
         """{dotted name: array} of `named_parameters()`: the module's own arrays, not copies.
 
+        Only a weight that is stored in few bits has no such array: there it is a widened one.
+
         Raises: ValueError if a wrapper and the layer in it have tensors of one name.
         """
         state = {}
@@ -77,14 +79,14 @@ class Module:
         names, shapes and dtypes of `state_dict()`, and every tensor is trainable: the array of a
         frozen one may belong to other models as well.
         """
-        own_state = self.state_dict()
-        check_same_layout("load_state_dict", state, own_state)
         frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
         if frozen:
             raise ValueError(
                 f"load_state_dict: {frozen[0]} is frozen, and its array may be shared; "
                 "load into an adapter, or into model.trainable_copy()"
             )
+        own_state = self.state_dict()
+        check_same_layout("load_state_dict", state, own_state)
         for name, array in own_state.items():
             array[...] = to_device(state[name], get_array_module(array))
 

@@ -320,6 +320,9 @@ class PackedTensor(StoredTensor):
     def __repr__(self):
         return f"PackedTensor({self.kind}, {self.shape})"
 
+    def __reduce__(self):
+        return _packed_tensor, (self.source, self.kind, self.shape, *self.packed.arrays)
+
     def to_device(self, xp):
         """The same tensor in the memory of `xp`."""
         if xp is self.xp:
@@ -328,6 +331,13 @@ class PackedTensor(StoredTensor):
         moved = PackedTensor(self.kind, self.shape, *arrays)
         moved.source = self.source
         return moved
+
+
+def _packed_tensor(source, *arguments):
+    """A copy of a PackedTensor: what copy and pickle call."""
+    tensor = PackedTensor(*arguments)
+    tensor.source = source
+    return tensor
 
 
 def packed_linear(x, weight, bias=None):

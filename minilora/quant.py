@@ -40,8 +40,8 @@ def quantize(model, kind, *, on_layer=None):
     `stored_as(model)` tells of it. Each new tensor remembers in `source` which weight it was made
     of. `on_layer(name)` is called after each layer, to show progress.
     Shapes: as `model`.
-    Raises: ValueError for another kind, a model that carries an adapter, a weight whose rows are no
-    multiple of 32 (Q kinds), or one that holds inf or nan.
+    Raises: ValueError for another kind, a model that carries an adapter or is not float32, a weight
+    whose rows are no multiple of 32 (Q kinds), or one with numbers too large, inf or nan.
     Source: Dettmers et al. 2023, section 3; llama.cpp's quantize_row_*_ref.
     """
     kind = kind.upper()
@@ -66,7 +66,12 @@ def quantized(name, weight, kind):
 
     Raises: as `quantize`.
     """
-    values = to_numpy(weight.data).astype(np.float32, copy=False)
+    if weight.dtype != np.float32:
+        raise ValueError(
+            f"quantize: {name} is {weight.dtype}, and a packed weight stands for float32; "
+            'write model.astype("float32") first'
+        )
+    values = to_numpy(weight.data)
     if not np.isfinite(values).all():
         raise ValueError(f"quantize: {name} holds inf or nan, which no code stands for")
     if kind == "NF4":
@@ -74,6 +79,11 @@ def quantized(name, weight, kind):
     else:
         arrays = [quantized_blocks(name, values, kind)]
     tensor = PackedTensor(kind, values.shape, *arrays)
+    if not tensor.packed.is_finite():
+        raise ValueError(
+            f"quantize: {name} has numbers up to {np.abs(values).max():.3g}, whose scale is too "
+            f"large for {kind}; use nf4"
+        )
     tensor.source = Source(
         kind=storage_of(weight),
         digest=digest_of(weight),
@@ -190,12 +200,16 @@ def _to_q4_1(blocks, stored):
 
 
 def _inverse(d):
-    with np.errstate(divide="ignore"):
-        return np.where(d == 0, np.float32(0), 1 / d)
+    # Of a number so small that it has no inverse in float32, zero is the nearest code.
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = 1 / d
+    return np.where(np.isfinite(inverse), inverse, np.float32(0))
 
 
 def _as_float16(column):
-    return column.astype(np.float16).view(np.uint8)
+    # What is too large becomes inf, and is refused.
+    with np.errstate(over="ignore"):
+        return column.astype(np.float16).view(np.uint8)
 
 
 def _packed_halves(q):

@@ -1,7 +1,17 @@
 """Weights that stay in few bits: what they are widened to, and that a model computes as if they were those numbers."""
 
+import contextlib
+import copy
 import gc
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,6 +208,65 @@ def test_who_asks_while_another_holds_the_values_is_given_the_same_array():
         assert tensor.data.ctypes.data == address
         del turned
         assert tensor.packed.held_values() is None
+
+
+def widened_on_two_threads(monkeypatch, tensor):
+    """How often the values are made when two threads ask for them at once and hold them."""
+    made, both_ask = [], threading.Barrier(2)
+    values = Packed._values
+
+    def slow(self):
+        made.append(1)
+        time.sleep(0.05)
+        return values(self)
+
+    def ask():
+        both_ask.wait(timeout=10)
+        return tensor.data
+
+    monkeypatch.setattr(Packed, "_values", slow)
+    with ThreadPoolExecutor(2) as pool:
+        held = [job.result() for job in [pool.submit(ask) for _ in range(2)]]
+    assert np.array_equal(*held)
+    return len(made)
+
+
+def test_two_threads_that_ask_at_once_are_given_one_array(monkeypatch):
+    tensor = random_packed("Q4_1", np.random.default_rng(0))
+    assert widened_on_two_threads(monkeypatch, tensor) == 1
+    tensor.packed.lock = contextlib.nullcontext()  # planted: no lock
+    assert widened_on_two_threads(monkeypatch, tensor) == 2
+
+
+@every_kind
+def test_a_model_with_packed_weights_can_be_copied_and_pickled(kind):
+    base = packed_model(kind)
+    for other in (copy.deepcopy(base), pickle.loads(pickle.dumps(base))):
+        assert stored_as(other) == stored_as(base) and contents(other) == contents(base)
+
+
+UNDER_A_KERNEL = """
+import numpy, threadpoolctl
+from test_packed import BLOCKS, computes_as_widened
+a = numpy.ones((9, 9))
+a @ a
+for kind in [*BLOCKS, "F16", "BF16", "NF4"]:
+    computes_as_widened(kind)
+print(*{pool.get("architecture") for pool in threadpoolctl.threadpool_info()})
+"""
+
+
+@pytest.mark.parametrize("kernel", ["Haswell", "Sandybridge", "Nehalem", "Prescott"])
+def test_so_they_are_under_the_matrix_products_of_other_processors(kernel):
+    """In a Python of its own: OpenBLAS chooses its kernels as it is loaded."""
+    folder = Path(__file__).parent
+    environment = {**os.environ, "OPENBLAS_CORETYPE": kernel, "PYTHONPATH": f"{folder.parent}{os.pathsep}{folder}"}
+    done = subprocess.run([sys.executable, "-c", UNDER_A_KERNEL], env=environment, capture_output=True, text=True)
+    if done.returncode < 0:
+        pytest.skip(f"this processor cannot run the kernels of {kernel}")
+    assert done.returncode == 0, done.stderr
+    if kernel not in done.stdout:
+        pytest.skip(f"asked for {kernel}, this BLAS ran {done.stdout.strip()}")
 
 
 def test_parts_on_threads_compute_with_it():

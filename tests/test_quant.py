@@ -103,6 +103,13 @@ def test_normal_weights_lose_what_the_kind_costs_and_no_more(kind, bits, error):
     assert tensor.source.error == relative_error(tensor.data, values) and tensor.source.kind == "float32"
 
 
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_numbers_too_large_for_a_scale_are_refused_and_tiny_ones_become_zero(kind):
+    refuses(lambda: quantized("w", Tensor(np.full((1, 32), 1e8, np.float32)), kind), ValueError, ["w", "1e+08", "nf4"])
+    tiny = quantized("w", Tensor(np.full((1, 32), 1e-39, np.float32)), kind)
+    assert np.all(np.abs(tiny.data) <= 1e-38)
+
+
 def test_nf4_takes_weights_of_any_shape_and_blocks_do_not():
     values = np.random.default_rng(0).standard_normal((5, 13)).astype(np.float32)
     tensor = quantized("w", Tensor(values), "NF4")
@@ -137,6 +144,7 @@ def test_what_was_packed_is_quantised_again_and_says_so():
     (lambda base: quantize(base, "nf3"), ["nf4, q8_0, q4_0, q4_1", "'nf3'"]),
     (lambda base: quantize(attach(base, new_adapter(base)), "nf4"), ["carries an adapter", "quantise the base"]),
     (lambda base: quantize(base.map_tensors(lambda t: Tensor(t.data * np.float32(np.inf))), "nf4"), ["inf or nan"]),
+    (lambda base: quantize(base.astype("float64"), "nf4"), ["is float64", 'astype("float32")']),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_what_cannot_be_quantised_is_refused(make, shown):
@@ -190,6 +198,13 @@ def test_another_base_is_not_taken_for_another_precision(tmp_path):
     for other in others:
         with pytest.raises(ValueError, match="does not fit this base"):
             load(tmp_path, other, other_precision=True)
+
+
+def test_a_base_that_could_never_be_stored_so_is_just_another_base(tmp_path):
+    """Its rows have no whole blocks: that is said of the base, and not of quantising."""
+    adapter = new_adapter(quantize(base_model(), "q8_0"))
+    narrow = base_model(intermediate_size=40)
+    assert other_precisions(narrow, adapter.base_fingerprint, adapter.base_stored) is None
 
 
 def test_one_weight_that_was_edited_is_not_a_precision(tmp_path):

@@ -186,7 +186,7 @@ def _save(model, family, folder, dtype, like):
     config = family.write_config(model, fields, config_dtype)
     arrays = {}
     for name, (parts, turned) in _layout(family, model).items():
-        # A packed weight is widened here, one at a time.
+        # A packed weight is widened here. All are there at once until the file is written.
         array = to_numpy(ours[parts[0]].data)
         if len(parts) > 1:
             array = np.concatenate([to_numpy(ours[part].data) for part in parts])

@@ -42,8 +42,6 @@ CHECKPOINT = "checkpoint"
 # These settings may change when a run goes on: where things lie, and how often they are saved. The
 # model and the data themselves may not, so their fingerprints are compared.
 MAY_CHANGE = ("base", "data", "out", "save_every")
-# Settings that came later. With these values a run is what it was before there was such a setting.
-CAME_LATER = {"quantize": None}
 
 LONGEST_WARMUP = 100
 
@@ -145,11 +143,7 @@ def _prepare(config, xp, parts, log, quiet):
 
 def _identity(config, data, base, adapter, xp, parts):
     """What must be the same when the run goes on."""
-    settings = {}
-    for name, value in asdict(config).items():
-        is_as_before = name in CAME_LATER and value == CAME_LATER[name]
-        if name not in MAY_CHANGE and not is_as_before:
-            settings[name] = value
+    settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     data_file = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
     identity = {
         "settings": settings,
