@@ -202,7 +202,7 @@ for kind, questions in asked.items():
     ]
 p = record["unseen forms"]["after"]["exact"] / 100
 record["standard error"] = 100 * math.sqrt(p * (1 - p) / len(asked["unseen forms"]))
-print(f"{'one standard error of the last number':<38}{record['standard error']:>63.0f}")
+print(f"{'one standard error of the last number':<38}{record['standard error']:>54.0f}")
 
 # One that is right, if there is one, and one that is not.
 is_right = [answer["right"] == answer["after"] for answer in record["unseen forms"]["answers"]]

@@ -63,7 +63,7 @@ class BaseDemoSize:
     asked: int
 
 
-FULL = BaseDemoSize(steps=120, asked=100)
+FULL = BaseDemoSize(steps=150, asked=100)
 QUICK = BaseDemoSize(steps=3, asked=6)
 
 
