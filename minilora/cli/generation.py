@@ -81,7 +81,7 @@ def continue_prompt(job, xp, warn, write=None):
     tokenizer = load_tokenizer(base)
     check_top_k(job.sampling.top_k, tokenizer)
     context = load_model_config(base).block_size
-    prompt_ids = _fitting(tokenizer.encode(job.prompt), job, context, warn)
+    prompt_ids = _prompt_ids(tokenizer, job, context, warn)
     model = load_base(base, xp, job.quantize, warn)
     loaded = [
         load_adapter(folder, model, other_precision=job.other_precision, say=warn)
@@ -89,7 +89,7 @@ def continue_prompt(job, xp, warn, write=None):
     ]
     model = _with_adapters(model, loaded, job.samples, warn)
     n_texts = job.samples * max(1, len(loaded))
-    streams = [TextStream(tokenizer, job.stops) for _ in range(n_texts)]
+    streams = [TextStream(tokenizer, job.stops, after=prompt_ids) for _ in range(n_texts)]
     if write is not None and n_texts == 1:
         write(job.prompt)
         for piece in _pieces(model, prompt_ids, job.sampling, tokenizer.ends, streams[0]):
@@ -144,15 +144,18 @@ def _tell_of_widening(model, wide, warn):
         )
 
 
-def _fitting(prompt_ids, job, context, warn):
+def _prompt_ids(tokenizer, job, context, warn):
     """The ids of the prompt that are read. Raises: ValueError if none are, or too many."""
+    ids = tokenizer.encode(job.prompt)
+    if len(ids) == 0:
+        raise ValueError("the prompt is empty; give at least one word to go on from")
+    prompt_ids = tokenizer.begun(ids)
     n_new = job.sampling.max_new_tokens
     n_prompt = len(prompt_ids)
-    if n_prompt == 0:
-        raise ValueError("the prompt is empty; give at least one word to go on from")
     if n_prompt + n_new <= context:
         return prompt_ids
-    room = context - n_new
+    # What every text begins with stays in front of one that is cut.
+    room = context - n_new - len(tokenizer.start)
     if room < 1:
         raise ValueError(
             f"{n_new} new tokens leave no room for a prompt in the model's context of {context}; "
@@ -168,7 +171,7 @@ def _fitting(prompt_ids, job, context, warn):
         f"of the {n_prompt} tokens of the prompt the model reads the last {room}: with {n_new} new "
         f"ones they fill its context of {context}"
     )
-    return prompt_ids[-room:]
+    return tokenizer.begun(prompt_ids[-room:])
 
 
 def _with_adapters(model, adapters, samples, warn):

@@ -9,15 +9,16 @@ class TextStream:
     """Token ids of one text in, and out the pieces of text that are certain.
 
     `tokenizer` is a disk.tokenizer.Tokenizer. One of its `ends`, or one of the texts `stops`, ends
-    the text before it; a stop may begin and end within tokens. `text` is all that came out,
-    `ended` whether it has ended so. Of the `tokens` ids that went in, end tokens aside, the
+    the text before it; a stop may begin and end within tokens. `after` are the ids of a text that
+    is continued, none for a text of its own. `text` is all that came out, `ended` whether it has
+    ended so. Of the `tokens` ids that went in, end tokens aside, the
     tokenizer has no text for `unknown`: a model may have more of them than its vocabulary needs.
     """
 
-    def __init__(self, tokenizer, stops=()):
+    def __init__(self, tokenizer, stops=(), after=()):
         self._ends = tokenizer.ends
         self._n_known = tokenizer.vocab_size
-        self._decoder = tokenizer.stream()
+        self._decoder = tokenizer.stream(after)
         self._stops = [stop for stop in stops if stop]
         # Decoded, and not certain yet.
         self._held = ""

@@ -63,7 +63,8 @@ class Conversations:
             return ids, starts, stops
         pieces = []
         for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            ids, starts, stops = self.vocabulary.encode_written(text[start:stop])
+            part = text[start:stop]
+            ids, starts, stops = self.vocabulary.encode_written(part, continues=start > 0)
             pieces.append((ids, start + starts, start + stops))
         return tuple(map(np.concatenate, zip(*pieces, strict=True)))
 

@@ -70,8 +70,7 @@ def gguf_tokenizer(path):
 
     The ids are those that the file names as the end of a text, of a turn and of a message, in this
     order. Whether texts begin with `bos` (add_bos_token) is in the tokenizer as transformers has
-    it: encode(text) adds it, encode(text, add_special_tokens=False) does not, and is what this
-    library calls: training adds no token to a text, and chat templates write `bos` themselves.
+    it: encode(text) adds it, encode(text, add_special_tokens=False) does not.
     Raises: FileNotFoundError, or ValueError that names the file and what is wrong: damage, a kind
     of tokenizer that is not read, one that does not fit the embedding or names no end.
     """

@@ -7,15 +7,17 @@ REPLACEMENT = "\ufffd"
 class TokenStream:
     """Text, as soon as it is certain: `push(id)` returns what is new, `finish()` what is left.
 
-    A character may be made of several tokens: nothing of it comes before the last of them. Together
-    the texts are `decode` of all ids.
+    A character may be made of several tokens: nothing of it comes before the last of them. `after`
+    are the ids of a text that is continued, none for a text of its own: many decoders take the
+    space off its first word. Together the texts are what `decode` of all ids has after that of
+    `after`.
     """
 
-    def __init__(self, decode):
+    def __init__(self, decode, after=()):
         self.decode = decode
         # The ids that were returned last, which a decoder may need to see before the next ones, and
         # those that have not been returned yet.
-        self.last = []
+        self.last = [int(token) for token in after]
         self.waiting = []
 
     def push(self, token):

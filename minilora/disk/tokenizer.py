@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from . import characters
 from .chat_template import SETTINGS, ChatTemplate, read_settings, read_template, special_texts
 from .checks import json_object
@@ -18,7 +20,7 @@ from .folder import load_config
 from .lfs import check_no_pointer
 from .models import CONFIG, TENSORS, family_of_fields
 from .token_stream import TokenStream
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, text_start
 
 # What GPT-2 ends a text with.
 END = "<|endoftext|>"
@@ -37,7 +39,9 @@ class Tokenizer:
     In `encode` the name of a control token, written out in a text, is that token; in `encode_text`
     it is text. Any of `ends` ends a text or an answer. `cuttable`: a text may be cut before each
     newline that something not blank follows, and its parts encoded one by one, with the same
-    tokens. `template` is the ChatTemplate of the model, or None.
+    tokens. `start` are the ids that a text begins with for the model (Llama's `<s>`), often none;
+    `begun` puts them in front, no other method does. `template` is the ChatTemplate of the model,
+    or None: templates write the start themselves.
     """
 
     encode: Callable
@@ -47,6 +51,8 @@ class Tokenizer:
     cuttable: bool
     encode_text: Callable
     conversations: Conversations | None = None
+    start: tuple = ()
+    vocabulary: Vocabulary | None = None
 
     @property
     def end(self):
@@ -57,6 +63,28 @@ class Tokenizer:
     def template(self):
         """The model's ChatTemplate, or None."""
         return None if self.conversations is None else self.conversations.template
+
+    def begun(self, ids):
+        """`ids` (N,) of a text from its beginning on, with `start` in front, but never twice."""
+        n = len(self.start)
+        if tuple(ids[:n]) == self.start:
+            return ids
+        return np.concatenate([np.array(self.start, np.int64), ids])
+
+    def encode_pair(self, prompt, answer, prompt_is_typed=False):
+        """(ids (N,), ids (M,)) of a prompt, with `start` in front, and of an answer that continues it.
+
+        The prompt's are those that a model is given when it is asked, so no token reaches over the
+        end of it. Some tokenizers put a space before a text: none comes before the answer. With
+        `prompt_is_typed` the names of control tokens in the prompt are text.
+        Raises: as `encode`.
+        """
+        prompt_ids = self.encode_text(prompt) if prompt_is_typed else self.encode(prompt)
+        if self.vocabulary is None:
+            answer_ids = self.encode(answer)
+        else:
+            answer_ids = self.vocabulary.encode_answer(prompt, prompt_ids, answer)
+        return self.begun(prompt_ids), answer_ids
 
     def encode_chat(self, messages, add_generation_prompt=False):
         """The ids (N,) of a conversation, [{"role": "user", "content": "..."}, ...].
@@ -84,9 +112,9 @@ class Tokenizer:
             )
         return self.conversations
 
-    def stream(self):
-        """A TokenStream: the text of ids that come one at a time."""
-        return TokenStream(self.decode)
+    def stream(self, after=()):
+        """A TokenStream: the text of ids that come one at a time, after those of another text."""
+        return TokenStream(self.decode, after)
 
 
 def load_tokenizer(base):
@@ -95,8 +123,10 @@ def load_tokenizer(base):
     A folder's is read from `tokenizer.json`, else from `vocab.json` and `merges.txt`, through the
     library `tokenizers`, with the tokens that `added_tokens.json` and `tokenizer_config.json` add.
     A model of minilora's with 96 tokens and none of these files knows the characters of
-    `characters.py`. No token is added to a text.
+    `characters.py`. No token is added to a text by encoding it.
 
+    `start` is what the tokenizer's own post-processor puts before a text, as in transformers, or by
+    `add_bos_token` of `tokenizer_config.json`, where that is stated, its `bos_token` or nothing.
     `ends` are, each once and in this order: the `eos_token` of `tokenizer_config.json`, the
     `eos_token_id` of `config.json` and that of `generation_config.json`, one or a list; if these
     say nothing, `<|endoftext|>`; at last the token that the chat template ends a turn with.
@@ -123,7 +153,8 @@ def load_tokenizer(base):
     vocabulary = Vocabulary(bpe, [*specials.values(), END], base)
     _check_vocabulary(base, vocabulary.size, fields.get("vocab_size"))
     ends = _ends(base, vocabulary, settings, fields)
-    return _tokenizer(vocabulary, ends, read_template(base))
+    start = _start(base / SETTINGS, vocabulary, settings)
+    return _tokenizer(vocabulary, ends, read_template(base), start)
 
 
 def _of_gguf(path):
@@ -133,16 +164,16 @@ def _of_gguf(path):
 
     bpe, ends, text = gguf_tokenizer(path)
     specials = {"eos_token": bpe.id_to_token(ends[0])}
-    begin = bpe.encode("").ids
-    if begin:
-        specials["bos_token"] = bpe.id_to_token(begin[0])
+    start = text_start(bpe)
+    if start:
+        specials["bos_token"] = bpe.id_to_token(start[0])
     template = None
     if text is not None:
         template = ChatTemplate(text, specials, f"{path}: tokenizer.chat_template")
-    return _tokenizer(Vocabulary(bpe, specials.values(), path), ends, template)
+    return _tokenizer(Vocabulary(bpe, specials.values(), path), ends, template, start)
 
 
-def _tokenizer(vocabulary, ends, template):
+def _tokenizer(vocabulary, ends, template, start):
     """The Tokenizer of a Vocabulary, whose turns end as `template` says, None for no template."""
     ends = list(ends)
     conversations = None
@@ -158,6 +189,8 @@ def _tokenizer(vocabulary, ends, template):
         cuttable=_is_cuttable(vocabulary.bpe),
         encode_text=vocabulary.encode_text,
         conversations=conversations,
+        start=start,
+        vocabulary=vocabulary,
     )
 
 
@@ -199,7 +232,7 @@ def _ends(folder, vocabulary, settings, fields):
     own = special_texts(settings).get("eos_token")
     ends = []
     if own is not None:
-        ends.append(_named_end(folder / SETTINGS, vocabulary, own))
+        ends.append(_named_token(folder / SETTINGS, vocabulary, "eos_token", own))
     generation = folder / GENERATION
     stated = [(folder / CONFIG, fields)]
     if generation.exists():
@@ -216,11 +249,26 @@ def _ends(folder, vocabulary, settings, fields):
     return ends
 
 
-def _named_end(path, vocabulary, text):
+def _start(path, vocabulary, settings):
+    """The ids that a text begins with, as `settings`, those of the file `path`, or else its
+    post-processor have it."""
+    adds_bos = settings.get("add_bos_token")
+    if adds_bos is None:
+        return vocabulary.start
+    if not isinstance(adds_bos, bool):
+        raise ValueError(f"{path}: add_bos_token must be true or false, got {adds_bos!r:.50}")
+    bos = special_texts(settings).get("bos_token")
+    # Without a bos_token transformers adds none either.
+    if not adds_bos or bos is None:
+        return ()
+    return (_named_token(path, vocabulary, "bos_token", bos),)
+
+
+def _named_token(path, vocabulary, name, text):
     number = vocabulary.bpe.token_to_id(text)
     if number is None:
         raise ValueError(
-            f"{path}: eos_token {text!r} is none of the {vocabulary.size} tokens; take all files "
+            f"{path}: {name} {text!r} is none of the {vocabulary.size} tokens; take all files "
             "of the tokenizer from one place"
         )
     return number

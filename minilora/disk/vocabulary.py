@@ -21,6 +21,12 @@ SHADOW = 0x40000
 SHADOWED = re.compile("[\U00040000-\U0006ffff]")
 # The names that control tokens have in the copy of a tokenizer: characters of plane 13.
 TWIN = 0xD0000
+# What the parts of a tokenizer put before a text, or take off it there, is left away by these.
+NOTHING_IN_FRONT = {
+    "Metaspace": {"prepend_scheme": "never", "add_prefix_space": False},
+    "ByteLevel": {"add_prefix_space": False},
+    "Strip": {"strip_left": False},
+}
 # Planes without a character.
 UNASSIGNED = re.compile("[\U00040000-\U000dffff]")
 
@@ -29,7 +35,8 @@ class Vocabulary:
     """A `tokenizers.Tokenizer`, made to do what this library asks of it.
 
     `controls` names tokens that are control tokens besides those that `bpe` says are special.
-    `where` names its file in messages. No token is added to a text.
+    `where` names its file in messages. No token is added to a text: `start` are the ids that its
+    own post-processor would have put before one.
     """
 
     def __init__(self, bpe, controls, where):
@@ -42,10 +49,12 @@ class Vocabulary:
             bpe.model.dropout = None
         bpe.no_truncation()
         bpe.no_padding()
+        self.start = text_start(bpe)
         bpe.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
         added = bpe.get_added_tokens_decoder()
         self.bpe = bpe
         self.where = where
+        self._added = list(added)
         self.size = max(bpe.get_vocab().values(), default=-1) + 1
         # {text: id}, the longest first: where two begin at one place, that is what is there.
         by_length = sorted(added.items(), key=lambda item: -len(item[1].content))
@@ -72,6 +81,23 @@ class Vocabulary:
         if not self.holds_control(text):
             return self.encode(text)
         return _ids(self._encoded(self._copy, text))
+
+    def encode_answer(self, prompt, prompt_ids, answer):
+        """The ids (N,) of `answer` where it continues `prompt`, which has the ids `prompt_ids`.
+
+        Where the tokenizer puts nothing before a text they are those of `encode`. Where it does,
+        they are what the whole text has after the prompt; if the prompt has other ids in the whole,
+        because a token reaches over its end, those of the answer with nothing in front.
+        Raises: as `encode`.
+        """
+        if self._bare is self.bpe:
+            return self.encode(answer)
+        n = len(prompt_ids)
+        ids, _, stops = _positions(self._encoded(self.bpe, prompt + answer))
+        if np.array_equal(ids[:n], prompt_ids) and (stops[:n] <= len(prompt)).all():
+            return ids[n:]
+        ids, _, _ = self._continued(self.bpe, answer)
+        return ids
 
     def decode(self, ids):
         """The text of `ids`; an id that is no token's has none."""
@@ -106,11 +132,11 @@ class Vocabulary:
                 core = core[:-n] + _shadow(tail)
         return text[:start] + core + text[stop:]
 
-    def encode_written(self, text):
+    def encode_written(self, text, continues=False):
         """(ids (N,), starts (N,), stops (N,)) of a text in which what was typed is shadowed.
 
         Outside the shadows the name of a control token is that token. A token is made of the
-        characters start .. stop of `text`.
+        characters start .. stop of `text`. Nothing is put before a text that `continues` another.
         Raises: as `encode`.
         """
         bpe = self.bpe
@@ -118,9 +144,24 @@ class Vocabulary:
             bpe = self._copy
             text = self.pattern.sub(lambda match: self._twins.get(match[0], match[0]), text)
             text = SHADOWED.sub(lambda match: chr(ord(match[0]) - SHADOW), text)
-        encoded = self._encoded(bpe, text)
-        offsets = np.array(encoded.offsets, np.int64).reshape(-1, 2)
-        return _ids(encoded), offsets[:, 0], offsets[:, 1]
+        if continues:
+            return self._continued(bpe, text)
+        return _positions(self._encoded(bpe, text))
+
+    def _continued(self, bpe, text):
+        """(ids, starts, stops) of `text` by `bpe`, with nothing put before it."""
+        bare = self._bare if bpe is self.bpe else self._bare_copy
+        parts = _positions(self._encoded(bpe, text))
+        if bare is bpe:
+            return parts
+        # A tokenizer may also put a space after each added token: from the first of them on it
+        # encodes as ever.
+        ids, starts, _ = parts
+        added = np.flatnonzero(np.isin(ids, self._added))
+        n = added[0] if len(added) else len(ids)
+        stop = starts[n] if len(added) else len(text)
+        head = _positions(self._encoded(bare, text[:stop]))
+        return tuple(np.concatenate([h, part[n:]]) for h, part in zip(head, parts, strict=True))
 
     def _encoded(self, bpe, text):
         try:
@@ -130,6 +171,14 @@ class Vocabulary:
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
                 raise ValueError(f"{self.where} does not take {text[:40]!a}: {error}") from None
             raise
+
+    @functools.cached_property
+    def _bare(self):
+        return _with_nothing_in_front(self.bpe)
+
+    @functools.cached_property
+    def _bare_copy(self):
+        return _with_nothing_in_front(self._copy)
 
     @functools.cached_property
     def _longest(self):
@@ -170,8 +219,52 @@ class Vocabulary:
         return tokenizers.Tokenizer.from_str(json.dumps(fields))
 
 
+def text_start(bpe):
+    """The ids, a tuple, that the post-processor of a `tokenizers.Tokenizer` puts before a text."""
+    from tokenizers import Tokenizer, models
+
+    if bpe.post_processor is None:
+        return ()
+    # A text of one token, by whatever tokenizer: what comes before it is the same for each.
+    one = Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).encode("a")
+    encoded = bpe.post_processor.process(one)
+    return tuple(encoded.ids[: encoded.special_tokens_mask.index(0)])
+
+
+def _with_nothing_in_front(bpe):
+    """A copy of a tokenizer that puts nothing before a text, or `bpe` if that does not."""
+    import tokenizers
+
+    fields = json.loads(bpe.to_str())
+    parts = {name: fields[name] for name in ("normalizer", "pre_tokenizer")}
+    bare = {name: _bare_part(part) for name, part in parts.items()}
+    if bare == parts:
+        return bpe
+    return tokenizers.Tokenizer.from_str(json.dumps({**fields, **bare}))
+
+
+def _bare_part(part):
+    """A normalizer or pre-tokenizer, as JSON has it, that puts nothing before a text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    changed = {
+        key: value for key, value in NOTHING_IN_FRONT.get(part["type"], {}).items() if key in part
+    }
+    for key in ("normalizers", "pretokenizers"):
+        if key in part:
+            inner = [_bare_part(one) for one in part[key]]
+            changed[key] = [one for one in inner if one is not None]
+    return {**part, **changed}
+
+
 def _ids(encoded):
     return np.array(encoded.ids, np.int64)
+
+
+def _positions(encoded):
+    """(ids (N,), starts (N,), stops (N,)): each token's place in the text."""
+    offsets = np.array(encoded.offsets, np.int64).reshape(-1, 2)
+    return _ids(encoded), offsets[:, 0], offsets[:, 1]
 
 
 def _shadow(text):

@@ -158,8 +158,9 @@ def load_data(path, tokenizer, block_size, length=None, quiet=False, *, too_long
 
     A text is learned in windows of `length` tokens (default: 256, or block_size if that is less).
     What is learned of a row is its answer and the end token after it, of a conversation what the
-    assistant says, of a text all. Prompts and answers are tokenised apart, as they are when an
-    answer is generated.
+    assistant says, of a text all. No token reaches over the end of a prompt, as none does when an
+    answer is generated. A text and a prompt begin with the tokenizer's `start`, but for those of a
+    chat template, which writes it.
     A row longer than block_size is refused, or with `too_long` "cut" at its end or "drop" left out.
     `log` is given what should be known of the rows, line by line. A progress bar appears if it
     takes long, unless `quiet`.
@@ -168,19 +169,24 @@ def load_data(path, tokenizer, block_size, length=None, quiet=False, *, too_long
     with their lines and lengths.
     """
     path = Path(path)
-    if path.suffix == ".txt":
-        return _load_text(path, tokenizer, _window_length(length, block_size), quiet)
-    if path.suffix != ".jsonl":
-        raise ValueError(
-            f"{path}: data are a .txt file, UTF-8, or a .jsonl file of prompts and answers"
-        )
-    if length is not None:
-        raise ValueError(
-            f"length {length} is for .txt files; a row of {path} is as long as its prompt and "
-            "answer"
-        )
     if too_long not in (None, *TOO_LONG):
         raise ValueError(f"too_long must be {' or '.join(TOO_LONG)}, or None; got {too_long!r}")
+    if path.suffix == ".txt":
+        if too_long is not None:
+            raise ValueError(
+                f"too_long {too_long!r} is for .jsonl files; {path} is learned in windows, and "
+                "none of them is too long"
+            )
+        return _load_text(path, tokenizer, _window_length(length, block_size), quiet)
+    if path.suffix != ".jsonl":
+        advice = ""
+        if path.suffix == ".json":
+            advice = "; write the rows of a JSON array one object a line, and name it .jsonl"
+        raise ValueError(
+            f"{path}: data are a .txt file, UTF-8, or a .jsonl file, one row on each line{advice}"
+        )
+    if length is not None:
+        raise ValueError(f"length {length} is for .txt files; a row of {path} is as long as it is")
     rows = _load_rows(path, tokenizer, quiet, log)
     return Rows(tuple(_fitting(path, rows, block_size, too_long, log)))
 
@@ -200,7 +206,7 @@ def _load_text(path, tokenizer, length, quiet):
     text = read_text(path)
     pieces = _pieces(text) if tokenizer.cuttable else [text]
     ids = [_encode(tokenizer, piece, path) for piece in _with_bar(pieces, quiet)]
-    return Text(np.concatenate(ids), length)
+    return Text(tokenizer.begun(np.concatenate(ids)), length)
 
 
 def _load_rows(path, tokenizer, quiet, log):
@@ -214,7 +220,8 @@ def _load_rows(path, tokenizer, quiet, log):
             row = row_of(fields)
         except (ValueError, TypeError) as error:
             # A character that the tokenizer does not know; half of a surrogate pair is a TypeError.
-            raise ValueError(f"{where}: the tokenizer does not take this text: {error}") from None
+            # Or what the chat template refuses.
+            raise ValueError(f"{where}: {error}") from None
         if not row.has_loss[1:].any():
             raise ValueError(f"{where}: nothing of it is learned: it holds no token of an answer")
         rows.append(_to_the_last_learned(row))
@@ -242,20 +249,21 @@ def _maker(schema, path, tokenizer, log):
     if schema == INSTRUCTION:
         log(f"{path}: instructions are put in Alpaca's words; the base has no chat template")
         return lambda fields: _answer_row(
-            tokenizer, tokenizer.encode_text, _in_alpacas_words(**fields), fields["output"]
+            tokenizer, _in_alpacas_words(**fields), fields["output"], prompt_is_typed=True
         )
     if schema == TEXT:
         return lambda fields: _text_row(tokenizer, fields["text"])
     prompt, answer = schema.keys
-    return lambda fields: _answer_row(tokenizer, tokenizer.encode, fields[prompt], fields[answer])
+    return lambda fields: _answer_row(tokenizer, fields[prompt], fields[answer])
 
 
-def _answer_row(tokenizer, encode, prompt, answer):
-    return answer_row(encode(prompt), np.append(encode(answer), tokenizer.end))
+def _answer_row(tokenizer, prompt, answer, prompt_is_typed=False):
+    prompt_ids, answer_ids = tokenizer.encode_pair(prompt, answer, prompt_is_typed)
+    return answer_row(prompt_ids, np.append(answer_ids, tokenizer.end))
 
 
 def _text_row(tokenizer, text):
-    ids = np.append(tokenizer.encode(text), tokenizer.end)
+    ids = np.append(tokenizer.begun(tokenizer.encode(text)), tokenizer.end)
     return Row(ids, np.arange(len(ids)) > 0)
 
 

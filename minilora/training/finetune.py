@@ -114,6 +114,9 @@ def _prepare(config, xp, parts, log, quiet):
         f"base {config.base}: {parameter_report(base).total:,} parameters, a context of "
         f"{base.config.block_size:,} tokens, {tokenizer.vocab_size:,} tokens in the vocabulary"
     )
+    if tokenizer.start:
+        start = tokenizer.decode(tokenizer.start)
+        log(f"texts and prompts begin with {start!r}, which the base's tokenizer puts there")
     # One generator for each purpose: how much one of them draws changes nothing for the others.
     split_rng, adapter_rng, batch_rng = np.random.default_rng(config.seed).spawn(3)
     data = load_data(
