@@ -200,3 +200,15 @@ def write_chat_base(path, template=CHATML, seed=0):
     settings["tokenizer.chat_template"] = template
     write_gguf(path, settings, kind="Q4_1", kinds={"embed": "Q8_0"}, seed=seed)
     return path
+
+
+# With "▁" before a word that follows a space; no piece reaches over a space.
+PIECES = ["▁", "▁of", "▁cap", "▁me", "o", "f", "c", "a", "p", "m", "e", "▁c", "▁m", "▁ca", "ca", "of", "cap", "me"]
+
+
+def write_sentencepiece_base(path, **settings):
+    """Write a small llama with a SentencePiece of PIECES, as Llama 2 has one, and a context of 256."""
+    whole = settings_of(vocabulary=sentencepiece_settings(PIECES)) | {"llama.context_length": 256}
+    named = {f"tokenizer.{name.replace('__', '.')}": value for name, value in settings.items()}
+    write_gguf(path, whole | named, kind="Q4_1", kinds={"embed": "Q8_0"})
+    return path

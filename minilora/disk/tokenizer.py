@@ -20,7 +20,7 @@ from .folder import load_config
 from .lfs import check_no_pointer
 from .models import CONFIG, TENSORS, family_of_fields
 from .token_stream import TokenStream
-from .vocabulary import Vocabulary, text_start
+from .vocabulary import Vocabulary
 
 # What GPT-2 ends a text with.
 END = "<|endoftext|>"
@@ -160,17 +160,19 @@ def load_tokenizer(base):
 def _of_gguf(path):
     """The Tokenizer of a GGUF file."""
     # A model in a folder does not need what reads such files.
-    from .gguf import gguf_tokenizer
+    from .gguf import gguf_fields, gguf_tokenizer
 
     bpe, ends, text = gguf_tokenizer(path)
     specials = {"eos_token": bpe.id_to_token(ends[0])}
-    start = text_start(bpe)
-    if start:
-        specials["bos_token"] = bpe.id_to_token(start[0])
+    # A template may write it, whether texts without one begin with it or not.
+    bos = gguf_fields(path)["bos_token_id"]
+    if bos is not None:
+        specials["bos_token"] = bpe.id_to_token(bos)
     template = None
     if text is not None:
         template = ChatTemplate(text, specials, f"{path}: tokenizer.chat_template")
-    return _tokenizer(Vocabulary(bpe, specials.values(), path), ends, template, start)
+    vocabulary = Vocabulary(bpe, specials.values(), path)
+    return _tokenizer(vocabulary, ends, template, vocabulary.start)
 
 
 def _tokenizer(vocabulary, ends, template, start):

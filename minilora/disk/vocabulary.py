@@ -49,7 +49,7 @@ class Vocabulary:
             bpe.model.dropout = None
         bpe.no_truncation()
         bpe.no_padding()
-        self.start = text_start(bpe)
+        self.start = _text_start(bpe)
         bpe.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
         added = bpe.get_added_tokens_decoder()
         self.bpe = bpe
@@ -169,7 +169,9 @@ class Vocabulary:
         except BaseException as error:
             # The library has no exceptions of its own, and one that is no Exception.
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise ValueError(f"{self.where} does not take {text[:40]!a}: {error}") from None
+                raise ValueError(
+                    f"the tokenizer of {self.where} does not take {text[:40]!a}: {error}"
+                ) from None
             raise
 
     @functools.cached_property
@@ -219,7 +221,7 @@ class Vocabulary:
         return tokenizers.Tokenizer.from_str(json.dumps(fields))
 
 
-def text_start(bpe):
+def _text_start(bpe):
     """The ids, a tuple, that the post-processor of a `tokenizers.Tokenizer` puts before a text."""
     from tokenizers import Tokenizer, models
 

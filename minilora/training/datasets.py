@@ -352,5 +352,5 @@ def _encode(tokenizer, text, where):
     try:
         return tokenizer.encode(text)
     except (ValueError, TypeError) as error:
-        # A character that it does not know; half of a surrogate pair is a TypeError.
-        raise ValueError(f"{where}: the tokenizer does not take this text: {error}") from None
+        # A character that it does not know; half of a surrogate pair may be a TypeError.
+        raise ValueError(f"{where}: {error}") from None

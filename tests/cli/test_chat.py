@@ -39,8 +39,8 @@ class Talk:
         text = "".join(f"{message['role'][0]}>{message['content']}\n" for message in messages)
         return encode(text + ("a>" if add_generation_prompt else ""))
 
-    def stream(self):
-        return TokenStream(decode)
+    def stream(self, after=()):
+        return TokenStream(decode, after)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 import tokenizers
+from gguf_files import write_sentencepiece_base
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -232,6 +233,32 @@ def test_what_is_trained_follows_the_tokens_that_a_chat_gives():
     assert chat.vocabulary.decode(ids) == chat.template.render(TURNS[1:])
 
 
+def of_pieces(path, template):
+    """A Tokenizer that puts a space before each text, and after each added token."""
+    return load_tokenizer(write_sentencepiece_base(path, chat_template=template))
+
+
+def test_an_answer_that_is_cut_off_its_prompt_has_no_space_but_its_own(tmp_path):
+    """Uncut, "▁of" would reach over the end of "assistant: "."""
+    tokenizer = of_pieces(tmp_path / "a.gguf", PLAIN)
+    for content in ("of", "of</s>cap", " of"):
+        messages = [{"role": "me", "content": "cap </s>"}, {"role": "assistant", "content": content}]
+        ids, is_answer = tokenizer.encode_answers(messages)
+        start = np.flatnonzero(is_answer)[0]
+        assert ids[:start].tolist() == tokenizer.encode_chat(messages[:1], add_generation_prompt=True).tolist()
+        # The decoder takes a space off what it takes for a text of its own.
+        written = tokenizer.stream(after=ids[:start])
+        assert "".join(map(written.push, ids[start:])) + written.finish() == content + "\n"
+        assert tokenizer.decode(ids) == tokenizer.template.render(messages)
+
+
+def test_an_answer_after_a_control_token_has_the_ids_that_it_has_in_the_whole(tmp_path):
+    tokenizer = of_pieces(tmp_path / "a.gguf", "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+                          "{% if add_generation_prompt %}<s>{% endif %}")  # fmt: skip
+    ids, is_answer = tokenizer.encode_answers([{"role": "me", "content": "cap"}, {"role": "assistant", "content": "of"}])
+    assert ids[is_answer].tolist() == [tokenizer.encode("of")[0], tokenizer.end]
+
+
 CHANGING = [
     # The last answer is written otherwise than the earlier ones: reasoning is kept there alone.
     CHATML.replace("m.content +", "('<think>' if loop.last and m.role == 'assistant' else '') + m.content +"),
@@ -274,6 +301,7 @@ def test_the_tokenizer_of_a_gguf_file_is_made_of_what_its_reader_gives(tmp_path,
     ends = [bpe.token_to_id("</s>"), bpe.token_to_id("<|endoftext|>")]
     reader = types.ModuleType("minilora.disk.gguf")
     reader.gguf_tokenizer = lambda path: (bpe, ends, CHATML + "{{ eos_token }}")
+    reader.gguf_fields = lambda path: {"bos_token_id": None}
     monkeypatch.setitem(sys.modules, "minilora.disk.gguf", reader)
     tokenizer = load_tokenizer(tmp_path / "a.gguf")
     assert tokenizer.ends == (*ends, bpe.token_to_id("<|im_end|>"))

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf_files import write_sentencepiece_base
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.disk import characters
 from minilora.disk.tokenizer import END, load_tokenizer
+from minilora.disk.vocabulary import Vocabulary
 
 TEXTS = ["a\n\nb\n", " leading and trailing ", "😀 naïve 字\t\r\n", "doesn't", "\n", "   \n  x", f"The fox{END}The dog"]
 FILES = ("tokenizer.json", "vocab.json", "merges.txt")
@@ -419,3 +421,219 @@ def test_merges_are_not_left_out_at_random(bpe_folder, tmp_path):
     folder = changed(copied(bpe_folder, tmp_path, FILES[:1]), lambda saved: saved["model"].update(dropout=0.9))
     text = "The quick brown fox" * 9
     assert load_tokenizer(folder).encode(text).tolist() == load_tokenizer(bpe_folder).encode(text).tolist()
+
+
+# Texts that go on: SentencePiece puts a space before each text, and its decoder takes one off.
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    return load_tokenizer(write_sentencepiece_base(tmp_path_factory.mktemp("pieces") / "a.gguf"))
+
+
+def named(tokenizer, ids):
+    return " ".join(tokenizer.vocabulary.bpe.id_to_token(int(i)) for i in ids)
+
+
+words = st.text(alphabet=" ofcapme", min_size=1, max_size=12)
+
+
+@given(words, st.data())
+def test_a_text_that_is_continued_keeps_every_space(pieces, text, data):
+    ids = pieces.begun(pieces.encode(text))
+    cut = data.draw(st.integers(1, len(ids)))
+    stream = pieces.stream(after=ids[:cut])
+    written = "".join(map(stream.push, ids[cut:])) + stream.finish()
+    assert pieces.decode(ids[:cut]) + written == pieces.decode(ids) == "<s> " + text
+
+
+def test_a_text_of_its_own_begins_without_the_space_before_its_first_word(pieces):
+    stream = pieces.stream()
+    assert [stream.push(i) for i in pieces.encode("cap of")] == ["cap", " of"]
+
+
+@given(words, words)
+def test_an_answer_goes_on_after_its_prompt_with_no_space_but_its_own(pieces, prompt, answer):
+    prompt_ids, answer_ids = pieces.encode_pair(prompt, answer)
+    assert prompt_ids.tolist() == pieces.begun(pieces.encode(prompt)).tolist()
+    assert pieces.decode([*prompt_ids, *answer_ids]) == f"<s> {prompt}{answer}"
+    whole = pieces.begun(pieces.encode(prompt + answer)).tolist()
+    if whole[: len(prompt_ids)] == prompt_ids.tolist():
+        assert whole[len(prompt_ids) :] == answer_ids.tolist()
+
+
+@pytest.mark.parametrize("prompt, answer, ids", [
+    ("cap", " of", "<s> ▁cap | ▁of"),
+    ("cap", "of", "<s> ▁cap | of"),
+    # A token of the whole reaches over the end of these prompts.
+    ("ca", "p of", "<s> ▁ca | p ▁of"),
+    ("cap ", "of", "<s> ▁cap ▁ | of"),
+    # After an added token this tokenizer puts a space.
+    ("cap</s>", "of", "<s> ▁cap </s> | ▁of"),
+    ("ca", "p</s>of", "<s> ▁ca | p </s> ▁of"),
+    ("<s>cap", " of", "<s> ▁cap | ▁of"),
+    ("é", "é", "<s> ▁ <0xC3> <0xA9> | <0xC3> <0xA9>"),
+])  # fmt: skip
+def test_the_ids_of_a_prompt_and_its_answer(pieces, prompt, answer, ids):
+    assert " | ".join(named(pieces, part) for part in pieces.encode_pair(prompt, answer)) == ids
+
+
+def test_what_was_typed_into_a_prompt_is_text_and_its_answer_still_goes_on(pieces):
+    prompt_ids, answer_ids = pieces.encode_pair("cap</s>", "of</s>", prompt_is_typed=True)
+    assert named(pieces, prompt_ids) == "<s> ▁cap <0x3C> <0x2F> <0x73> <0x3E>"
+    assert named(pieces, answer_ids) == "of </s>"
+
+
+@given(st.text(alphabet="The quick\n'1<|endoftext|>", max_size=12), st.text(alphabet="The quick\n'1", max_size=12))
+def test_byte_level_prompts_and_answers_are_encoded_apart(bpe_folder, prompt, answer):
+    bpe = load_tokenizer(bpe_folder)
+    prompt_ids, answer_ids = bpe.encode_pair(prompt, answer)
+    assert prompt_ids.tolist() == bpe.encode(prompt).tolist() and answer_ids.tolist() == bpe.encode(answer).tolist()
+    typed, _ = bpe.encode_pair(prompt, answer, prompt_is_typed=True)
+    assert typed.tolist() == bpe.encode_text(prompt).tolist()
+
+
+def in_front(bpe, kind):
+    """Let a tokenizer put a space, or its mark, before each text, as models do."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    if kind == "byte-level":
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        return
+    if kind == "in a sequence":
+        parts = [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(parts)
+        return
+    bpe.normalizer = {"prepended": normalizers.Prepend("Ġ"), "stripped": normalizers.Strip()}[kind]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "in a sequence", "prepended", "stripped"])
+def test_whatever_a_tokenizer_does_before_a_text_it_does_not_do_before_an_answer(bpe_folder, tmp_path, kind):
+    import tokenizers
+
+    folder = copied(bpe_folder, tmp_path, FILES[:1])
+    plain = load_tokenizer(folder)
+    bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    in_front(bpe, kind)
+    bpe.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    assert any(tokenizer.encode(t).tolist() != plain.encode(t).tolist() for t in ("quick", " quick"))
+    # Together "The qui" and "ck" would share a token.
+    prompt_ids, answer_ids = tokenizer.encode_pair("The qui", "ck brown")
+    assert prompt_ids.tolist() == tokenizer.encode("The qui").tolist()
+    assert answer_ids.tolist() == plain.encode("ck brown").tolist()
+    assert tokenizer.encode_pair("The", " quick")[1].tolist() == plain.encode(" quick").tolist()
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_no_mark_of_a_words_beginning_comes_before_an_answer(scheme):
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    bpe = tokenizers.Tokenizer(models.BPE({"▁": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")]))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    vocabulary = Vocabulary(bpe, [], "t.json")
+    assert vocabulary.encode("b").tolist() == [0, 2]
+    for prompt, answer, ids in (("a", "b", [2]), ("b", "b", [2]), ("a", " b", [0, 2])):
+        assert vocabulary.encode_answer(prompt, vocabulary.encode(prompt), answer).tolist() == ids
+
+
+# What a text begins with.
+
+
+def with_processor(bpe_folder, folder, processor):
+    """A folder whose tokenizer.json has a post-processor."""
+    import tokenizers
+
+    copied(bpe_folder, folder, FILES[:1])
+    bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bpe.post_processor = processor(bpe)
+    bpe.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def template_of(single, texts=(END,)):
+    from tokenizers.processors import TemplateProcessing
+
+    return lambda bpe: TemplateProcessing(single=single, special_tokens=[(t, bpe.token_to_id(t)) for t in texts])
+
+
+def after_byte_level(bpe):
+    """As Llama 3's."""
+    from tokenizers import processors
+
+    return processors.Sequence([processors.ByteLevel(trim_offsets=False), template_of(f"{END} $A")(bpe)])
+
+
+@pytest.mark.parametrize("processor, start", [
+    (lambda bpe: None, ()),
+    (template_of("$A", ()), ()),
+    (template_of(f"{END} $A"), (0,)),
+    (template_of(f"{END} $A {END}"), (0,)),
+    (template_of(f"$A {END}"), ()),
+    (template_of(f"{END} T $A", (END, "T")), "two"),
+    (after_byte_level, (0,)),
+])  # fmt: skip
+def test_a_text_begins_with_what_the_post_processor_puts_before_it(bpe_folder, tmp_path, processor, start):
+    tokenizer = load_tokenizer(with_processor(bpe_folder, tmp_path, processor))
+    assert tokenizer.start == ((0, tokenizer.encode("T")[0]) if start == "two" else start)
+    # Nothing but `begun` puts it there.
+    assert tokenizer.decode(tokenizer.encode("The")) == "The"
+
+
+@pytest.mark.parametrize("single", ["$A", f"{END} $A"])
+@pytest.mark.parametrize("fields, start", [
+    ({}, None),
+    ({"bos_token": "T"}, None),
+    ({"add_bos_token": None, "bos_token": "T"}, None),
+    ({"add_bos_token": False, "bos_token": "T"}, ()),
+    ({"add_bos_token": True, "bos_token": "T"}, "T"),
+    ({"add_bos_token": True, "bos_token": {"content": "T"}}, "T"),
+    ({"add_bos_token": True}, ()),
+    ({"add_bos_token": True, "bos_token": None}, ()),
+])  # fmt: skip
+def test_what_the_settings_say_of_the_beginning_holds(bpe_folder, tmp_path, single, fields, start):
+    texts = (END,) if END in single else ()
+    folder = settings(with_processor(bpe_folder, tmp_path, template_of(single, texts)), **fields)
+    tokenizer = load_tokenizer(folder)
+    if start is None:
+        start = (0,) if texts else ()
+    assert tokenizer.start == (tuple(tokenizer.encode("T")) if start == "T" else start)
+
+
+@pytest.mark.parametrize("fields, told", [
+    ({"add_bos_token": "yes", "bos_token": END}, "add_bos_token must be true or false, got 'yes'"),
+    ({"add_bos_token": True, "bos_token": "<s>"}, "bos_token '<s>' is none of the 300 tokens"),
+])  # fmt: skip
+def test_a_beginning_that_cannot_be_told_is_refused(bpe_folder, tmp_path, fields, told):
+    with pytest.raises(ValueError, match=f"tokenizer_config.json: {told}"):
+        load_tokenizer(settings(copied(bpe_folder, tmp_path, FILES[:1]), **fields))
+
+
+@pytest.mark.parametrize("adds, start", [(None, (1,)), (True, (1,)), (False, ())])
+def test_a_gguf_file_says_whether_texts_begin_with_bos(tmp_path, adds, start):
+    assert load_tokenizer(write_sentencepiece_base(tmp_path / "a.gguf", ggml__add_bos_token=adds)).start == start
+
+
+def test_a_token_behind_each_text_is_no_beginning_and_templates_know_the_one_before(tmp_path):
+    path = write_sentencepiece_base(
+        tmp_path / "a.gguf", ggml__add_bos_token=False, ggml__add_eos_token=True, chat_template="{{ bos_token }}x"
+    )
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.start == ()
+    assert tokenizer.template.render([]) == "<s>x"
+
+
+def test_a_beginning_is_never_put_there_twice(pieces):
+    once = pieces.begun(pieces.encode("cap"))
+    assert named(pieces, once) == "<s> ▁cap" and once.dtype == np.int64
+    assert pieces.begun(once).tolist() == pieces.begun(pieces.encode("<s>cap")).tolist() == once.tolist()
+
+
+def test_a_conversation_begins_as_its_template_has_it(tmp_path):
+    for number, (opening, n) in enumerate([("{{ bos_token }}", 1), ("", 0)]):
+        path = write_sentencepiece_base(
+            tmp_path / f"{number}.gguf", chat_template=opening + "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+        )
+        ids = load_tokenizer(path).encode_chat([{"role": "user", "content": "cap"}])
+        assert ids.tolist().count(1) == n
