@@ -72,7 +72,7 @@ class Tokenizer:
         return np.concatenate([np.array(self.start, np.int64), ids])
 
     def encode_pair(self, prompt, answer, prompt_is_typed=False):
-        """(ids (N,), ids (M,)) of a prompt, with `start` in front, and of an answer that continues it.
+        """(ids (N,) of a prompt, with `start` in front; ids (M,) of an answer that continues it).
 
         The prompt's are those that a model is given when it is asked, so no token reaches over the
         end of it. Some tokenizers put a space before a text: none comes before the answer. With

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from gguf_files import write_sentencepiece_base
 from program import GOLDEN, PAIRS, TEXT, everything, finish, start
 from strategies import bits, small_gpt, small_llama, trained_adapter
 
@@ -282,6 +283,60 @@ def test_generate_speaks_gpt2s_tokens(bpe_folder, run, tmp_path):
     assert code == 0 and out.startswith("😀 the dog") and err == ""
     code, out, err = run("generate", "--base", tmp_path / "base", "--prompt", "\udcff", "--max-new-tokens", 3)
     assert (code, out) == (1, "") and err == "minilora: the prompt is not UTF-8: character 1 is '\\udcff'\n"
+
+
+# A base whose tokenizer begins each text with a token, and puts a space before it.
+
+
+@pytest.fixture
+def pieces(tmp_path):
+    return write_sentencepiece_base(tmp_path / "pieces.gguf")
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_generate_keeps_the_space_before_the_first_word_that_is_written(pieces, run, monkeypatch, samples):
+    tokenizer = load_tokenizer(pieces)
+    read = []
+
+    def spoken(model, ids, n, **how):
+        read.append(ids)
+        for token in tokenizer.encode("of me"):
+            yield np.full(samples, token)
+
+    monkeypatch.setattr(generation, "generate_tokens", spoken)
+    code, out, _ = run("generate", "--base", pieces, "--prompt", "cap", "--num-samples", samples, "--temperature", 1)
+    assert code == 0 and out.count("cap of me\n") == samples and "capof" not in out
+    [ids] = read
+    assert ids.tolist() == [[1, *tokenizer.encode("cap")]] * samples
+
+
+def test_of_a_prompt_that_is_cut_what_texts_begin_with_stays_in_front(pieces, run, monkeypatch):
+    tokenizer = load_tokenizer(pieces)
+    read = []
+
+    def spoken(model, ids, n, **how):
+        read.append(ids)
+        yield tokenizer.encode("of")
+
+    monkeypatch.setattr(generation, "generate_tokens", spoken)
+    prompt = "cap" + " of" * 300
+    ask = ["generate", "--base", pieces, "--max-new-tokens", 56, "--prompt"]
+    code, _, err = run(*ask, prompt)
+    assert code == 1 and "the prompt has 302 tokens: with 56 new ones they outgrow the model's context of 256" in err
+    code, out, err = run(*ask, prompt, "--cut-prompt")
+    assert (code, out) == (0, prompt + " of\n")
+    assert "of the 302 tokens of the prompt the model reads the last 199" in err
+    [[ids]] = read
+    assert ids.tolist() == [1, *tokenizer.encode("of" + " of" * 198)]
+    # One token more than fits.
+    assert run(*ask, "of" + " of" * 198)[0] == 0
+    code, _, err = run(*ask, "of" + " of" * 199)
+    assert code == 1 and "has 201 tokens" in err
+
+
+def test_an_empty_prompt_is_empty_whatever_texts_begin_with(pieces, run):
+    code, _, err = run("generate", "--base", pieces, "--prompt", "")
+    assert code == 1 and "the prompt is empty" in err
 
 
 # A base in few bits.

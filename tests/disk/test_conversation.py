@@ -255,7 +255,8 @@ def test_an_answer_that_is_cut_off_its_prompt_has_no_space_but_its_own(tmp_path)
 def test_an_answer_after_a_control_token_has_the_ids_that_it_has_in_the_whole(tmp_path):
     tokenizer = of_pieces(tmp_path / "a.gguf", "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
                           "{% if add_generation_prompt %}<s>{% endif %}")  # fmt: skip
-    ids, is_answer = tokenizer.encode_answers([{"role": "me", "content": "cap"}, {"role": "assistant", "content": "of"}])
+    messages = [{"role": "me", "content": "cap"}, {"role": "assistant", "content": "of"}]
+    ids, is_answer = tokenizer.encode_answers(messages)
     assert ids[is_answer].tolist() == [tokenizer.encode("of")[0], tokenizer.end]
 
 

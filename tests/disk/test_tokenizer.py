@@ -631,9 +631,8 @@ def test_a_beginning_is_never_put_there_twice(pieces):
 
 
 def test_a_conversation_begins_as_its_template_has_it(tmp_path):
+    turns = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     for number, (opening, n) in enumerate([("{{ bos_token }}", 1), ("", 0)]):
-        path = write_sentencepiece_base(
-            tmp_path / f"{number}.gguf", chat_template=opening + "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-        )
+        path = write_sentencepiece_base(tmp_path / f"{number}.gguf", chat_template=opening + turns)
         ids = load_tokenizer(path).encode_chat([{"role": "user", "content": "cap"}])
         assert ids.tolist().count(1) == n

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from gguf_files import write_sentencepiece_base
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -134,7 +135,7 @@ def test_a_character_unknown_in_a_row_is_named_with_its_line(tmp_path):
 
 def test_half_a_character_is_refused_with_its_line(bpe_folder, tmp_path):
     path = txt(tmp_path / "a.jsonl", '{"prompt": "a", "answer": "\\ud800"}')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: the tokenizer does not take"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: the tokenizer of .* does not take '.ud800'"):
         load_data(path, load_tokenizer(bpe_folder), 16)
 
 
@@ -144,14 +145,25 @@ def test_a_line_that_is_no_pair_is_refused_with_its_number(tmp_path):
 
 
 def test_a_length_for_rows_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"length 8 is for \.txt files"):
+    with pytest.raises(ValueError, match=r"length 8 is for \.txt files; a row of .*a\.jsonl is as long as it is$"):
         load_data(jsonl(tmp_path / "a.jsonl", [("a", "b")]), CHARACTERS, 64, 8)
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.json", "a", "a.TXT"])
 def test_another_kind_of_file_is_refused_with_the_two_that_are_taken(tmp_path, name):
-    with pytest.raises(ValueError, match=r"a \.txt file, UTF-8, or a \.jsonl file of prompts and answers"):
+    with pytest.raises(ValueError, match=r"a \.txt file, UTF-8, or a \.jsonl file, one row on each line") as refusal:
         load_data(txt(tmp_path / name), CHARACTERS, 16)
+    assert ("JSON array one object a line" in str(refusal.value)) == (name == "a.json")
+
+
+@pytest.mark.parametrize("too_long, told", [
+    ("cut", r"too_long 'cut' is for \.jsonl files; .*a\.txt is learned in windows"),
+    ("drop", r"too_long 'drop' is for \.jsonl"),
+    ("shorten", "too_long must be cut or drop, or None"),
+])  # fmt: skip
+def test_a_way_to_treat_long_rows_is_refused_for_a_text(tmp_path, too_long, told):
+    with pytest.raises(ValueError, match=told):
+        load_data(txt(tmp_path / "a.txt"), CHARACTERS, 16, too_long=too_long)
 
 
 @pytest.mark.parametrize("name", ["none.txt", "none.jsonl"])
@@ -248,8 +260,10 @@ def test_a_template_that_refuses_a_row_is_told_with_its_line(bpe_folder, tmp_pat
     refusing = "{{ raise_exception('no system') if messages[0].role == 'system' }}"
     chat = chat_folder(bpe_folder, tmp_path, refusing + CHATML)
     good, bad = ([{"role": role, "content": "a"}, {"role": "assistant", "content": "b"}] for role in ("user", "system"))
-    with pytest.raises(ValueError, match=r"a.jsonl, line 2: .*chat_template.jinja: the chat template fails: no system"):
+    with pytest.raises(ValueError) as refusal:
         loaded(tmp_path, chat, {"messages": good}, {"messages": bad})
+    told = f"{tmp_path}/a.jsonl, line 2: {tmp_path}/chat_template.jinja: the chat template fails: no system"
+    assert str(refusal.value).replace("\\", "/") == told.replace("\\", "/")
 
 
 def test_a_template_that_changes_what_it_wrote_is_refused_with_the_line(bpe_folder, tmp_path):
@@ -320,6 +334,58 @@ def test_answers_that_end_with_no_end_are_told(bpe_folder, tmp_path):
 def test_other_keys_are_told(chat, tmp_path):
     _, [said] = loaded(tmp_path, chat, {"prompt": "a", "answer": "b", "id": 5})
     assert said.endswith("ignored, and not learned: id")
+
+
+# Tokenizers that begin each text with a token, and put a space before it.
+
+
+@pytest.fixture
+def pieces(tmp_path):
+    return load_tokenizer(write_sentencepiece_base(tmp_path / "a.gguf"))
+
+
+START = 1
+
+
+def test_a_prompt_begins_as_texts_do_and_its_answer_goes_on(pieces, tmp_path):
+    pairs = [("cap", " of"), ("ca", "p of")]
+    data = load_data(jsonl(tmp_path / "a.jsonl", pairs), pieces, 64)
+    for row, (prompt, answer) in zip(data.rows, pairs, strict=True):
+        prompt_ids = [START, *pieces.encode(prompt)]
+        assert row.ids[: len(prompt_ids)].tolist() == prompt_ids
+        assert np.flatnonzero(row.has_loss).tolist() == list(range(len(prompt_ids), len(row.ids)))
+        assert pieces.decode(row.ids) == f"<s> {prompt}{answer}</s>"
+
+
+def test_an_instruction_in_alpacas_words_begins_as_texts_do_and_its_answer_goes_on(pieces, tmp_path):
+    data, _ = loaded(tmp_path, pieces, *INSTRUCTIONS, context=2000)
+    for row, text in zip(data.rows, ["### Response:\n3</s>", "### Response:\nla</s>"], strict=True):
+        assert row.ids.tolist().count(START) == 1 and row.ids[0] == START
+        assert pieces.decode(row.ids).endswith(text)
+
+
+def test_of_a_text_all_but_what_every_text_begins_with_is_learned(pieces, tmp_path):
+    data, _ = loaded(tmp_path, pieces, {"text": "cap of"}, {"text": "<s>cap"})
+    assert [row.ids[0] for row in data.rows] == [START, START]
+    assert [row.has_loss.tolist() for row in data.rows] == [[False, True, True, True], [False, True, True]]
+    assert data.rows[0].ids[1:-1].tolist() == pieces.encode("cap of").tolist()
+
+
+def test_a_document_begins_as_texts_do_once(pieces, tmp_path):
+    content = "cap of me\n\ncap of me\n"
+    ids = load_data(txt(tmp_path / "a.txt", content), pieces, 4).ids
+    assert ids.tolist() == [START, *pieces.encode(content)]
+
+
+def test_a_conversation_begins_as_its_template_does(tmp_path):
+    template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    asking = "{% if add_generation_prompt %}<s>{% endif %}"
+    tokenizer = load_tokenizer(write_sentencepiece_base(tmp_path / "b.gguf", chat_template=template + asking))
+    messages = [{"role": "user", "content": "cap"}, {"role": "assistant", "content": "of"}]
+    data, _ = loaded(tmp_path, tokenizer, {"messages": messages})
+    assert data.rows[0].ids.tolist() == tokenizer.encode("<s>cap</s><s>of</s>").tolist()
+    data, _ = loaded(tmp_path, tokenizer, {"instruction": "cap", "output": "of"})
+    assert data.rows[0].ids.tolist() == tokenizer.encode("<s>cap</s><s>of</s>").tolist()
 
 
 # Rows that are too long.

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from gguf_files import write_sentencepiece_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -270,6 +271,13 @@ def test_a_folder_with_gpt2s_tokenizer_is_fine_tuned(inputs, bpe_folder, tmp_pat
     assert len(result.losses) == 4
     assert "300 tokens in the vocabulary" in report
     load_adapter(tmp_path / "out", base, say=lambda receipt: None)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_report_says_what_texts_begin_with(inputs, tmp_path, adds):
+    base = write_sentencepiece_base(tmp_path / "a.gguf", ggml__add_bos_token=adds)
+    _, report = run_and_report(config_for(inputs, tmp_path / "out", base=str(base)))
+    assert ("texts and prompts begin with '<s>', which the base's tokenizer puts there" in report) == adds
 
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
