@@ -219,18 +219,17 @@ def rotary(x, cos, sin, n_head):
         raise TypeError(
             f"rotary: x is {x.dtype}, cos {cos.dtype}, sin {sin.dtype}; make the angles as x is"
         )
-    # (T, D/2) -> (T, 1, D/2): every head turns by the same angles.
-    cos = cos[..., None, :]
-    sin = sin[..., None, :]
+    # Both halves of a head have the same angles, and all heads do: (T, D/2) -> (T, 1, D).
+    # first' = first cos - second sin, second' = second cos + first sin: hence the minus.
+    cos = xp.concatenate([cos, cos], axis=-1)[..., None, :]
+    sin = xp.concatenate([-sin, sin], axis=-1)[..., None, :]
 
-    def turn(a, sin):
+    def turn(a, signed_sin):
+        heads = a.reshape(B, T, n_head, D)
+        # The partner of each channel: the halves in the other order.
         halves = a.reshape(B, T, n_head, 2, D // 2)
-        first = halves[:, :, :, 0]
-        second = halves[:, :, :, 1]
-        turned = xp.empty_like(halves)
-        turned[:, :, :, 0] = first * cos - second * sin
-        turned[:, :, :, 1] = second * cos + first * sin
-        return turned.reshape(B, T, C)
+        partner = halves[:, :, :, ::-1].reshape(B, T, n_head, D)
+        return (heads * cos + partner * signed_sin).reshape(B, T, C)
 
     # The gradient is turned back by the opposite angle.
     return record(turn(x.data, sin), (x, lambda dy: turn(dy, -sin)))
