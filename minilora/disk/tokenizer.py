@@ -125,8 +125,10 @@ def load_tokenizer(base):
     A model of minilora's with 96 tokens and none of these files knows the characters of
     `characters.py`. No token is added to a text by encoding it.
 
-    `start` is what the tokenizer's own post-processor puts before a text, as in transformers, or by
-    `add_bos_token` of `tokenizer_config.json`, where that is stated, its `bos_token` or nothing.
+    `start` is what transformers puts before a text: what the post-processor in `tokenizer.json`
+    does, whatever `add_bos_token` says beside it; without that file the `bos_token` of
+    `tokenizer_config.json`, or GPT-2's, if its `add_bos_token` is true.
+
     `ends` are, each once and in this order: the `eos_token` of `tokenizer_config.json`, the
     `eos_token_id` of `config.json` and that of `generation_config.json`, one or a list; if these
     say nothing, `<|endoftext|>`; at last the token that the chat template ends a turn with.
@@ -153,7 +155,9 @@ def load_tokenizer(base):
     vocabulary = Vocabulary(bpe, [*specials.values(), END], base)
     _check_vocabulary(base, vocabulary.size, fields.get("vocab_size"))
     ends = _ends(base, vocabulary, settings, fields)
-    start = _start(base / SETTINGS, vocabulary, settings)
+    start = vocabulary.start
+    if ONE_FILE not in files:
+        start = _stated_start(base / SETTINGS, vocabulary, settings)
     return _tokenizer(vocabulary, ends, read_template(base), start)
 
 
@@ -251,16 +255,13 @@ def _ends(folder, vocabulary, settings, fields):
     return ends
 
 
-def _start(path, vocabulary, settings):
-    """The ids that a text begins with, as `settings`, those of the file `path`, or else its
-    post-processor have it."""
+def _stated_start(path, vocabulary, settings):
+    """The ids that a text begins with by `settings`, those of the file `path`."""
     adds_bos = settings.get("add_bos_token")
-    if adds_bos is None:
-        return vocabulary.start
-    if not isinstance(adds_bos, bool):
+    if not isinstance(adds_bos, (bool, type(None))):
         raise ValueError(f"{path}: add_bos_token must be true or false, got {adds_bos!r:.50}")
-    bos = special_texts(settings).get("bos_token")
-    # Without a bos_token transformers adds none either.
+    bos = special_texts({"bos_token": END, **settings}).get("bos_token")
+    # Where bos_token is null transformers adds none either.
     if not adds_bos or bos is None:
         return ()
     return (_named_token(path, vocabulary, "bos_token", bos),)

@@ -581,24 +581,28 @@ def test_a_text_begins_with_what_the_post_processor_puts_before_it(bpe_folder, t
     assert tokenizer.decode(tokenizer.encode("The")) == "The"
 
 
-@pytest.mark.parametrize("single", ["$A", f"{END} $A"])
-@pytest.mark.parametrize("fields, start", [
-    ({}, None),
-    ({"bos_token": "T"}, None),
-    ({"add_bos_token": None, "bos_token": "T"}, None),
-    ({"add_bos_token": False, "bos_token": "T"}, ()),
-    ({"add_bos_token": True, "bos_token": "T"}, "T"),
-    ({"add_bos_token": True, "bos_token": {"content": "T"}}, "T"),
-    ({"add_bos_token": True}, ()),
-    ({"add_bos_token": True, "bos_token": None}, ()),
+@pytest.mark.parametrize("single, start", [("$A", ()), (f"{END} $A", (0,))])
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_post_processor_of_a_tokenizer_decides_whatever_is_said_beside_it(bpe_folder, tmp_path, single, start, adds):
+    """As in transformers, which passes over add_bos_token where there is a tokenizer.json."""
+    folder = with_processor(bpe_folder, tmp_path, template_of(single, (END,) if start else ()))
+    assert load_tokenizer(settings(folder, add_bos_token=adds, bos_token="T")).start == start
+
+
+@pytest.mark.parametrize("fields, begins", [
+    ({}, False),
+    ({"bos_token": "T"}, False),
+    ({"add_bos_token": False, "bos_token": "T"}, False),
+    ({"add_bos_token": None, "bos_token": "T"}, False),
+    ({"add_bos_token": True, "bos_token": "T"}, True),
+    ({"add_bos_token": True, "bos_token": {"content": "T"}}, True),
+    ({"add_bos_token": True, "bos_token": None}, False),
 ])  # fmt: skip
-def test_what_the_settings_say_of_the_beginning_holds(bpe_folder, tmp_path, single, fields, start):
-    texts = (END,) if END in single else ()
-    folder = settings(with_processor(bpe_folder, tmp_path, template_of(single, texts)), **fields)
-    tokenizer = load_tokenizer(folder)
-    if start is None:
-        start = (0,) if texts else ()
-    assert tokenizer.start == (tuple(tokenizer.encode("T")) if start == "T" else start)
+def test_without_a_post_processor_the_settings_say_what_a_text_begins_with(bpe_folder, tmp_path, fields, begins):
+    tokenizer = load_tokenizer(settings(copied(bpe_folder, tmp_path, FILES[1:]), **fields))
+    assert tokenizer.start == (tuple(tokenizer.encode("T")) if begins else ())
+    settings(tmp_path, add_bos_token=True)
+    assert load_tokenizer(tmp_path).start == (0,)
 
 
 @pytest.mark.parametrize("fields, told", [
@@ -607,7 +611,7 @@ def test_what_the_settings_say_of_the_beginning_holds(bpe_folder, tmp_path, sing
 ])  # fmt: skip
 def test_a_beginning_that_cannot_be_told_is_refused(bpe_folder, tmp_path, fields, told):
     with pytest.raises(ValueError, match=f"tokenizer_config.json: {told}"):
-        load_tokenizer(settings(copied(bpe_folder, tmp_path, FILES[:1]), **fields))
+        load_tokenizer(settings(copied(bpe_folder, tmp_path, FILES[1:]), **fields))
 
 
 @pytest.mark.parametrize("adds, start", [(None, (1,)), (True, (1,)), (False, ())])

@@ -1,10 +1,21 @@
 """GGUF files as transformers imports them, asked live: the same tensors to the bit, the same ids, the same fields."""
 
+import json
+
 import numpy as np
 import pytest
-from gguf_files import byte_level_settings, permuted, sentencepiece_settings, settings_of, write_gguf
+from gguf_files import (
+    byte_level_settings,
+    permuted,
+    sentencepiece_settings,
+    settings_of,
+    write_gguf,
+    write_sentencepiece_base,
+)
 
-from minilora.disk.gguf import gguf_tokenizer, load_gguf
+from minilora.disk.gguf import gguf_fields, gguf_tokenizer, load_gguf
+from minilora.disk.gguf_companions import gguf_companions
+from minilora.disk.tokenizer import load_tokenizer
 
 WHY = "not here, so nothing is compared live: pip install -e '.[peers]'"
 torch = pytest.importorskip("torch", reason=WHY, exc_type=ImportError)
@@ -82,3 +93,18 @@ def test_texts_become_the_ids_that_transformers_import_gives(kind, text, tmp_pat
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     ours = gguf_tokenizer(tmp_path / "model.gguf")[0]
     assert ours.encode(text, add_special_tokens=False).ids == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("beside", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
+@pytest.mark.parametrize("adds", [True, False])
+def test_texts_begin_as_in_transformers(tmp_path, adds, beside):
+    path = write_sentencepiece_base(tmp_path / "a.gguf", ggml__add_bos_token=adds)
+    for name, content in gguf_companions(path).items():
+        (tmp_path / name).write_bytes(content)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | beside))
+    (tmp_path / "config.json").write_text(json.dumps(gguf_fields(path)))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("cap of", " of", "ca p", "x\n y"):
+        for ours in (load_tokenizer(path), load_tokenizer(tmp_path)):
+            assert ours.begun(ours.encode(text)).tolist() == theirs(text)["input_ids"]
