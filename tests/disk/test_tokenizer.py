@@ -583,7 +583,7 @@ def test_a_text_begins_with_what_the_post_processor_puts_before_it(bpe_folder, t
 
 @pytest.mark.parametrize("single, start", [("$A", ()), (f"{END} $A", (0,))])
 @pytest.mark.parametrize("adds", [True, False])
-def test_the_post_processor_of_a_tokenizer_decides_whatever_is_said_beside_it(bpe_folder, tmp_path, single, start, adds):
+def test_the_post_processor_decides_whatever_is_said_beside_it(bpe_folder, tmp_path, single, start, adds):
     """As in transformers, which passes over add_bos_token where there is a tokenizer.json."""
     folder = with_processor(bpe_folder, tmp_path, template_of(single, (END,) if start else ()))
     assert load_tokenizer(settings(folder, add_bos_token=adds, bos_token="T")).start == start
