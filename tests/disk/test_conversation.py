@@ -250,6 +250,8 @@ def test_an_answer_that_is_cut_off_its_prompt_has_no_space_but_its_own(tmp_path)
         written = tokenizer.stream(after=ids[:start])
         assert "".join(map(written.push, ids[start:])) + written.finish() == content + "\n"
         assert tokenizer.decode(ids) == tokenizer.template.render(messages)
+        # What was typed is text on both sides of the cut.
+        assert tokenizer.end not in ids
 
 
 def test_an_answer_after_a_control_token_has_the_ids_that_it_has_in_the_whole(tmp_path):

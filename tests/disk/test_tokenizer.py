@@ -489,6 +489,8 @@ def test_byte_level_prompts_and_answers_are_encoded_apart(bpe_folder, prompt, an
     bpe = load_tokenizer(bpe_folder)
     prompt_ids, answer_ids = bpe.encode_pair(prompt, answer)
     assert prompt_ids.tolist() == bpe.encode(prompt).tolist() and answer_ids.tolist() == bpe.encode(answer).tolist()
+    # In the whole, 't would be a part of its own.
+    assert bpe.encode_pair("'", "the")[1].tolist() == bpe.encode("the").tolist()
     typed, _ = bpe.encode_pair(prompt, answer, prompt_is_typed=True)
     assert typed.tolist() == bpe.encode_text(prompt).tolist()
 
@@ -530,11 +532,14 @@ def test_no_mark_of_a_words_beginning_comes_before_an_answer(scheme):
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
-    bpe = tokenizers.Tokenizer(models.BPE({"▁": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")]))
+    vocab = {"▁": 0, "a": 1, "b": 2, "ab": 3, "c": 4, "bc": 5, "?": 6}
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, [("b", "c"), ("a", "b")], unk_token="?", fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     vocabulary = Vocabulary(bpe, [], "t.json")
     assert vocabulary.encode("b").tolist() == [0, 2]
-    for prompt, answer, ids in (("a", "b", [2]), ("b", "b", [2]), ("a", " b", [0, 2])):
+    # In the whole, "bc" would take a part of the prompt, and one unknown token would stand for both é.
+    cases = [("a", "b", [2]), ("b", "b", [2]), ("a", " b", [0, 2]), ("ab", "c", [4]), ("aé", "éb", [6, 2])]
+    for prompt, answer, ids in cases:
         assert vocabulary.encode_answer(prompt, vocabulary.encode(prompt), answer).tolist() == ids
 
 
