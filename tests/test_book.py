@@ -21,8 +21,9 @@ FLOORS = {
              "llama", "lora_config", "fits", "lora", "generate", "compose", "count"],
     "disk": ["characters", "checks", "lfs", "tensor_file", "folder", "family", "gpt2", "rotary_fields", "llama", "own",
              "bases", "gguf_file", "gguf_fields", "gguf_vocabulary", "gguf", "gguf_companions", "base_files", "models",
-             "c_attn", "peft_config", "adapter_file", "peft", "loaders", "rounding", "template_sandbox",
-             "chat_template", "vocabulary", "conversation", "token_stream", "tokenizer", "quantized"],
+             "c_attn", "peft_config", "adapter_file", "peft", "loaders", "rounding", "template_sizes",
+             "template_sandbox", "chat_template", "vocabulary", "conversation", "token_stream", "tokenizer",
+             "quantized"],
     "training": ["corpus", "batches", "text_files", "datasets", "parts", "threads", "loop", "checkpoint", "progress",
                  "finetune_config", "finetune"],
     "cli": ["ctrl_c", "messages", "parser", "keyboard", "folders", "questions", "text_stream", "generation",
@@ -36,6 +37,7 @@ STRANGERS = {("gpt", "lora"), ("lora", "gpt"), ("lora", "llama"), ("llama", "gpt
 GUESTS = {"disk.tensor_file": {"safetensors", "ml_dtypes"}, "disk.tokenizer": {"tokenizers"}, "disk.rounding": {"tqdm"},
           "disk.gguf_file": {"gguf"}, "disk.gguf": {"gguf"}, "disk.gguf_vocabulary": {"tokenizers"},
           "disk.vocabulary": {"tokenizers"}, "disk.template_sandbox": {"jinja2"},
+          "disk.template_sizes": {"jinja2"},
           "training.datasets": {"tqdm"}, "training.loop": {"tqdm"}, "training.threads": {"threadpoolctl"},
           "cli.commands": {"tqdm"}, "cli.generation": {"tqdm"}, "disk.quantized": {"tqdm"}}  # fmt: skip
 

@@ -10,6 +10,13 @@ from .checks import json_object
 
 TEMPLATE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
+# Where the special tokens stand in older folders.
+MAP = "special_tokens_map.json"
+# The special tokens that every tokenizer of transformers may have. A field that ends alike may hold
+# something else: `add_bos_token` is true or false.
+SPECIAL = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
 # The template of several that is meant for conversations without tools.
 DEFAULT = "default"
 # A block whose contents the assistant wrote, and what stands around them while it is rendered:
@@ -97,8 +104,7 @@ def read_template(folder):
     Raises: ValueError that names the file, for one that is no template, or no UTF-8.
     """
     folder = Path(folder)
-    settings = read_settings(folder)
-    specials = special_texts(settings)
+    specials = read_special_texts(folder)
     path = folder / TEMPLATE
     if path.exists():
         try:
@@ -107,7 +113,7 @@ def read_template(folder):
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from None
         return ChatTemplate(text, specials, path)
-    stated = settings.get("chat_template")
+    stated = read_settings(folder).get("chat_template")
     if stated is None:
         return None
     where = folder / SETTINGS
@@ -119,12 +125,11 @@ def _default_of(stated, where):
     if isinstance(stated, list):
         named = {}
         for item in stated:
-            if isinstance(item, dict):
-                named[item.get("name")] = item.get("template")
+            if isinstance(item, dict) and isinstance(item.get("name"), str):
+                named[item["name"]] = item.get("template")
         if DEFAULT not in named:
             raise ValueError(
-                f"{where}: chat_template holds {sorted(map(str, named))}; one must be named "
-                f'"{DEFAULT}"'
+                f'{where}: chat_template holds {sorted(named)}; one must be named "{DEFAULT}"'
             )
         stated = named[DEFAULT]
     if not isinstance(stated, str):
@@ -136,21 +141,50 @@ def _default_of(stated, where):
 
 def read_settings(folder):
     """What `tokenizer_config.json` says, a dict; empty if there is no such file."""
-    path = Path(folder) / SETTINGS
+    return _read_object(Path(folder) / SETTINGS)
+
+
+def read_special_texts(folder):
+    """{"eos_token": "<|im_end|>", ...}: the special tokens that the files of a tokenizer name.
+
+    Those of `tokenizer_config.json`; and those of `special_tokens_map.json` of which the former
+    says nothing.
+    Raises: ValueError that names the file, as `special_texts`.
+    """
+    settings = read_settings(folder)
+    path = Path(folder) / MAP
+    in_map = special_texts(_read_object(path), path)
+    texts = {name: text for name, text in in_map.items() if name not in settings}
+    return {**texts, **special_texts(settings, Path(folder) / SETTINGS)}
+
+
+def _read_object(path):
     if not path.exists():
         return {}
     return json_object(path, path.read_bytes())
 
 
-def special_texts(settings):
-    """{"eos_token": "<|im_end|>", ...}: the special tokens that `tokenizer_config.json` names."""
+def special_texts(settings, where):
+    """The special tokens among `settings`, the fields of the file `where`: {name: text}.
+
+    Raises: ValueError for one of SPECIAL that is no text, nor an object with a content, nor null.
+    """
     texts = {}
     for name, value in settings.items():
         if not name.endswith("_token"):
             continue
         # A token with its flags is an object.
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            texts[name] = value
+        text = value.get("content") if isinstance(value, dict) else value
+        if _is_unicode(text):
+            texts[name] = text
+        elif name in SPECIAL and value is not None:
+            raise ValueError(
+                f"{where}: {name} must be the text of a token, or an object with its content, got "
+                f"{value!r:.80}"
+            )
     return texts
+
+
+def _is_unicode(text):
+    """Is it a text, and no half of a pair of surrogates in it?"""
+    return isinstance(text, str) and not re.search("[\ud800-\udfff]", text)

@@ -7,36 +7,51 @@ each filter is a step, and there are limits to the steps and to how large anythi
 
 import json
 import math
-import re
 import time
+from collections.abc import Iterator
 from datetime import datetime
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
+
+from .template_sizes import (
+    TEXTS,
+    WIDTH_OF_PERCENT,
+    check_bits,
+    check_format,
+    check_growth,
+    check_product,
+    check_size,
+    joined,
+    listed,
+    weighed,
+    weighed_items,
+    weight,
+)
 
 # What a rendering may take. A conversation of a thousand messages takes some thousand steps, and a
 # hundredth of a second. The seconds are for what the steps do not weigh.
 MOST_STEPS = 300_000
 MOST_SECONDS = 5
-# The most characters and items that anything may have which a template makes, with all within it.
-LARGEST = 2_000_000
-# The largest whole number that a filter or a method may be given: a width, a number of copies.
-LARGEST_ARGUMENT = 100_000
-# Integers stay below this many bits.
-MOST_BITS = 4096
+# The widest step that JSON is indented by.
+WIDEST_INDENT = 16
 
 # The names under which the steps and sizes below stand in the syntax tree: no template can
 # write them, because they are no words of jinja2's.
 COUNTED = "counted turns"
 JOINED = "joined texts"
 WEIGHED = "weighed items"
-# Filters that draw random numbers, though a conversation has one text; and filters for web pages,
-# some of whose searches take a time that grows with the square of a text.
-LEFT_OUT = ("random", "striptags", "urlize", "wordwrap", "xmlattr")
+# Filters that draw random numbers, though a conversation has one text; filters for web pages, some
+# of whose searches take a time that grows with the square of a text; and one for debugging, which
+# indents without a limit.
+LEFT_OUT = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
+# Filters that ask something of each item, and may return none of them.
+SEARCHING = ("map", "reject", "rejectattr", "select", "selectattr")
+# What the options of a filter are called, in their order, where the order matters below.
+OPTIONS = {"join": ("d", "attribute"), "replace": ("old", "new", "count")}
 
 
 class Environment(ImmutableSandboxedEnvironment):
@@ -55,12 +70,12 @@ class Environment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[Generation, "jinja2.ext.loopcontrols"],
-            finalize=_weighed,
+            finalize=weighed,
         )
         self.marks = marks
         self.steps = 0
         self.deadline = math.inf
-        self.concat = _joined
+        self.concat = joined
         # It draws random numbers as well.
         del self.globals["lipsum"]
         filters = {**self.filters, "tojson": _tojson}
@@ -70,8 +85,8 @@ class Environment(ImmutableSandboxedEnvironment):
             if name not in LEFT_OUT
         }
         self.filters[COUNTED] = lambda items: _Turns.of(self, items)
-        self.filters[JOINED] = lambda texts: _joined(map(str, _weighed(texts)))
-        self.filters[WEIGHED] = _weighed
+        self.filters[JOINED] = lambda texts: joined(map(str, weighed(texts)))
+        self.filters[WEIGHED] = weighed
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 
@@ -83,7 +98,7 @@ class Environment(ImmutableSandboxedEnvironment):
         self.steps = 0
         self.deadline = time.monotonic() + MOST_SECONDS
         context = template.new_context(variables)
-        return _joined(template.root_render_func(context))
+        return joined(template.root_render_func(context))
 
     def step(self, n=1):
         """Count `n` steps. Raises: TemplateError beyond the limit."""
@@ -102,42 +117,67 @@ class Environment(ImmutableSandboxedEnvironment):
         self.step()
         # The sandbox wraps `format`.
         method = getattr(function, "__wrapped__", function)
-        values = [*arguments, *options.values()]
+        # What begins with an underscore is jinja2's: the variables of the loop around the call.
+        named = [value for name, value in options.items() if not name.startswith("_")]
+        values = [*arguments, *named]
         text = getattr(method, "__self__", None)
-        if isinstance(text, str):
-            values = [text, *values]
-        _check_growth(method, values)
-        return _weighed(super().call(context, function, *arguments, **options))
+        if isinstance(text, TEXTS):
+            # How many items a method is given is asked before it is called.
+            arguments = [listed(value) for value in arguments]
+            values = [text, *arguments, *named]
+        check_growth(method, values)
+        return weighed(super().call(context, function, *arguments, **options))
 
     def call_binop(self, context, operator, left, right):
         """The operators that can make something large."""
         if operator == "*":
-            _check_product(left, right)
+            check_product(left, right)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _check_bits(left.bit_length() * max(right, 1))
-        elif operator == "%" and isinstance(left, str):
-            _check_format(left, right)
+            check_bits(left.bit_length() * max(right, 1))
+        elif operator == "%" and isinstance(left, TEXTS):
+            check_format(left, right, WIDTH_OF_PERCENT)
         elif operator == "+":
-            _check_size(_weight(left) + _weight(right))
-        return _weighed(super().call_binop(context, operator, left, right))
+            check_size(weight(left) + weight(right))
+        return weighed(super().call_binop(context, operator, left, right))
 
     def _limited(self, name, function):
         """A filter whose calls are steps, and whose results stay within the limits."""
 
+        # The environment, or the context, may come first.
+        first = 0 if getattr(function, "jinja_pass_arg", None) is None else 1
+
         def limited(*arguments, **options):
             self.step()
-            values = [*arguments, *options.values()]
-            if getattr(function, "jinja_pass_arg", None) is not None:
-                # The environment, or the context, comes first.
-                values = values[1:]
-            _check_growth(name, values)
-            return _weighed(function(*arguments, **options))
+            arguments = list(arguments)
+            if name == "join":
+                arguments[first] = listed(arguments[first])
+            elif name in SEARCHING:
+                arguments[first] = self._timed(arguments[first])
+            order = OPTIONS.get(name, options)
+            named = [options[option] for option in order if option in options]
+            check_growth(name, arguments[first:] + named)
+            result = function(*arguments, **options)
+            if isinstance(result, Iterator):
+                return weighed_items(result)
+            return weighed(result)
 
         # How jinja2 knows what else to hand to a filter.
         for attribute in ("jinja_pass_arg", "jinja_async_variant"):
             if hasattr(function, attribute):
                 setattr(limited, attribute, getattr(function, attribute))
         return limited
+
+    def _timed(self, items):
+        """`items`, with a look at the clock before each, if there are any to go through."""
+        if isinstance(items, jinja2.Undefined) or not hasattr(items, "__iter__"):
+            # The filter says what is wrong with it.
+            return items
+        return self._timed_items(items)
+
+    def _timed_items(self, items):
+        for item in items:
+            self.step(0)
+            yield item
 
 
 class _Turns:
@@ -219,100 +259,20 @@ class _UnderLimits(NodeTransformer):
         return filtered.set_lineno(node.lineno).set_environment(self.environment)
 
 
-def _joined(texts):
-    """The joined `texts`. Raises: TemplateError if they are too large together."""
-    parts = []
-    size = 0
-    for text in texts:
-        size += len(text)
-        _check_size(size)
-        parts.append(text)
-    return "".join(parts)
-
-
-def _weight(value):
-    """The characters and items of `value`, with all within it, counted as often as they come."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Namespace):
-        value = value._Namespace__attrs
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if not isinstance(value, (list, tuple)):
-        return 1
-    weight = 1
-    for item in value:
-        weight += _weight(item)
-        _check_size(weight)
-    return weight
-
-
-def _weighed(value):
-    """`value`, if it is not too large."""
-    _check_size(_weight(value))
-    return value
-
-
-def _check_size(size):
-    if size > LARGEST:
-        raise jinja2.TemplateError(
-            f"it makes something of {size:,} characters or items; the limit is {LARGEST:,}"
-        )
-
-
-def _check_bits(bits):
-    if bits > MOST_BITS:
-        raise jinja2.TemplateError(f"it computes a number of about {bits:,} bits")
-
-
-def _check_product(left, right):
-    if isinstance(left, int) and isinstance(right, int):
-        _check_bits(left.bit_length() + right.bit_length())
-    elif isinstance(right, int):
-        _check_size(_weight(left) * right)
-    elif isinstance(left, int):
-        _check_size(_weight(right) * left)
-
-
-def _check_growth(function, values):
-    """Refuse what a filter or a method of texts would make far larger than it is given."""
-    name = getattr(function, "__name__", function)
-    for value in values:
-        if isinstance(value, int) and abs(value) > LARGEST_ARGUMENT:
-            raise jinja2.TemplateError(f"it calls something with more than {LARGEST_ARGUMENT:,}")
-    weights = [_weight(value) for value in values]
-    texts = [value for value in values if isinstance(value, str)]
-    if name in ("format", "format_map") and texts:
-        _check_format(texts[0], values[1:])
-    elif name == "replace" and len(texts) > 2:
-        _check_size(len(texts[0]) + (texts[0].count(texts[1]) + 1) * len(texts[2]))
-    elif name == "join" and len(values) > 1:
-        items = max((len(value) for value in values if hasattr(value, "__len__")), default=0)
-        _check_size(sum(weights) + items * min(weights))
-    elif name in ("indent", "expandtabs", "batch", "slice"):
-        widths = [value for value in values if isinstance(value, int)]
-        _check_size(max(weights) * max(widths, default=1))
-    elif name == "translate":
-        raise jinja2.TemplateError("it calls translate")
-
-
-def _check_format(text, values):
-    """Refuse a format with a width of many digits, or a width from elsewhere."""
-    if re.search(r"\d{6}|%[^%a-zA-Z]*\*|\{[^{}]*\{", text):
-        raise jinja2.TemplateError(f"it formats with {text[:40]!r}")
-    _check_size((text.count("%") + text.count("{")) * _weight(values))
-
-
 def _raise_exception(message):
     raise jinja2.TemplateError(message)
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     """JSON without the escapes that jinja2 adds for web pages."""
-    return json.dumps(
-        value,
+    width = indent if isinstance(indent, int) else weight(indent)
+    if width > WIDEST_INDENT:
+        raise jinja2.TemplateError(f"it indents JSON by more than {WIDEST_INDENT}")
+    encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii,
         indent=indent,
         separators=separators,
         sort_keys=sort_keys,
     )
+    # Piece by piece: lines that are deep within others begin with many blanks.
+    return joined(encoder.iterencode(value))

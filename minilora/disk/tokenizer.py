@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from . import characters
-from .chat_template import SETTINGS, ChatTemplate, read_settings, read_template, special_texts
+from .base_files import is_gguf
+from .chat_template import (
+    MAP,
+    SETTINGS,
+    ChatTemplate,
+    read_settings,
+    read_special_texts,
+    read_template,
+)
 from .checks import json_object
 from .conversation import Conversations, turn_end
 from .folder import load_config
@@ -29,7 +37,8 @@ VOCABULARY = "vocab.json"
 MERGES = "merges.txt"
 ADDED = "added_tokens.json"
 GENERATION = "generation_config.json"
-GGUF = ".gguf"
+# Ids of tokens stay below this, as the library's do.
+MOST_TOKENS = 2**31
 
 
 @dataclass(frozen=True)
@@ -126,17 +135,18 @@ def load_tokenizer(base):
     `characters.py`. No token is added to a text by encoding it.
 
     `start` is what transformers puts before a text: what the post-processor in `tokenizer.json`
-    does, whatever `add_bos_token` says beside it; without that file the `bos_token` of
-    `tokenizer_config.json`, or GPT-2's, if its `add_bos_token` is true.
+    does, whatever `add_bos_token` says beside it; without that file the `bos_token`, or GPT-2's, if
+    the `add_bos_token` of `tokenizer_config.json` is true.
 
-    `ends` are, each once and in this order: the `eos_token` of `tokenizer_config.json`, the
-    `eos_token_id` of `config.json` and that of `generation_config.json`, one or a list; if these
-    say nothing, `<|endoftext|>`; at last the token that the chat template ends a turn with.
+    `ends` are, each once and in this order: the `eos_token` of `tokenizer_config.json`, or else of
+    `special_tokens_map.json`; the `eos_token_id` of `config.json` and that of
+    `generation_config.json`, one or a list; if these say nothing, `<|endoftext|>`; at last the
+    token that the chat template ends a turn with.
     Raises: FileNotFoundError that names the missing file, ValueError for files that are damaged, do
     not fit the model's vocab_size, or have no token that ends a text.
     """
     base = Path(base)
-    if base.suffix == GGUF and not base.is_dir():
+    if is_gguf(base):
         return _of_gguf(base)
     fields = load_config(base, TENSORS, CONFIG)
     files = [name for name in (ONE_FILE, VOCABULARY, MERGES) if (base / name).exists()]
@@ -150,14 +160,13 @@ def load_tokenizer(base):
             encode_text=characters.encode,
         )
     bpe = _of_folder(base, files)
-    settings = read_settings(base)
-    specials = special_texts(settings)
+    specials = read_special_texts(base)
     vocabulary = Vocabulary(bpe, [*specials.values(), END], base)
     _check_vocabulary(base, vocabulary.size, fields.get("vocab_size"))
-    ends = _ends(base, vocabulary, settings, fields)
+    ends = _ends(base, vocabulary, specials.get("eos_token"), fields)
     start = vocabulary.start
     if ONE_FILE not in files:
-        start = _stated_start(base / SETTINGS, vocabulary, settings)
+        start = _stated_start(base, vocabulary, specials.get("bos_token"))
     return _tokenizer(vocabulary, ends, read_template(base), start)
 
 
@@ -172,10 +181,12 @@ def _of_gguf(path):
     bos = gguf_fields(path)["bos_token_id"]
     if bos is not None:
         specials["bos_token"] = bpe.id_to_token(bos)
+    # As of a folder.
+    _make_control(bpe, specials.values())
     template = None
     if text is not None:
         template = ChatTemplate(text, specials, f"{path}: tokenizer.chat_template")
-    vocabulary = Vocabulary(bpe, specials.values(), path)
+    vocabulary = Vocabulary(bpe, [*specials.values(), END], path)
     return _tokenizer(vocabulary, ends, template, vocabulary.start)
 
 
@@ -233,12 +244,11 @@ def _check_vocabulary(folder, size, room):
         )
 
 
-def _ends(folder, vocabulary, settings, fields):
-    """The ids that end a text, of which the first is the tokenizer's own."""
-    own = special_texts(settings).get("eos_token")
+def _ends(folder, vocabulary, eos_token, fields):
+    """The ids that end a text, of which the first is the tokenizer's `eos_token`, if it has one."""
     ends = []
-    if own is not None:
-        ends.append(_named_token(folder / SETTINGS, vocabulary, "eos_token", own))
+    if eos_token is not None:
+        ends.append(_named_token(folder, vocabulary, "eos_token", eos_token))
     generation = folder / GENERATION
     stated = [(folder / CONFIG, fields)]
     if generation.exists():
@@ -255,21 +265,28 @@ def _ends(folder, vocabulary, settings, fields):
     return ends
 
 
-def _stated_start(path, vocabulary, settings):
-    """The ids that a text begins with by `settings`, those of the file `path`."""
+def _stated_start(folder, vocabulary, bos_token):
+    """What a text begins with by the settings in `folder`: the id of `bos_token`, or nothing."""
+    settings = read_settings(folder)
     adds_bos = settings.get("add_bos_token")
     if not isinstance(adds_bos, (bool, type(None))):
-        raise ValueError(f"{path}: add_bos_token must be true or false, got {adds_bos!r:.50}")
-    bos = special_texts({"bos_token": END, **settings}).get("bos_token")
+        raise ValueError(
+            f"{folder / SETTINGS}: add_bos_token must be true or false, got {adds_bos!r:.50}"
+        )
     # Where bos_token is null transformers adds none either.
-    if not adds_bos or bos is None:
+    if bos_token is None and "bos_token" not in settings:
+        bos_token = END
+    if not adds_bos or bos_token is None:
         return ()
-    return (_named_token(path, vocabulary, "bos_token", bos),)
+    return (_named_token(folder, vocabulary, "bos_token", bos_token),)
 
 
-def _named_token(path, vocabulary, name, text):
+def _named_token(folder, vocabulary, name, text):
     number = vocabulary.bpe.token_to_id(text)
     if number is None:
+        path = folder / SETTINGS
+        if name not in read_settings(folder) and (folder / MAP).exists():
+            path = folder / MAP
         raise ValueError(
             f"{path}: {name} {text!r} is none of the {vocabulary.size} tokens; take all files "
             "of the tokenizer from one place"
@@ -325,7 +342,7 @@ def _read_one_file(folder):
                 f"{ONE_FILE}, and {number} by {ADDED} or {SETTINGS}; take all files of the "
                 "tokenizer from one place"
             )
-    _add_named(folder, bpe)
+    _make_control(bpe, read_special_texts(folder).values())
     return bpe
 
 
@@ -365,51 +382,70 @@ def _read_two_files(folder):
                 "of the tokenizer from one place"
             )
         vocabulary[token.content] = number
-    bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    model = _read(" and ".join(paths), lambda: models.BPE(vocabulary, merges))
+    bpe = tokenizers.Tokenizer(model)
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_tokens(list(added.values()))
-    _add_named(folder, bpe)
+    _make_control(bpe, read_special_texts(folder).values())
     if bpe.token_to_id(END) is not None:
         bpe.add_special_tokens([END])
     return bpe
 
 
-def _add_named(folder, bpe):
-    """Make a control token of each token of the vocabulary that the settings name as one."""
+def _make_control(bpe, names):
+    """Make a control token of each token of the vocabulary that is one of `names`."""
     added = {token.content for token in bpe.get_added_tokens_decoder().values()}
-    for text in special_texts(read_settings(folder)).values():
+    for text in names:
         if text not in added and bpe.token_to_id(text) is not None:
             bpe.add_special_tokens([text])
 
 
 def _added_tokens(folder):
     """{id: AddedToken} of `added_tokens.json` and the `added_tokens_decoder` of the settings."""
-    from tokenizers import AddedToken
-
-    settings = read_settings(folder)
-    named = special_texts(settings).values()
+    named = read_special_texts(folder).values()
     tokens = {}
     path = folder / ADDED
     if path.exists():
         for text, number in json_object(path, path.read_bytes()).items():
             special = text in named
-            tokens[number] = AddedToken(text, special=special, normalized=not special)
-    decoder = settings.get("added_tokens_decoder") or {}
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+            flags = {"content": text, "special": special, "normalized": not special}
+            tokens[_added_id(path, text, number)] = _added_token(path, text, flags)
+    path = folder / SETTINGS
+    decoder = read_settings(folder).get("added_tokens_decoder")
+    if decoder is None:
+        decoder = {}
+    if not isinstance(decoder, dict):
+        raise ValueError(
+            f"{path}: added_tokens_decoder must be an object, from an id to a token with its "
+            f"flags, got {decoder!r:.80}"
+        )
     for number, saved in decoder.items():
-        try:
-            chosen = {flag: saved[flag] for flag in flags if flag in saved}
-            tokens[int(number)] = AddedToken(saved["content"], **chosen)
-        except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{folder / SETTINGS}: added_tokens_decoder: {number}: {json.dumps(saved)[:80]} is "
-                f"no token with its flags: {error}"
-            ) from None
-    for number in tokens:
-        if type(number) is not int or number < 0:
-            raise ValueError(f"{path}: {number!r} is no id of a token")
+        where = f"{path}: added_tokens_decoder"
+        # The names of fields are texts.
+        its_id = int(number) if re.fullmatch("-?[0-9]{1,10}", number) else number
+        tokens[_added_id(where, number, its_id)] = _added_token(where, number, saved)
     return dict(sorted(tokens.items()))
+
+
+def _added_id(where, name, number):
+    if type(number) is not int or not 0 <= number < MOST_TOKENS:
+        raise ValueError(f"{where}: {name!r:.50}: {number!r:.50} is no id of a token")
+    return number
+
+
+def _added_token(where, name, saved):
+    """The AddedToken that `saved` describes, an object with a content and flags."""
+    from tokenizers import AddedToken
+
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    try:
+        chosen = {flag: saved[flag] for flag in flags if flag in saved}
+        return AddedToken(saved["content"], **chosen)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{where}: {name!r:.50}: {json.dumps(saved)[:80]} is no token with its flags: {error}"
+        ) from None
 
 
 def _read(where, read):

@@ -1,10 +1,11 @@
 """Chat templates: rendered as transformers does, whatever a stranger wrote into them."""
 
 import json
+import tracemalloc
 
 import pytest
 
-from minilora.disk.chat_template import ChatTemplate, read_template, special_texts
+from minilora.disk.chat_template import ChatTemplate, read_special_texts, read_template, special_texts
 
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello <é>"},
                 {"role": "assistant", "content": "Hi"}]  # fmt: skip
@@ -87,7 +88,10 @@ def test_a_template_is_found_in_either_file(tmp_path, jinja, settings, text):
     (None, {"chat_template": 5}, "tokenizer_config.json: chat_template must be a text or a list of named ones, got 5"),
     (None, {"chat_template": [{"name": "rag", "template": "x"}]}, r"holds \['rag'\]; one must be named \"default\""),
     (None, {"chat_template": [{"name": "default"}]}, "must be a text"),
+    (None, {"chat_template": [{"name": ["default"], "template": "x"}]}, r"holds \[\]; one must be named"),
+    (None, {"chat_template": {"default": "x"}}, "must be a text or a list of named ones, got {'default'"),
     (None, {"chat_template": "{{"}, "tokenizer_config.json: the chat template fails"),
+    (None, {"chat_template": "x", "eos_token": 5}, "tokenizer_config.json: eos_token must be the text of a token"),
 ])  # fmt: skip
 def test_a_file_that_holds_no_template_is_named(tmp_path, jinja, settings, told):
     with pytest.raises(ValueError, match=told):
@@ -96,8 +100,32 @@ def test_a_file_that_holds_no_template_is_named(tmp_path, jinja, settings, told)
 
 def test_special_tokens_are_named_as_a_text_or_with_their_flags():
     stated = {"eos_token": "a", "bos_token": {"content": "b", "lstrip": True}, "pad_token": None, "add_bos_token": True,
-              "model_max_length": 5, "unk_token": {"x": 1}}  # fmt: skip
-    assert special_texts(stated) == {"eos_token": "a", "bos_token": "b"}
+              "model_max_length": 5, "image_token": "c", "video_token": 7}  # fmt: skip
+    assert special_texts(stated, "f.json") == {"eos_token": "a", "bos_token": "b", "image_token": "c"}
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "unk_token", "pad_token"])
+@pytest.mark.parametrize("value", [5, True, ["</s>"], {"x": 1}, {"content": None}, {"content": ["</s>"]}, "\ud800"])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_special_token_that_is_no_text_is_refused(tmp_path, file, name, value):
+    (tmp_path / file).write_text(json.dumps({name: value}))
+    with pytest.raises(ValueError, match=f"{file}: {name} must be the text of a token, or an object with its content"):
+        read_special_texts(tmp_path)
+
+
+def test_special_tokens_of_the_map_are_those_that_the_settings_do_not_name(tmp_path):
+    stated = {"bos_token": {"content": "<s>"}, "eos_token": "no", "pad_token": "no", "additional_special_tokens": ["x"]}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(stated))
+    assert read_special_texts(tmp_path) == {"bos_token": "<s>", "eos_token": "no", "pad_token": "no"}
+    folder_with(tmp_path, b"{{ bos_token }}x{{ eos_token }}{{ pad_token }}", eos_token="</s>", pad_token=None)
+    assert read_special_texts(tmp_path) == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert read_template(tmp_path).render([]) == "<s>x</s>"
+
+
+def test_a_map_that_is_damaged_is_named(tmp_path):
+    (tmp_path / "special_tokens_map.json").write_text("[1]")
+    with pytest.raises(ValueError, match="special_tokens_map.json: expected an object with fields, got list"):
+        read_template(tmp_path)
 
 
 # A stranger's template: it calls nothing, and it ends.
@@ -173,12 +201,90 @@ def twice(step):
     ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "makes something of"),
     ("{% set x %}{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}{% endset %}", "makes something of"),
     ("{{ (['a' * 99999] * 9999) | tojson }}", "makes something of"),
+    (grows("ns.x + ns.x", "'ab'.encode()"), "makes something of"),
+    (grows("ns.x * 9", "'ab'.encode()"), "makes something of"),
+    (grows("ns.x.replace('a'.encode(), 'aaa'.encode())", "'ab'.encode()"), "makes something of"),
+    ("{{ (('a' * 1000000).encode() * 300) | length }}", "makes something of"),
+    ("{{ ('é' * 100000).encode('punycode') }}", "calls encode with 'punycode'"),
+    ("{{ ('<!--' * 9) | e | attr('striptags') }}{{ ('a' | e).striptags() }}", "calls striptags"),
+    ("{{ ('a' | e).translate({97: 'aa'}) }}", "calls translate"),
 ], ids=lambda part: part[:50])  # fmt: skip
 def test_a_template_that_fails_loops_or_calls_out_is_one_line(text, told):
     with pytest.raises(ValueError, match=f"^f.jinja: the chat template fails: .*({told})") as refusal:
         rendered(text)
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize("text", [
+    "{{ ('%(a)99999d' * 2000) % {'a': 1} }}",
+    "{{ ('%99999d' * 2000) | format(1) }}",
+    "{{ ('%.99999f' * 2000).encode() % 1 }}",
+    "{{ ('{0:99999}' * 2000).format(1) }}",
+    "{{ ('{a:99999}' * 2000).format_map({'a': 1}) }}",
+    "{{ ('{0.items}' * 2000).format(cycler('a' * 99999)) }}",
+    "{{ '{0[}]:{1}}'.format({'}': 1}, 99999) }}",
+    "{{ ('%s' * 2000) % ((({'a': 'a' * 99999}).items(),) * 2000) }}",
+    "{{ ('a\n' * 2000) | indent('x' * 100000) }}",
+    "{{ ('a\n' * 2000) | indent(width='x' * 100000) }}",
+    "{{ ('a\u2028' * 2000) | indent(blank=true, width='x' * 100000) }}",
+    "{{ range(2000) | list | tojson(indent=100000) }}",
+    "{{ range(2000) | list | tojson(indent='x' * 100000) }}",
+    "{{ range(2000) | list | tojson(separators=('x' * 100000, ':')) }}",
+    "{{ range(2000) | join('x' * 100000) }}",
+    "{{ range(2000) | map('string') | join(d='x' * 100000) }}",
+    "{{ ('x' * 100000).join(range(2000) | map('string')) }}",
+    "{{ (['a'] * 2000) | replace('a', 'x' * 100000) }}",
+    "{{ ('a' * 2000) | replace(new='x' * 100000, old='a') }}",
+    "{{ ('a'.encode() * 2000).replace('a'.encode(), ('x' * 100000).encode()) }}",
+    "{{ range(2000) | map('center', 99999) | list }}",
+    "{{ range(2000) | map('center', 99999) | sort | length }}",
+    "{{ [2 ** 2000] * 99999 }}",
+    "{{ ('a' * 1000000).encode() * 300 }}",
+    "{% set ns = namespace(x={}.keys() - []) %}{% for i in range(99) %}"
+    "{% set ns.x = ns.x.union(range(9999) | map('center', 100 + i)) %}{% endfor %}",
+], ids=lambda part: part[:60])  # fmt: skip
+def test_what_would_be_large_is_refused_before_it_is_made(text):
+    template = ChatTemplate(text)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="makes something of|formats with|indents JSON"):
+            template.render([])
+        assert tracemalloc.get_traced_memory()[1] < 60e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text, result", [
+    ("{% for i in [1] %}{% set x = 'a' * 1000000 %}{{ '{}{}{}'.format(1, 2, 3) }}{{ 'a'.encode() }}{% endfor %}",
+     "123b'a'"),
+    ("{{ 'é'.encode() | length }}{{ 'é'.encode('UTF-8').decode() }}", "2é"),
+    ("{{ ['a', 'b'] | join }}{{ messages | join(', ', attribute='role') }}", "absystem, user, assistant"),
+    ("{{ ['a', 'b'] | map('upper') | join('-') }}{{ '-'.join(['a'] | map('upper')) }}", "A-BA"),
+    ("{{ messages | map(attribute='role') | unique | list }}", "['system', 'user', 'assistant']"),
+    ("{{ nothing | map('upper') | list }}{{ nothing | join }}{{ [] | select | list }}", "[][]"),
+    ("{% for pair in [1, 2, 3] | batch(2, 0) %}{{ pair }}{% endfor %}", "[1, 2][3, 0]"),
+    ("{{ 'a\nb' | indent }}|{{ 'a\nb' | indent('> ', true) }}", "a\n    b|> a\n> b"),
+    ("{{ {'b': [1, 'é'], 'a': none} | tojson(indent=4, sort_keys=true) }}",
+     json.dumps({"b": [1, "é"], "a": None}, indent=4, sort_keys=True, ensure_ascii=False)),
+    ("{{ {'a': [1, 2]} | tojson(separators=(',', ':')) }}{{ 'é' | tojson(ensure_ascii=true) }}",
+     '{"a":[1,2]}"\\u00e9"'),
+    ("{{ '%s is %05.1f' % ('x', 2) }}{{ '%s-%s' | format(1, 2) }}{{ '{:>4}{a:.2f}'.format('y', a=1) }}",
+     "x is 002.01-2   y1.00"),
+    ("{{ 'aXbX' | replace('X', '--') }}{{ 5551 | replace(5, 1, 2) }}{{ 'aa'.replace('a', 'b', 1) }}", "a--b--1151ba"),
+], ids=lambda part: part[:40])  # fmt: skip
+def test_what_stays_small_is_what_jinja_makes_of_it(text, result):
+    assert rendered(text) == result
+
+
+def test_a_search_that_returns_nothing_looks_at_the_clock(monkeypatch):
+    from minilora.disk import template_sandbox
+
+    template = ChatTemplate("{{ range(9) | select('in', []) | list }}")
+    steps = []
+    monkeypatch.setattr(template_sandbox.Environment, "step", lambda environment, n=1: steps.append(n))
+    assert template.render([]) == "[]"
+    assert steps.count(0) == 9
 
 
 def test_a_long_conversation_stays_within_the_limits():

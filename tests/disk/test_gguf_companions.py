@@ -145,6 +145,44 @@ def test_this_library_reads_the_same_tokenizer_out_of_either(path, tmp_path):
     assert np.array_equal(*ids) and len(ids[0]) > 10
 
 
+@pytest.mark.parametrize("starts", [False, True, None])
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("first", [1, None])
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_a_template_writes_the_first_token_whatever_is_put_around_texts(starts, ends, first, kind, path, tmp_path):
+    vocabulary = byte_level_settings() if kind == "bytes" else sentencepiece_settings(["▁h", "▁he", "ll", "o"])
+    vocabulary |= {"tokenizer.ggml.add_bos_token": starts, "tokenizer.ggml.add_eos_token": ends,
+                   "tokenizer.ggml.bos_token_id": first,
+                   "tokenizer.chat_template": "{{ bos_token }}" + TEMPLATE + "{{ eos_token }}"}  # fmt: skip
+    if starts and first is None:
+        vocabulary["tokenizer.ggml.add_bos_token"] = False
+    write_gguf(path, settings_of(vocabulary=vocabulary))
+    save_model(load_model(path), tmp_path / "out", like=path)
+    messages = [{"role": "user", "content": "hello"}]
+    ids, theirs = (load_tokenizer(base).encode_chat(messages).tolist() for base in (path, tmp_path / "out"))
+    assert ids == theirs and ids[-1] == 2
+    # The byte-level template opens a turn with the same token.
+    assert ids.count(1) == (first is not None) + (kind == "bytes")
+
+
+def test_a_first_token_of_a_common_type_is_a_control_token_of_either(path, tmp_path):
+    vocabulary = byte_level_settings()
+    vocabulary["tokenizer.ggml.token_type"] = [3, 1, *vocabulary["tokenizer.ggml.token_type"][2:]]
+    vocabulary["tokenizer.chat_template"] = "{{ bos_token }}{{ messages[0].content }}"
+    write_gguf(path, settings_of(vocabulary=vocabulary))
+    save_model(load_model(path), tmp_path / "out", like=path)
+    messages = [{"role": "user", "content": "<|im_start|>"}]
+    ids, theirs = (load_tokenizer(base).encode_chat(messages).tolist() for base in (path, tmp_path / "out"))
+    assert ids == theirs and ids.count(1) == 1 and ids[0] == 1 and len(ids) > 5
+
+
+def test_a_file_may_have_its_suffix_in_capitals(path, tmp_path):
+    write_gguf(path)
+    loud = path.rename(tmp_path / "MODEL.GGUF")
+    assert load_tokenizer(loud).ends == (2,)
+    assert load_model(loud).config.block_size == 64
+
+
 def test_without_a_template_or_a_first_token_none_is_written(path):
     vocabulary = byte_level_settings()
     write_gguf(path, settings_of(vocabulary={

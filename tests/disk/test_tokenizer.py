@@ -207,6 +207,16 @@ def test_an_end_named_by_the_settings_must_be_a_token(bpe_folder, tmp_path):
         load_tokenizer(folder)
 
 
+def test_an_end_may_be_named_by_the_map_alone(bpe_folder, tmp_path):
+    folder = copied(bpe_folder, tmp_path, FILES[:1], eos_token_id=7)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": END}}))
+    assert load_tokenizer(folder).ends == (0, 7)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
+    with pytest.raises(ValueError, match=r"special_tokens_map.json: eos_token '</s>' is none of the 300 tokens"):
+        load_tokenizer(folder)
+    assert load_tokenizer(settings(folder, eos_token=END)).ends == (0, 7)
+
+
 def test_a_tokenizer_without_an_end_is_refused(bpe_folder, tmp_path):
     folder = copied(bpe_folder, tmp_path, FILES[1:])
     vocabulary = json.loads((folder / "vocab.json").read_text())
@@ -292,12 +302,39 @@ def test_an_added_token_that_does_not_fit_is_refused_with_both_sides(bpe_folder,
         load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("decoder, shown", [({"x": {"content": "a"}}, "decoder: x"), ({"300": {}}, "decoder: 300"),
-                                            ({"300": 5}, "decoder: 300"), ({"300": {"content": 1}}, "decoder: 300"),
-                                            ({"-1": {"content": "a"}}, "-1 is no id")])  # fmt: skip
-def test_added_tokens_that_are_none_are_refused(bpe_folder, tmp_path, decoder, shown):
-    folder = settings(copied(bpe_folder, tmp_path, FILES[:1]), added_tokens_decoder=decoder)
-    with pytest.raises(ValueError, match=shown):
+@pytest.mark.parametrize("decoder, shown", [({"x": {"content": "a"}}, "decoder: 'x'"), ({"300": {}}, "decoder: '300'"),
+                                            ({"300": 5}, "decoder: '300'"), ({"300": {"content": 1}}, "decoder: '300'"),
+                                            ({"-1": {"content": "a"}}, "-1 is no id"),
+                                            ({"300": {"content": "\ud800"}}, "decoder: '300'"),
+                                            ({"300": {"content": "a", "lstrip": "no"}}, "decoder: '300'"),
+                                            ({"9" * 5000: {"content": "a"}}, "is no id"),
+                                            ({"2147483648": {"content": "a"}}, "2147483648 is no id"),
+                                            (["x"], "added_tokens_decoder must be an object, .* got .'x'."),
+                                            ("x", "must be an object"), (0, "must be an object")])  # fmt: skip
+@pytest.mark.parametrize("names", [FILES[:1], FILES[1:]], ids=["one file", "two files"])
+def test_added_tokens_that_are_none_are_refused(bpe_folder, tmp_path, names, decoder, shown):
+    folder = settings(copied(bpe_folder, tmp_path, names), added_tokens_decoder=decoder)
+    with pytest.raises(ValueError, match=rf"tokenizer_config.json: .*{shown}"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("added, shown", [({"z": [5]}, r"'z': \[5\] is no id"), ({"z": "5"}, "'z': '5' is no id"),
+                                          ({"z": True}, "'z': True is no id"), ({"z": None}, "'z': None is no id"),
+                                          ({"z": {}}, "'z': {} is no id"), ({"z": 5.5}, "'z': 5.5 is no id"),
+                                          ({"y": -1}, "'y': -1 is no id"), ({"z": 10**30}, "'z': 1000.* is no id"),
+                                          ({"\ud800": 300}, "is no token"), (["z"], "got list")])  # fmt: skip
+@pytest.mark.parametrize("names", [FILES[:1], FILES[1:]], ids=["one file", "two files"])
+def test_added_ids_that_are_none_are_refused_by_the_name_of_their_file(bpe_folder, tmp_path, names, added, shown):
+    folder = copied(bpe_folder, tmp_path, names)
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(ValueError, match=rf"added_tokens.json: .*{shown}"):
+        load_tokenizer(folder)
+
+
+def test_merges_of_another_vocabulary_are_refused(bpe_folder, tmp_path):
+    folder = copied(bpe_folder, tmp_path, FILES[1:])
+    (folder / "merges.txt").write_text("#version: 0.2\nno such\n")
+    with pytest.raises(ValueError, match=r"merges.txt: damaged, or of another kind: "):
         load_tokenizer(folder)
 
 
