@@ -207,6 +207,8 @@ def twice(step):
     ("{{ (('a' * 1000000).encode() * 300) | length }}", "makes something of"),
     ("{{ ('é' * 100000).encode('punycode') }}", "calls encode with 'punycode'"),
     ("{{ ('<!--' * 9) | e | attr('striptags') }}{{ ('a' | e).striptags() }}", "calls striptags"),
+    ("{{ [1] | tojson(indent=17) }}", "indents JSON by more than 16"),
+    ("{{ [1] | tojson(indent='xxxxxxxxxxxxxxxxx') }}", "indents JSON by more than 16"),
     ("{{ ('a' | e).translate({97: 'aa'}) }}", "calls translate"),
 ], ids=lambda part: part[:50])  # fmt: skip
 def test_a_template_that_fails_loops_or_calls_out_is_one_line(text, told):
