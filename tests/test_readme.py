@@ -154,6 +154,22 @@ def test_what_is_said_of_the_demo_on_smollm2_is_in_the_run_that_is_kept():
     assert f"at most {kept.megabytes:,} MB" in page
 
 
+def test_what_the_readme_says_of_smollm2_is_in_the_run_that_is_kept():
+    kept = of_smollm2()
+    (shown,) = [code.splitlines()[2:] for _, code in blocks(README) if code.startswith("$ pip install --no-deps")]
+    assert len(shown) == 9 and all(line in kept.run.splitlines() for line in shown)
+    assert f"in {kept.seconds:,.0f} s, with {kept.megabytes:,} MB at most" in joined(README)
+
+
+def test_the_figures_of_smollm2_in_the_readme_are_those_of_the_page():
+    cells = lambda row: [cell.strip() for cell in row.strip("|").split("|")]
+    measured = {(cells(row)[0].removeprefix("... "), *cells(row)[3:5]) for row in language_model()}
+    table = README[README.index("| SmolLM2 over transformers + PEFT") :].split("\n\n")[0].splitlines()[2:]
+    plain = lambda label: label.removeprefix("... ").removeprefix("32 tokens, ")
+    shown = {(plain(label), *figures) for label, *figures in map(cells, table)}
+    assert len(shown) == 4 and shown <= measured
+
+
 def test_the_incidents_that_it_shows_are_those_that_are_kept():
     kept = results("incident_json")
     shown = (RESULTS / "incident_json.txt").read_text(encoding="utf-8")
@@ -187,6 +203,19 @@ COMPARED = {  # what the row says: (file of results, task, library, what is told
     "a LoRA step of minilora": ("benchmark", "lora", "minilora", "step"),
     "share of it that the products alone would take": ("benchmark", "lora", "minilora", "share"),
 }
+# (a row, the task, the process of ours, that of theirs)
+LANGUAGE_MODEL = [
+    ("a LoRA step, loss on every position", "all-linear", "minilora", "transformers"),
+    ("... base in 4 bits, as its file has it", "all-linear", "minilora-gguf", "transformers"),
+    ("... base in NF4", "all-linear", "minilora-nf4", "transformers"),
+    ("a LoRA step, loss on a quarter of the positions", "answers", "minilora", "transformers"),
+    ("... base in 4 bits, as its file has it", "answers", "minilora-gguf", "transformers"),
+    ("... base in NF4", "answers", "minilora-nf4", "transformers"),
+    ("32 tokens, greedy, merged here and not there", "generate", "minilora", "transformers"),
+    ("... merged here and there", "generate", "minilora", "transformers-merged"),
+    ("load, and write one token", "first-token", "minilora", "transformers"),
+    ("... base in 4 bits, as its file has it", "first-token", "minilora-gguf", "transformers"),
+]
 GROWS = ["T=64", "T=256", "T=1024", "B=1", "B=4", "B=16", "r=1", "r=8", "r=64"]
 
 
@@ -234,6 +263,40 @@ def test_the_four_numbers_of_the_readme_are_what_was_measured():
     tiny_memory, _, small_memory = compared("peak memory of a LoRA step, over PyTorch by hand")
     assert (f"a LoRA step takes {tiny} times as long on a tiny model and {small} times on GPT-2's shape, "
             f"in {tiny_memory} and {small_memory} of the memory") in joined(README)  # fmt: skip
+
+
+def of_language_model(task):
+    """{library: its row} of one task with SmolLM2."""
+    (contest,) = [each for each in measured("smollm2") if each["task"] == task]
+    return {row["library"]: row for row in contest["rows"]}
+
+
+def language_model():
+    """The rows of the table of SmolLM2: time and memory here and there, and the two ratios."""
+    for label, task, ours, theirs in LANGUAGE_MODEL:
+        here, there = (of_language_model(task)[name] for name in (ours, theirs))
+        cells = [f"{1e3 * r['seconds']:,.0f} ms, {r['peak_bytes'] / 1e6:,.0f} MB" for r in (here, there)]
+        ratios = here["over"][theirs], here["peak_bytes"] / there["peak_bytes"]
+        yield row(label, *cells, *[f"{ratio:.2f}" for ratio in ratios])
+    here, there = (of_language_model("first-token")[name] for name in ("minilora", "transformers"))
+    cells = [f"{1e3 * r['process']:,.0f} ms" for r in (here, there)]
+    yield row("... from the start of the process", *cells, f"{here['over_process']['transformers']:.2f}", "")
+    cells = [f"{of_language_model('shared')[name]['ratio']:.2f}" for name in ("minilora", "transformers")]
+    yield row("memory of two processes, over that of one", *cells, "", "")
+
+
+def test_the_table_of_a_language_model_is_made_from_the_results():
+    assert table("| SmolLM2-135M") == list(language_model())
+
+
+def test_the_machine_that_measured_it_is_named():
+    machine = results("smollm2")["machine"]
+    names = {"numpy": "NumPy", "torch": "PyTorch", "transformers": "transformers", "peft": "PEFT"}
+    versions = [f"{names[name]} {machine['versions'][name].partition('+')[0]}" for name in names]
+    page = joined(PAGES["benchmark.md"])
+    section = page[page.index("## A language model") : page.index("## How a LoRA step grows")]
+    assert [each for each in [*versions, machine["cpu"]] if each not in section] == []
+    assert (machine["cores"], machine["threads"]) == (2, 2) and "two cores" in section and "two threads" in section
 
 
 def grows(size):
@@ -289,7 +352,7 @@ def test_the_machine_it_names_is_the_one_that_measured(file):
 
 
 def test_it_fits_on_a_page():
-    assert len(README.encode()) < 15_500
+    assert len(README.encode()) < 16_500
 
 
 def test_it_has_two_commands_and_the_second_tests():

@@ -15,8 +15,8 @@ ROLLUP = "/proc/{}/smaps_rollup"
 def first_tokens(programs, folder, threads, rounds, cores):
     """Start each program in turn, `rounds` times, and let it do one unit of its task.
 
-    Returns a dict: `rounds`, one {label: {"process", "seconds", "peak_bytes"}} each: seconds from the
-    start of the process to the token, of them those after the imports, and bytes at the peak;
+    Returns a dict: `rounds`, one {label: {"process", "seconds", "peak_bytes"}} each: seconds from
+    the start of the process to the token, of them those after the imports, and bytes at the peak;
     `foreign`, one share each; `tokens` {label: its ids} and `failed` {label: why}.
     """
     times = []
