@@ -5,6 +5,7 @@ import tracemalloc
 
 import pytest
 
+from minilora.disk import template_sandbox
 from minilora.disk.chat_template import ChatTemplate, read_special_texts, read_template, special_texts
 
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello <é>"},
@@ -211,7 +212,10 @@ def twice(step):
     ("{{ [1] | tojson(indent='xxxxxxxxxxxxxxxxx') }}", "indents JSON by more than 16"),
     ("{{ ('a' | e).translate({97: 'aa'}) }}", "calls translate"),
 ], ids=lambda part: part[:50])  # fmt: skip
-def test_a_template_that_fails_loops_or_calls_out_is_one_line(text, told):
+def test_a_template_that_fails_loops_or_calls_out_is_one_line(text, told, monkeypatch):
+    if told.endswith("more than"):
+        # What takes all the time there is may as well have less.
+        monkeypatch.setattr(template_sandbox, "MOST_SECONDS", 1)
     with pytest.raises(ValueError, match=f"^f.jinja: the chat template fails: .*({told})") as refusal:
         rendered(text)
     assert "\n" not in str(refusal.value)
