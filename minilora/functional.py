@@ -25,15 +25,7 @@ def linear(x, weight, bias=None):
     Raises: ValueError with both shapes if they do not fit.
     """
     check_same("linear", x, weight, bias)
-    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"linear: x {x.shape} does not fit weight {weight.shape}: "
-            "the last axes must be equal, weight is (out, in)"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"linear: bias {bias.shape} does not fit weight {weight.shape}: one number for each row"
-        )
+    check_linear(x, weight, bias)
     W = weight.data
     x_shape = x.shape
 
@@ -53,6 +45,19 @@ def linear(x, weight, bias=None):
         (weight, lambda dy: rows(dy).T @ X),
         (bias, lambda dy: dy),
     )
+
+
+def check_linear(x, weight, bias):
+    """Raise ValueError, with both shapes, unless x, weight and bias (or None) fit together."""
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear: x {x.shape} does not fit weight {weight.shape}: "
+            "the last axes must be equal, weight is (out, in)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"linear: bias {bias.shape} does not fit weight {weight.shape}: one number for each row"
+        )
 
 
 def embedding(weight, ids):

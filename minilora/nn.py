@@ -274,13 +274,7 @@ class Linear(LinearLayer):
     out_features = property(lambda self: self.weight.shape[0])
     in_features = property(lambda self: self.weight.shape[1])
     dtype = property(lambda self: self.weight.dtype)
-
-    @property
-    def xp(self):
-        """The array module that owns the weight."""
-        if isinstance(self.weight, PackedTensor):
-            return self.weight.xp
-        return get_array_module(self.weight.data)
+    xp = property(lambda self: self.weight.xp)
 
     def __call__(self, x, rng=None):
         if isinstance(self.weight, PackedTensor):

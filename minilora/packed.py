@@ -25,6 +25,7 @@ from collections import namedtuple
 import numpy as np
 
 from .backend import get_array_module, to_device
+from .functional import check_linear
 from .tensor import Tensor, check_same, record
 
 # {kind: (weights in a block, bytes of a block)}, as in GGUF files.
@@ -347,11 +348,7 @@ def packed_linear(x, weight, bias=None):
     Raises: ValueError or TypeError with both sides if they do not fit.
     """
     packed = weight.packed
-    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"linear: x {x.shape} does not fit weight {weight.shape}: "
-            "the last axes must be equal, weight is (out, in)"
-        )
+    check_linear(x, weight, bias)
     # An empty array stands for the weight: it is where the weight is, and takes the dtype of x.
     check_same("linear", x, Tensor(packed.xp.empty(0, x.dtype)), bias)
     x_shape = x.shape

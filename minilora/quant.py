@@ -13,7 +13,7 @@ Source: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", s
 
 import numpy as np
 
-from .backend import get_array_module, to_numpy
+from .backend import to_numpy
 from .nn import AdaptedLayer, LinearLayer, digest_of
 from .packed import (
     BLOCKS,
@@ -89,9 +89,7 @@ def quantized(name, weight, kind):
         digest=digest_of(weight),
         error=relative_error(tensor.data, values),
     )
-    if isinstance(weight, PackedTensor):
-        return tensor.to_device(weight.xp)
-    return tensor.to_device(get_array_module(weight.data))
+    return tensor.to_device(weight.xp)
 
 
 def relative_error(quantised, values):

@@ -176,6 +176,7 @@ class Tensor:
     size = property(lambda self: self.data.size)
     dtype = property(lambda self: self.data.dtype)
     nbytes = property(lambda self: self.data.nbytes)
+    xp = property(lambda self: get_array_module(self.data))
     requires_grad = property(lambda self: self.node is not None)
 
     @property

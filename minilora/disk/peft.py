@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..backend import get_array_module, to_device, to_numpy
+from ..backend import to_device, to_numpy
 from ..fits import check_fits, other_precisions
 from ..lora import Adapter, LoRAPair, init_adapter, linear_names
 from ..lora_config import check_patterns, find_targets
-from ..packed import PackedTensor
 from ..quant import stored_as
 from ..tensor import Tensor
 from .adapter_file import BASE_NOTE, CONFIG, NOTE, PREFIX, STORED_NOTE, TENSORS, read_adapter
@@ -187,13 +186,10 @@ def _read_pairs(file, module, names, like):
 
     `like` is a tensor of the base: theirs are put on its backend, and widened to its dtype.
     """
-    # The data of a packed one would be widened for each question.
-    xp = like.xp if isinstance(like, PackedTensor) else get_array_module(like.data)
-
     def tensor(array):
         # A narrower file is widened, never the reverse.
         widened = array.astype(np.result_type(array.dtype, like.dtype))
-        return Tensor(to_device(widened, xp), requires_grad=True)
+        return Tensor(to_device(widened, like.xp), requires_grad=True)
 
     A = file.factors[module]["lora_A"]
     B = file.factors[module]["lora_B"]
