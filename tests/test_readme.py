@@ -18,8 +18,10 @@ import minilora
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "examples" / "results"
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("examples/*.md")]}
-README = PAGES["README.md"]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("examples/*.md")}
+# The page of the examples has the name of the first page.
+COURSE = PAGES["examples"] = PAGES.pop("README.md")
+README = PAGES["README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
 every_page = pytest.mark.parametrize("name", PAGES)
 
 
@@ -384,9 +386,10 @@ def test_every_file_it_names_exists(name):
         assert (here / "".join(path)).exists(), path
 
 
-def test_every_page_and_every_program_among_the_examples_is_in_the_readme():
+def test_every_page_and_every_program_among_the_examples_is_listed_and_the_first_page_leads_to_the_list():
     names = [path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".md", ".py")]
-    assert [name for name in names if f"`{name}`" not in README] == []
+    assert [name for name in names if f"`{name}`" not in COURSE and name != "README.md"] == []
+    assert "](examples/README.md)" in README
 
 
 TERMS = {  # {a word of the field: what a paragraph says that explains it}
