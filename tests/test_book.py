@@ -49,7 +49,9 @@ def dotted(path):
 
 SOURCES = {dotted(path): path.read_text(encoding="utf-8") for path in sorted((ROOT / "minilora").rglob("*.py"))}
 MODULES = [name for name in SOURCES if name.rpartition(".")[2] not in ("__init__", "__main__")]
-NOT_OURS = re.compile(r"\.(?!ci$|gitignore$).*|__pycache__|build|dist|shared|out|(minilora|gpt2)-demo.*|.*\.egg-info")
+NOT_OURS = re.compile(
+    r"\.(?!ci$|gitignore$).*|__pycache__|build|dist|shared|out|(minilora|gpt2)-(demo.*|labs)|.*\.egg-info"
+)
 
 
 # The rules: each takes the source of one file and returns what is wrong with it, as lines.

@@ -84,14 +84,14 @@ def _paragraphs(documents):
     """The paragraphs of all `documents`, in ALPHABET and each once, in their order."""
     paragraphs = {}
     for document in documents:
-        for paragraph in _in_alphabet(document).split("\n\n"):
+        for paragraph in in_alphabet(document).split("\n\n"):
             paragraph = paragraph.strip("\n")
             if paragraph.strip():
                 paragraphs[paragraph] = None
     return list(paragraphs)
 
 
-def _in_alphabet(text):
+def in_alphabet(text):
     """`text` in the characters of ALPHABET; one that has no spelling becomes a question mark."""
     text = text.translate(str.maketrans(SPELLINGS))
     return "".join(character if character in ALPHABET else "?" for character in text)

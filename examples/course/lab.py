@@ -1,0 +1,241 @@
+"""One run of a lab: its options, the base all labs share, training, a table, a file, a picture.
+
+Knows no experiment. A lab begins with `begin(__file__, __doc__)` and ends with `finish`.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from compared.report import cpu_name
+
+from minilora import Adam, load_model, quant, save_model
+from minilora.backend import array_module
+from minilora.cli import demo
+from minilora.cli.asking import Chat, Lines
+from minilora.cli.folders import find_sources
+from minilora.disk import characters
+from minilora.disk.tokenizer import load_tokenizer
+from minilora.nn import Module
+from minilora.optim import warmup_cosine
+from minilora.training.batches import consecutive_windows, random_windows
+from minilora.training.corpus import load_corpus
+from minilora.training.loop import heldout_loss, train
+from minilora.training.threads import cores, keep_freed_memory
+
+from . import picture
+
+# The base that is trained here, once for all labs; with --base it is another model.
+TINY = "tiny"
+# What a model made for chat is told before each question.
+SYSTEM = "Answer in a few words."
+
+
+class Base(NamedTuple):
+    """A trained model, and how texts become its token ids.
+
+    encode(text) -> ids (N,); decode(ids) -> text; `asking`, a Lines or Chat, puts questions to it,
+    or is None if its tokenizer has no chat template. A window of its texts has `length` tokens, and
+    a batch `batch` windows.
+    """
+
+    name: str
+    model: Module
+    encode: Callable
+    decode: Callable
+    asking: object
+    length: int
+    batch: int
+
+
+def begin(file, doc):
+    """The Run of the lab whose source is `file` and whose docstring is `doc`."""
+    return Run(Path(file).stem, doc, _arguments(doc))
+
+
+def _arguments(doc):
+    """The options that every lab has."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a smaller base and a few steps: it learns little")
+    add("--seed", type=int, default=0, help="the first seed (default 0)")
+    add("--seeds", type=int, default=1, metavar="N", help="how many seeds (default 1)")
+    add("--backend", choices=["numpy", "cupy"], default="numpy")
+    add("--base", default=TINY, help="a model's folder, a .gguf file, or smollm2; default: the "
+        "GPT of minilora demo, trained once and kept in the folder of --out")  # fmt: skip
+    add("--out", default="minilora-labs", metavar="DIR", help="default: minilora-labs")
+    # In a notebook the command line is the notebook's own.
+    args = parser.parse_args([] if "ipykernel" in sys.modules else None)
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: at least 1")
+    return args
+
+
+class Run:
+    """A lab that runs: what it was asked for, and where its results go.
+
+    `seeds` is the list of seeds, `quick` whether to be short, `xp` the array module.
+    """
+
+    def __init__(self, name, doc, args):
+        self.name = name
+        self.title = doc.splitlines()[0]
+        self.quick = args.quick
+        self.base_name = args.base
+        self.out = Path(args.out)
+        self.seeds = list(range(args.seed, args.seed + args.seeds))
+        self.xp = array_module(args.backend)
+        # As the commands do it: each batch in two parts, at once where there are two cores.
+        self.parts = 2 if args.backend == "numpy" else 1
+        self.threads = min(self.parts, cores())
+        self.began = time.perf_counter()
+        if self.threads > 1:
+            keep_freed_memory()
+
+    def steps(self, n):
+        """`n` steps, or a few in a quick run."""
+        return 3 if self.quick else n
+
+    def few(self, items, n=2):
+        """`items`, or the first `n` of them in a quick run."""
+        return list(items)[:n] if self.quick else list(items)
+
+    def base(self):
+        """The Base. The tiny one is trained if the folder of --out does not have it yet."""
+        if self.base_name == TINY:
+            model = self._tiny_base()
+            encode = characters.encode
+            return Base(TINY, model, encode, characters.decode, Lines(), 128, 8)
+        path = find_sources(self.base_name)
+        tokenizer = load_tokenizer(path)
+        asking = None if tokenizer.template is None else Chat(tokenizer, SYSTEM)
+        model = quant.widen(load_model(path, self.xp))
+        name = self.base_name if self.base_name == "smollm2" else path.stem
+        length = min(128, model.config.block_size)
+        return Base(name, model, tokenizer.encode_text, tokenizer.decode, asking, length, 4)
+
+    def _tiny_base(self):
+        corpus = load_corpus()
+        size = demo.QUICK if self.quick else demo.FULL
+        kind = "base-quick" if self.quick else "base"
+        # Another Python has other documentation, and so another base.
+        folder = self.out / f"{kind}-{corpus.sha256[:12]}"
+        if not folder.exists():
+            rng = np.random.default_rng(0)
+            log = lambda line: print(line.replace("[1/5] ", ""), flush=True)
+            base = demo.pretrain(size, corpus, self.xp, rng, log, self.parts, self.threads)
+            self.out.mkdir(parents=True, exist_ok=True)
+            unfinished = Path(tempfile.mkdtemp(dir=self.out))
+            save_model(base, unfinished / "base")
+            try:
+                os.rename(unfinished / "base", folder)
+            except OSError:
+                # Another lab that ran at the same time was faster, with the same model.
+                pass
+            shutil.rmtree(unfinished)
+            # The clock of the lab begins after the base, which is there for all labs.
+            self.began = time.perf_counter()
+        return load_model(folder, self.xp)
+
+    def train(self, model, parameters, batches, steps, lr, label="", on_step=None):
+        """`steps` steps of Adam on `parameters`, through `model`; the list of the losses.
+
+        `on_step` is that of `minilora.training.loop.train`.
+        """
+        return train(
+            model,
+            Adam(parameters, betas=(0.9, 0.95)),
+            batches,
+            steps,
+            schedule=lambda step: warmup_cosine(step, steps, peak=lr, warmup=min(10, steps - 1)),
+            label=label,
+            parts=self.parts,
+            threads=self.threads,
+            on_step=on_step,
+        )
+
+    def windows(self, base, ids, seed):
+        """Endless batches of windows of the text `ids`, (base.batch, base.length)."""
+        return random_windows(ids, base.batch, base.length, np.random.default_rng((seed, 1)))
+
+    def loss(self, base, model, ids, most=64):
+        """Mean loss of `model` on at most `most` windows of the text `ids`, in nats per token."""
+        windows = consecutive_windows(ids, base.length, 16)
+        n_batches = 1 if self.quick else -(-most // 16)
+        return heldout_loss(model, list(itertools.islice(windows, n_batches)))
+
+    def finish(self, setting, columns, rows, draw, **more):
+        """Print the table, keep everything as JSON, and draw the picture.
+
+        `setting` says in a sentence under what conditions this was measured. `columns` is {key of a
+        row: (title, format)}; a value is a number, a text, or a list with a number for each seed,
+        of which the table shows the mean and the range. `draw(figure)` draws the rows into a
+        matplotlib figure. `more` is kept beside the rows.
+        """
+        seconds = time.perf_counter() - self.began
+        print_table(columns, rows)
+        if len(self.seeds) > 1:
+            print(f"(mean over seeds {self.seeds[0]} to {self.seeds[-1]}, and the range)")
+        name = self.name if self.base_name == TINY else f"{self.name}_{Path(self.base_name).stem}"
+        kept = {
+            "lab": self.name,
+            "title": self.title,
+            "base": self.base_name,
+            "quick": self.quick,
+            "setting": setting,
+            "seeds": self.seeds,
+            "seconds": round(seconds, 1),
+            "machine": machine(),
+            "columns": {key: title for key, (title, _) in columns.items()},
+            "rows": rows,
+            **more,
+        }
+        self.out.mkdir(parents=True, exist_ok=True)
+        file = self.out / f"{name}.json"
+        file.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"\n{setting}\n{seconds:.0f} s; kept in {file}")
+        drawn = picture.save(self.out / f"{name}.png", draw)
+        print(f"drawn in {drawn}" if drawn else f"no picture: {picture.MISSING}")
+
+
+def machine():
+    """The processor, and the versions of Python and NumPy, for a result that is kept."""
+    return {
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+
+
+def shown(value, form):
+    """A value of a table as text: of a list, one number for each seed, the mean and the range."""
+    if value is None:
+        return "-"
+    if not isinstance(value, list):
+        return format(value, form)
+    mean = format(float(np.mean(value)), form)
+    if len(value) == 1:
+        return mean
+    return f"{mean} ({format(min(value), form)} .. {format(max(value), form)})"
+
+
+def print_table(columns, rows):
+    """The rows, {key: value}, as a table with `columns`, {key: (title, format)}."""
+    titles = [title for title, _ in columns.values()]
+    cells = [[shown(row.get(key), form) for key, (_, form) in columns.items()] for row in rows]
+    widths = [max(len(line[i]) for line in [titles, *cells]) for i in range(len(titles))]
+    for line in [titles, *cells]:
+        first = line[0].ljust(widths[0])
+        rest = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        print("  ".join([first, *rest]).rstrip())

@@ -1,0 +1,83 @@
+"""The look of the course's pictures: a light ground that dark pages can show too. Knows no lab."""
+
+# How to get what draws.
+COMMAND = "pip install -e '.[plot]'"
+MISSING = f"that needs matplotlib: {COMMAND}"
+
+GROUND = "#fbfaf7"
+INK = "#1f2328"
+FAINT = "#d8d5cc"
+# Apart also for those who do not see red and green: Okabe and Ito's colours, darkened to be read.
+COLOURS = ["#0072b2", "#d55e00", "#007a5a", "#9a5b8f", "#8a6d00", "#3f8fbf", "#555555"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+
+# In inches; at 144 dots an inch a picture is 1,008 wide, and its letters can be read on a phone.
+SIZE = (7.0, 5.2)
+STYLE = {
+    "figure.facecolor": GROUND,
+    "axes.facecolor": GROUND,
+    "savefig.facecolor": GROUND,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 13,
+    "axes.titlesize": 13,
+    "legend.fontsize": 11.5,
+    "legend.frameon": False,
+    "lines.linewidth": 2.2,
+    "lines.markersize": 7,
+    "figure.dpi": 144,
+}
+
+
+def save(file, draw):
+    """Let `draw(figure)` fill a figure, and write it to `file`, a .png.
+
+    Returns the file, or None where matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    cycle = matplotlib.cycler(color=COLOURS, marker=MARKERS)
+    with matplotlib.rc_context({**STYLE, "axes.prop_cycle": cycle}):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        draw(figure)
+        # Without a date or a version in it, the same numbers make the same file.
+        figure.savefig(file, metadata={"Software": None})
+    return file
+
+
+def middle(values):
+    """The mean of a list with a number for each seed."""
+    return sum(values) / len(values)
+
+
+def with_range(axes, x, lists, label, **style):
+    """A line through the means of `lists`, one list of numbers for each x, and their ranges."""
+    means = [middle(values) for values in lists]
+    below = [mean - min(values) for mean, values in zip(means, lists, strict=True)]
+    above = [max(values) - mean for mean, values in zip(means, lists, strict=True)]
+    axes.errorbar(x, means, yerr=[below, above], capsize=4, label=label, **style)
+
+
+def bars(axes, names, lists, **style):
+    """A horizontal bar for each name, the first on top, with its number and its range."""
+    places = range(len(names))
+    means = [middle(values) for values in lists]
+    below = [mean - min(values) for mean, values in zip(means, lists, strict=True)]
+    above = [max(values) - mean for mean, values in zip(means, lists, strict=True)]
+    axes.barh(places, means, xerr=[below, above], capsize=4, ecolor=INK, **style)
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
