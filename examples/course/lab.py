@@ -57,6 +57,24 @@ class Base(NamedTuple):
     length: int
     batch: int
 
+    def for_questions(self):
+        """This base, if questions can be put to it.
+
+        Raises: ValueError if it has no chat template.
+        """
+        if self.asking is None:
+            raise ValueError(
+                f"{self.name} has no chat template, in which this lab asks its questions; take a "
+                "model made for chat"
+            )
+        return self
+
+
+def random_twin(model, seed):
+    """A model of the shape of `model` that has learned nothing: its weights as a new one has."""
+    twin = type(model)(model.config, np.random.default_rng((seed, 2)), model.parameters()[0].dtype)
+    return twin.to_device(model.parameters()[0].xp).frozen()
+
 
 def begin(file, doc):
     """The Run of the lab whose source is `file` and whose docstring is `doc`."""

@@ -1,6 +1,7 @@
-"""The texts of the labs: Python's source beside Python's documentation. Knows no model."""
+"""The texts of the labs: Python's documentation and source, and four domains. Knows no model."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +16,10 @@ HELDOUT = "bisect calendar fractions json.decoder queue random shlex string".spl
 
 
 class Text(NamedTuple):
-    """Two texts of one kind, one to train on and one to measure on."""
+    """One kind of text, to train on and to measure on: texts, or lists of (prompt, answer)."""
 
-    train: str
-    heldout: str
+    train: object
+    heldout: object
 
 
 def docs():
@@ -35,3 +36,18 @@ def code():
 def _sources(names):
     texts = [Path(importlib.util.find_spec(name).origin).read_text("utf-8") for name in names]
     return in_alphabet("\n".join(texts))
+
+
+def domain(name):
+    """(prompt, answer) pairs of the domain `name`: clinical, code, support or legal.
+
+    What is to measure on asks for the same facts in other sentences.
+    """
+    file = Path(__file__).parent / "domains" / f"{name}.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+
+    def pairs(sentences):
+        facts = fields["facts"].items()
+        return [(form.format(subject), answer) for subject, answer in facts for form in sentences]
+
+    return Text(pairs(fields["trained"]), pairs(fields["unseen"]))
