@@ -1,6 +1,7 @@
 """Each example runs as its reader would run it, ends well and prints its table; the derivation's code runs too."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -25,6 +26,16 @@ by_name = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.ste
 
 # What an example is given beside --quick and --seed, once the file is there.
 ARGUMENTS = {"incident_json": ["--base", "tiny.gguf"]}
+
+
+def is_lab(example):
+    return "lab.begin(" in example.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def labs(tmp_path_factory):
+    """A folder of results for all labs: the first that needs the small base trains it for the others."""
+    return tmp_path_factory.mktemp("labs")
 
 
 def run(example, folder, *arguments):
@@ -64,11 +75,18 @@ def test_there_are_examples():
 
 
 @by_name
-def test_an_example_ends_well_and_prints_a_table_and_nothing_else(example, tmp_path):
-    result = run(example, tmp_path, "--quick", "--seed", "1")
+def test_an_example_ends_well_and_prints_a_table_and_nothing_else(example, tmp_path, labs):
+    folder = labs if is_lab(example) else tmp_path
+    result = run(example, folder, "--quick", "--seed", "1", *(["--out", "."] if is_lab(example) else []))
     assert result.returncode == 0, result.stderr
     assert without_progress_bars(result.stderr) == []
     assert longest_table(result.stdout) >= 3, f"no table in:\n{result.stdout}"
+    if is_lab(example):
+        kept = json.loads((labs / f"{example.stem}.json").read_text(encoding="utf-8"))
+        assert (kept["lab"], kept["seeds"], kept["quick"]) == (example.stem, [1], True)
+        assert kept["rows"] and all(set(row) & set(kept["columns"]) for row in kept["rows"])
+        if importlib.util.find_spec("matplotlib"):
+            assert (labs / f"{example.stem}.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @by_name
@@ -78,7 +96,7 @@ def test_an_example_says_what_its_reader_learns_and_how_long_it_takes(example):
     assert "\nYou learn " in docstring
     assert re.search(r"\btakes\b.*(second|minute)", docstring, re.I | re.S)
     # The labs of the course have their options in one place.
-    if "lab.begin(" in source:
+    if is_lab(example):
         source = (ROOT / "examples" / "course" / "lab.py").read_text(encoding="utf-8")
     assert '"--quick"' in source
     assert '"--seed"' in source
