@@ -26,7 +26,7 @@ _PUBLIC = {
     "lora_config": ["LoRAConfig"],
     "lora": ["Adapter", "attach", "init_adapter", "merge"],
     "generate": ["generate", "generate_tokens"],
-    "compose": ["stack"],
+    "stack": ["stack"],
     "count": ["parameter_report"],
     "disk.models": ["load_gpt2", "load_model", "save_gpt2", "save_model"],
     "disk.peft": ["init_peft_adapter", "load_adapter", "save_adapter"],
@@ -56,7 +56,8 @@ def __dir__():
 class _Package(types.ModuleType):
     """The type of this package: a module in which a public name is stronger than a file.
 
-    `minilora.generate` and `minilora.gradcheck` are functions, though files have the same names.
+    `minilora.generate`, `minilora.gradcheck` and `minilora.stack` are functions of files with the
+    same names.
     """
 
     def __setattr__(self, name, value):

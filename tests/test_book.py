@@ -18,7 +18,7 @@ BOOK = ["backend", "graph", "tensor", "functional", "gradcheck", "nn", "optim", 
 FLOORS = {
     "book": ["backend", "graph", "tensor", "functional", "packed", "lean", "structure", "mistakes", "differences",
              "verdict", "subject", "compare", "directions", "gradcheck", "nn", "quant", "optim", "decoder", "gpt",
-             "llama", "lora_config", "fits", "lora", "generate", "compose", "count"],
+             "llama", "lora_config", "fits", "lora", "generate", "stack", "count"],
     "disk": ["characters", "checks", "lfs", "tensor_file", "folder", "family", "gpt2", "rotary_fields", "llama", "own",
              "bases", "gguf_file", "gguf_fields", "gguf_vocabulary", "gguf", "gguf_companions", "base_files", "models",
              "c_attn", "peft_config", "adapter_file", "peft", "loaders", "rounding", "template_sizes",
@@ -350,7 +350,7 @@ in_lora = lambda source: imports_out_of_order("lora", source)
 in_gpt2 = lambda source: imports_out_of_order("disk.gpt2", source)
 in_parts = lambda source: imports_out_of_order("training.parts", source)
 PLANTED = [
-    (in_lora, "from .compose import stack", "does not come before it"),
+    (in_lora, "from .stack import stack", "does not come before it"),
     (in_lora, "from .disk.folder import save_folder", "imports disk.folder, which does not come before it"),
     (in_lora, "from .disk import folder", "imports disk.folder, which does not come before it"),
     (in_gpt2, "from ..training import parts", "imports training.parts, which does not come before it"),

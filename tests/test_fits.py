@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from strategies import TinyMLP, contents, learned, new_adapter, tiny_mlp
 
-from minilora.compose import stack
 from minilora.fits import check_fits
 from minilora.functional import linear
 from minilora.graph import no_grad
 from minilora.lora import Adapter, LoRAPair, attach, merge
 from minilora.lora_config import LoRAConfig
 from minilora.nn import Linear, LinearLayer, Module
+from minilora.stack import stack
 from minilora.tensor import Tensor
 
 X = np.random.default_rng(7).standard_normal((2, 3, 6)).astype(np.float32)  # a batch for tiny_mlp(6, ...)

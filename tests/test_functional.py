@@ -15,7 +15,7 @@ from strategies import rngs, sides
 from minilora import Tensor, gradcheck, lean, no_grad
 from minilora import functional as F
 from minilora.backend import get_array_module, to_device, to_numpy
-from minilora.compose import pad_and_stack
+from minilora.stack import pad_and_stack
 
 both_forms = pytest.mark.parametrize("ops", [F, lean], ids=["functional", "lean"])
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

@@ -442,7 +442,7 @@ def test_the_gpt_works_where_there_is_no_lora():
 import sys, types
 package = types.ModuleType("minilora")
 package.__path__ = [sys.argv[1]]
-sys.modules.update({"minilora": package, "minilora.lora": None, "minilora.compose": None})
+sys.modules.update({"minilora": package, "minilora.lora": None, "minilora.stack": None})
 import numpy as np
 from minilora import generate, gpt
 model = gpt.GPT(gpt.GPTConfig(1, 2, 8, 11, 16), np.random.default_rng(0))

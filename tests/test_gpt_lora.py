@@ -21,7 +21,6 @@ from strategies import (
 )
 
 from minilora import lora
-from minilora.compose import stack
 from minilora.count import parameter_report
 from minilora.generate import generate
 from minilora.gpt import GPT, GPTConfig
@@ -30,6 +29,7 @@ from minilora.graph import no_grad
 from minilora.lora import attach, init_adapter, merge
 from minilora.lora_config import LoRAConfig
 from minilora.optim import Adam
+from minilora.stack import stack
 
 IDS = np.array([[1, 2, 3, 4], [4, 0, 6, 6], [5, 5, 2, 1]])
 TARGETS = np.array([[2, 3, 4, -100], [0, 6, 6, 1], [5, 2, 1, 0]])

@@ -27,13 +27,13 @@ from strategies import (
 
 from minilora import functional as F
 from minilora.backend import to_device
-from minilora.compose import BatchLoRALinear
 from minilora.count import parameter_report
 from minilora.graph import no_grad
 from minilora.lora import Adapter, LoRALinear, LoRAPair, attach, init_adapter, merge
 from minilora.lora_config import LoRAConfig
 from minilora.nn import Linear
 from minilora.optim import Adam
+from minilora.stack import BatchLoRALinear
 from minilora.tensor import Tensor
 
 X = np.random.default_rng(7).standard_normal((2, 3, 6)).astype(np.float32)  # a batch for tiny_mlp(6, ...)
@@ -583,7 +583,7 @@ package = types.ModuleType("minilora")
 package.__path__ = [sys.argv[1]]
 sys.modules.update({"minilora": package, "minilora.gpt": None})
 import numpy as np
-from minilora import compose, lora, nn, tensor
+from minilora import lora, nn, stack, tensor
 from minilora import lora_config as targets
 class Model(nn.Module):
     def __init__(self, rng):
@@ -594,7 +594,7 @@ rng = np.random.default_rng(0)
 base = Model(rng)
 adapter = lora.init_adapter(base, targets.LoRAConfig(2, 4, ["proj"]), rng)
 x = tensor.Tensor(np.ones((2, 1, 4), np.float32))
-lora.attach(base, compose.stack([adapter, None]))(x).sum().backward()
+lora.attach(base, stack.stack([adapter, None]))(x).sum().backward()
 lora.merge(lora.attach(base, adapter))(x)
 """
     folder = Path(F.__file__).parent

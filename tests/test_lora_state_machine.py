@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
 from strategies import contents, tiny_mlp
 
-from minilora.compose import stack
 from minilora.graph import no_grad
 from minilora.lora import Adapter, LoRALinear, LoRAPair, attach, init_adapter, merge
 from minilora.lora_config import LoRAConfig
 from minilora.nn import Linear, Module
 from minilora.optim import Adam
+from minilora.stack import stack
 from minilora.tensor import Tensor
 
 X = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)  # two rows: a stack has one adapter for each

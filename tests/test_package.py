@@ -112,7 +112,7 @@ FIRST = {
 
 
 def test_some_public_functions_have_the_names_of_files():
-    assert CLASHING == ["generate", "gradcheck"]
+    assert CLASHING == ["generate", "gradcheck", "stack"]
 
 
 @pytest.mark.parametrize("first", FIRST)

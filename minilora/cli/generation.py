@@ -9,7 +9,6 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import quant
-from ..compose import stack
 from ..count import parameter_report
 from ..disk.models import load_model, load_model_config
 from ..disk.peft import load_adapter
@@ -17,6 +16,7 @@ from ..disk.quantized import quantized_base
 from ..disk.tokenizer import load_tokenizer
 from ..generate import generate_tokens
 from ..lora import attach, merge
+from ..stack import stack
 from .folders import find_sources
 from .text_stream import TextStream
 

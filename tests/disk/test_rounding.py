@@ -13,7 +13,6 @@ from safetensors import deserialize
 from safetensors.numpy import load_file, save_file
 from strategies import TinyMLP, agree, contents, hunt, learned, new_adapter, rngs, tiny_mlp
 
-from minilora.compose import stack
 from minilora.disk import rounding
 from minilora.disk.base_files import COMPANIONS, TENSORS
 from minilora.disk.models import load_gpt2, load_model, save_gpt2, save_model
@@ -24,6 +23,7 @@ from minilora.lora import LoRALinear, LoRAPair, attach, init_adapter, merge
 from minilora.lora_config import LoRAConfig
 from minilora.nn import Linear
 from minilora.quant import quantize, quantized
+from minilora.stack import stack
 from minilora.tensor import Tensor
 
 UNITS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # half the distance from 1 to the next
