@@ -5,7 +5,7 @@ An adapter is whatever offers `fit_errors(modules, fingerprint)`: lines that say
 
 from collections import namedtuple
 
-from .nn import AdaptedLayer, LinearLayer, digest_of
+from .nn import AdaptedModule, LinearLayer, digest_of
 from .packed import PackedTensor
 from .quant import KINDS, quantized, storage_of
 from .tensor import Tensor, check_same
@@ -91,29 +91,56 @@ def indented(lines):
 
 def pair_errors(pairs, modules):
     """Which of `pairs`, {module name: pair}, cannot stand beside their modules, and why."""
+    return part_errors(pairs, modules, _misfit_of_pair)
+
+
+def _misfit_of_pair(name, pair, module):
+    if not isinstance(module, LinearLayer):
+        return not_a("a linear layer", name, module)
+    if (module.out_features, module.in_features) == (pair.out_features, pair.in_features):
+        return None
+    return (
+        f"{name}: weight {(module.out_features, module.in_features)}, "
+        f"but lora_A {pair.lora_A.shape} and lora_B {pair.lora_B.shape}"
+    )
+
+
+def part_errors(parts, modules, misfit):
+    """Which of `parts`, {module name: part}, cannot stand beside their modules, and why.
+
+    `misfit(name, part, module)` is a line that says why a part does not fit a plain module, or
+    None.
+    Raises: TypeError if a part has another dtype or backend than its module.
+    """
     errors = []
-    for name, pair in pairs.items():
+    for name, part in parts.items():
         module = modules.get(name)
         if module is None:
             errors.append(f"{name} is adapted, but the base has nothing there")
-        elif isinstance(module, AdaptedLayer):
+            continue
+        if isinstance(module, AdaptedModule):
             errors.append(f"{name} already carries LoRA; merge first, or use stack")
-        elif not isinstance(module, LinearLayer):
-            errors.append(
-                f"{name} is adapted, but the base has {type(module).__name__} there, "
-                "not a linear layer"
-            )
-        elif (module.out_features, module.in_features) != (pair.out_features, pair.in_features):
-            errors.append(
-                f"{name}: weight {(module.out_features, module.in_features)}, "
-                f"but lora_A {pair.lora_A.shape} and lora_B {pair.lora_B.shape}"
-            )
+            continue
+        line = misfit(name, part, module)
+        if line is not None:
+            errors.append(line)
         else:
-            # An empty tensor stands for the layer, which may store its weight in another way.
-            numbers_of_layer = Tensor(module.xp.zeros(0, module.dtype))
             who = f"attaching an adapter to {name}"
-            check_same(who, numbers_of_layer, pair.lora_A, pair.lora_B)
+            check_same(who, _numbers_of(module), *part.parameters())
     return errors
+
+
+def not_a(kind, name, module):
+    """The line that says that the module `name` is not of the `kind` that its part needs."""
+    return f"{name} is adapted, but the base has {type(module).__name__} there, not {kind}"
+
+
+def _numbers_of(module):
+    """An empty tensor with the dtype and the backend in which a module computes."""
+    # A layer may store its weight in another way than as a tensor, a packed tensor as other arrays.
+    if not isinstance(module, LinearLayer):
+        module = module.parameters()[0]
+    return Tensor(module.xp.zeros(0, module.dtype))
 
 
 def base_errors(expected, fingerprint):

@@ -16,7 +16,8 @@ import math
 from . import functional as F
 from .fits import base_errors, check_fits, pair_errors
 from .lora_config import check_patterns, find_targets
-from .nn import AdaptedLayer, LinearLayer, Module, uniform
+from .nn import AdaptedLayer, AdaptedModule, LinearLayer, Module, uniform
+from .packed import StoredTensor
 from .quant import stored_as
 from .tensor import Tensor
 
@@ -47,6 +48,10 @@ class LoRAPair(Module):
     def delta(self):
         """ΔW as an array (out, in)."""
         return self.scaling * (self.lora_B.data @ self.lora_A.data)
+
+    def beside(self, linear, dropout):
+        """The layer in which this pair stands beside the layer `linear`."""
+        return LoRALinear(linear, self, dropout)
 
 
 def _check_one_rank(lora_A, lora_B):
@@ -108,9 +113,11 @@ class Adapter(Module):
         for name, p in super().named_parameters():
             yield name.removeprefix("pairs."), p
 
-    def adapted(self, name, linear):
-        """The layer that stands for `linear`, the module `name`, in an adapted model."""
-        return LoRALinear(linear, self.pairs[name], self.config.dropout)
+    def adapted(self, name, module):
+        """The layer that stands for `module`, called `name`, in an adapted model; None: itself."""
+        if name not in self.pairs:
+            return None
+        return self.pairs[name].beside(module, self.config.dropout)
 
     def fit_errors(self, modules, fingerprint):
         """Why this adapter does not belong on a base of these modules: lines, or none.
@@ -127,8 +134,8 @@ def linear_names(model):
 
 
 def adapted_names(model):
-    """The names of the layers of `model` that carry an adapter."""
-    return [name for name, module in model.named_modules() if isinstance(module, AdaptedLayer)]
+    """The names of the modules of `model` that carry an adapter."""
+    return [name for name, module in model.named_modules() if isinstance(module, AdaptedModule)]
 
 
 def init_adapter(model, config, rng, *, allow_large_r=False):
@@ -176,8 +183,8 @@ def attach(base, adapter, *, check_base=True):
     are trainable. Called with a generator, `model.loss(ids, targets, rng=rng)`, it applies the
     adapter's dropout. check_base=False skips the fingerprint: for a base changed on purpose.
 
-    An adapter is anything with `pairs`, whose keys are the names of the modules it adapts;
-    `adapted(name, layer)`, the layer that stands for one of them; and `fit_errors` (see fits.py).
+    An adapter is anything with `adapted(name, module)`, the module that stands for one of the
+    base's, or None where that one stays; and `fit_errors` (see fits.py).
 
     Shapes: the new model takes and returns what `base` does.
     Raises: ValueError with the reasons why the two do not fit: modules absent, of another shape or
@@ -187,11 +194,8 @@ def attach(base, adapter, *, check_base=True):
     """
     check_fits("attach", base, adapter, check_base)
 
-    def replace(name, child):
-        return adapter.adapted(name, child) if name in adapter.pairs else None
-
     # The base is frozen first. The adapter's tensors come in afterwards, and stay trainable.
-    return base.frozen().rebuild(replace)
+    return base.frozen().rebuild(adapter.adapted)
 
 
 def merge(model):
@@ -201,8 +205,8 @@ def merge(model):
     (`trainable_copy()` gives a model to train on). The base and the adapter are not touched.
 
     Shapes: as `model`.
-    Raises: ValueError if no layer carries an adapter, if rows carry different ones, or if a merged
-    weight would not be finite.
+    Raises: ValueError if no layer carries an adapter, if what one does is no change of weights, if
+    rows carry different ones, or if a merged weight would not be finite.
     Source: Hu et al. 2021, section 4.1 ("No Additional Inference Latency").
     """
     if not adapted_names(model):
@@ -211,13 +215,26 @@ def merge(model):
         )
 
     def replace(name, child):
-        if not isinstance(child, AdaptedLayer):
+        if not isinstance(child, AdaptedModule):
             return None
         plain = child.merged()
-        if not plain.xp.isfinite(plain.weight.data).all():
-            raise ValueError(
-                f"merge: the merged weight of {name} is not finite; the adapter holds inf or nan"
-            )
+        for part, p in plain.named_parameters():
+            # What is stored in few bits is as it was.
+            if not isinstance(p, StoredTensor) and not p.xp.isfinite(p.data).all():
+                raise ValueError(
+                    f"merge: the merged {part} of {name} is not finite; "
+                    "the adapter holds inf or nan"
+                )
         return plain
 
     return model.rebuild(replace)
+
+
+def check_plain(who, adapter):
+    """Raise ValueError unless every pair of `adapter` is plain LoRA, whose update is a product."""
+    for name, pair in adapter.pairs.items():
+        if type(pair) is not LoRAPair:
+            raise ValueError(
+                f"{who}: {name} carries {type(pair).__name__}, whose update is not scaling · B A; "
+                "merge it into its base, or use it alone"
+            )

@@ -234,8 +234,17 @@ class LinearLayer(Module):
     """
 
 
-class AdaptedLayer(Module):
-    """A layer that holds another one, `linear`, and adds an update to what that computes.
+class AdaptedModule(Module):
+    """A module that stands for another one, which it holds, in a model that carries an adapter.
+
+    It names what it holds in `transparent`: parameters keep the names they had without it.
+    `merged()` is the plain module that computes the same, or a ValueError that says why there is
+    none.
+    """
+
+
+class AdaptedLayer(AdaptedModule):
+    """A layer that holds another one, `linear`, and changes what that computes.
 
     Parameters keep the names they had without it: `q_proj.weight`, not `q_proj.linear.weight`.
     """

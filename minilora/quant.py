@@ -14,7 +14,7 @@ Source: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", s
 import numpy as np
 
 from .backend import to_numpy
-from .nn import AdaptedLayer, LinearLayer, digest_of
+from .nn import AdaptedModule, LinearLayer, digest_of
 from .packed import (
     BLOCKS,
     NF4,
@@ -50,7 +50,7 @@ def quantize(model, kind, *, on_layer=None):
         raise ValueError(f"quantize: kind must be one of {kinds}, got {kind.lower()!r}")
     packed = {}
     for name, module in model.named_modules():
-        if isinstance(module, AdaptedLayer):
+        if isinstance(module, AdaptedModule):
             raise ValueError(
                 f"quantize: {name} carries an adapter; quantise the base, then attach to it"
             )

@@ -52,7 +52,9 @@ class BatchAdapter(Module):
                 rows[i] = pair
 
     def adapted(self, name, linear):
-        """The layer that stands for `linear`, the module `name`, in an adapted model."""
+        """The layer that stands for `linear`, the module `name`; None: itself."""
+        if name not in self.pairs:
+            return None
         rates = [0.0 if a is None else a.config.dropout for a in self.adapters]
         return BatchLoRALinear(linear, self.pairs[name], rates)
 
