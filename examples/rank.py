@@ -28,16 +28,9 @@ ranks = run.few([1, 2, 4, 8, 16, 32, 64] if is_tiny else [1, 8, 64])
 # Of the tiny base: Adam's first steps are as large as its rate, whatever the size of a model.
 rates = run.few([3e-3, 1e-2, 3e-2] if is_tiny else [1e-3, 3e-3])
 full_rates = run.few([1e-3, 3e-3, 1e-2] if is_tiny else [1e-4, 3e-4])
-# The rates are chosen on a seed that no result comes from.
-TUNING_SEED = 1000
 
 # %% The task: Python's source, of which the base has read none.
-train_ids = base.encode(texts.code().train)
-heldout_ids = base.encode(texts.code().heldout)
-# One half of the text that is not trained on chooses, the other half is measured.
-half = len(heldout_ids) // 2
-validation_ids = heldout_ids[:half]
-test_ids = heldout_ids[half:]
+code = texts.code_ids(base.encode)
 
 
 def tuned(r, lr, seed, curve=None):
@@ -45,7 +38,7 @@ def tuned(r, lr, seed, curve=None):
 
     A list `curve` is given (step, validation loss), ten times.
     """
-    batches = run.windows(base, train_ids, seed)
+    batches = run.windows(base, code.train, seed)
     if r is None:
         model = base.model.trainable_copy()
         run.train(model, model.parameters(), batches, steps, lr, "full")
@@ -56,25 +49,25 @@ def tuned(r, lr, seed, curve=None):
 
     def watch(step, _):
         if curve is not None and step % max(1, steps // 10) == 0:
-            curve.append((step, run.loss(base, model, validation_ids, 32)))
+            curve.append((step, run.loss(base, model, code.validation, 32)))
 
     run.train(model, adapter.parameters(), batches, steps, lr, f"r={r}", watch)
     return model, adapter
 
 
 # %% For each rank, the best rate; then every seed with that rate.
-before = run.loss(base, base.model, test_ids)
+before = run.loss(base, base.model, code.test)
 rows = []
 for r in [None, *ranks]:
     by_rate = {}
     for lr in full_rates if r is None else rates:
-        model, _ = tuned(r, lr, TUNING_SEED)
-        by_rate[lr] = run.loss(base, model, validation_ids)
+        model, _ = tuned(r, lr, lab.TUNING_SEED)
+        by_rate[lr] = run.loss(base, model, code.validation)
     best_lr = min(by_rate, key=by_rate.get)
     losses = []
     for seed in run.seeds:
         model, trained = tuned(r, best_lr, seed)
-        losses.append(run.loss(base, model, test_ids))
+        losses.append(run.loss(base, model, code.test))
     # The share of full fine-tuning's gain, seed by seed: the first row is full's.
     full = rows[0]["loss"] if rows else losses
     gains = [before - loss for loss in losses]
@@ -98,7 +91,7 @@ procedure = []
 for r in run.few([4, 8, 16, 32, 64]):
     curve = []
     rate_of = {row["r"]: row["lr"] for row in rows}
-    tuned(r, rate_of.get(4, rates[0]), TUNING_SEED, curve)
+    tuned(r, rate_of.get(4, rates[0]), lab.TUNING_SEED, curve)
     procedure.append({"r": r, "validation": curve})
     trail = "  ".join(f"{loss:.3f}" for _, loss in curve)
     print(f"validation loss at r={r}: {trail}")

@@ -71,13 +71,16 @@ def with_range(axes, x, lists, label, **style):
     axes.errorbar(x, means, yerr=[below, above], capsize=4, label=label, **style)
 
 
-def bars(axes, names, lists, **style):
+def bars(axes, names, lists, form="{:.0f}", **style):
     """A horizontal bar for each name, the first on top, with its number and its range."""
     places = range(len(names))
     means = [middle(values) for values in lists]
     below = [mean - min(values) for mean, values in zip(means, lists, strict=True)]
     above = [max(values) - mean for mean, values in zip(means, lists, strict=True)]
-    axes.barh(places, means, xerr=[below, above], capsize=4, ecolor=INK, **style)
+    # A bar of one seed has no range to show.
+    ranges = [below, above] if any(below) or any(above) else None
+    drawn = axes.barh(places, means, xerr=ranges, capsize=4, ecolor=INK, **style)
+    axes.bar_label(drawn, fmt=form, padding=3, fontsize=11)
     axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)

@@ -22,6 +22,14 @@ class Text(NamedTuple):
     heldout: object
 
 
+class Ids(NamedTuple):
+    """A text as token ids, (N,) each: to train on, to choose by, and to measure on."""
+
+    train: object
+    validation: object
+    test: object
+
+
 def docs():
     """The documentation on which the tiny base was trained."""
     corpus = load_corpus()
@@ -31,6 +39,17 @@ def docs():
 def code():
     """Python source, which the tiny base has not seen: the target of most labs."""
     return Text(_sources(TRAINED), _sources(HELDOUT))
+
+
+def code_ids(encode):
+    """The Ids of `code()` by `encode`: one half of the text that is not trained on is to choose by.
+
+    Learning rates are chosen by it, so that what is measured was used for nothing else.
+    """
+    text = code()
+    heldout = encode(text.heldout)
+    half = len(heldout) // 2
+    return Ids(encode(text.train), heldout[:half], heldout[half:])
 
 
 def _sources(names):
