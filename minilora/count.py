@@ -2,7 +2,9 @@
 
 from collections import namedtuple
 
+from .architectures import blank_adapter
 from .graph import count_consumers
+from .lora_config import LoRAConfig
 from .packed import PackedTensor
 
 
@@ -30,6 +32,21 @@ def parameter_report(model):
         trainable_bytes=sum(t.nbytes for t in trainable),
         total_bytes=sum(t.nbytes for t in tensors),
     )
+
+
+def n_parameters(model):
+    """How many numbers a model or an adapter holds."""
+    return parameter_report(model).total
+
+
+def adapter_parameters(model, r, target_modules):
+    """How many numbers LoRA of rank `r` has on `model`: counted from an adapter without numbers.
+
+    Raises: as `init_adapter`.
+    """
+    # alpha changes no count.
+    config = LoRAConfig(r=r, alpha=r, target_modules=target_modules)
+    return n_parameters(blank_adapter(model, config))
 
 
 def activation_bytes(loss, model):

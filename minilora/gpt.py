@@ -12,8 +12,7 @@ import numpy as np
 
 from .decoder import Decoder, SelfAttention, rotary_tables
 from .lean import gelu
-from .nn import Embedding, LayerNorm, Linear, Module, normal_or_zeros
-from .tensor import Tensor
+from .nn import Embedding, LayerNorm, Linear, Module, constant, normal_or_zeros
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,9 @@ class Block(Module):
     """x + attn(ln_1(x)), then x + mlp(ln_2(x)): (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config, rng, dtype):
-        self.ln_1 = _layer_norm(config, dtype)
+        self.ln_1 = _layer_norm(config, rng, dtype)
         self.attn = Attention(config, rng, dtype)
-        self.ln_2 = _layer_norm(config, dtype)
+        self.ln_2 = _layer_norm(config, rng, dtype)
         self.mlp = MLP(config, rng, dtype)
 
     def __call__(self, x, rope=None, cache=None, rng=None):
@@ -103,9 +102,9 @@ class Block(Module):
         return x + self.mlp(self.ln_2(x), rng)
 
 
-def _layer_norm(config, dtype):
-    weight = Tensor(np.ones(config.n_embd, dtype), requires_grad=True)
-    bias = Tensor(np.zeros(config.n_embd, dtype), requires_grad=True)
+def _layer_norm(config, rng, dtype):
+    weight = constant(1, rng, config.n_embd, dtype)
+    bias = constant(0, rng, config.n_embd, dtype)
     return LayerNorm(weight, bias, config.layer_norm_epsilon)
 
 
@@ -135,7 +134,7 @@ class GPT(Decoder):
         if config.positions == "learned":
             self.wpe = table(config.block_size)
         self.h = [Block(config, rng, dtype) for _ in range(config.n_layer)]
-        self.ln_f = _layer_norm(config, dtype)
+        self.ln_f = _layer_norm(config, rng, dtype)
         if not config.tie_word_embeddings:
             self.lm_head = table(config.vocab_size)
 

@@ -14,8 +14,7 @@ import numpy as np
 
 from .decoder import Decoder, SelfAttention, rotary_tables
 from .lean import swiglu
-from .nn import Embedding, Linear, Module, RMSNorm, normal_or_zeros
-from .tensor import Tensor
+from .nn import Embedding, Linear, Module, RMSNorm, constant, normal_or_zeros
 
 _SIZES = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
@@ -137,8 +136,8 @@ class Attention(SelfAttention):
         self.q_norm = None
         self.k_norm = None
         if config.qk_norm:
-            self.q_norm = _norm(config.head_dim, config, dtype)
-            self.k_norm = _norm(config.head_dim, config, dtype)
+            self.q_norm = _norm(config.head_dim, config, rng, dtype)
+            self.k_norm = _norm(config.head_dim, config, rng, dtype)
 
     def normed(self, x, which):
         """Queries or keys, each head normalised for itself where the model has that."""
@@ -166,9 +165,9 @@ class Block(Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config, rng, dtype):
-        self.input_layernorm = _norm(config.hidden_size, config, dtype)
+        self.input_layernorm = _norm(config.hidden_size, config, rng, dtype)
         self.self_attn = Attention(config, rng, dtype)
-        self.post_attention_layernorm = _norm(config.hidden_size, config, dtype)
+        self.post_attention_layernorm = _norm(config.hidden_size, config, rng, dtype)
         self.mlp = MLP(config, rng, dtype)
 
     def __call__(self, x, rope=None, cache=None, rng=None):
@@ -176,8 +175,8 @@ class Block(Module):
         return x + self.mlp(self.post_attention_layernorm(x), rng)
 
 
-def _norm(n, config, dtype):
-    return RMSNorm(Tensor(np.ones(n, dtype), requires_grad=True), config.rms_norm_eps)
+def _norm(n, config, rng, dtype):
+    return RMSNorm(constant(1, rng, n, dtype), config.rms_norm_eps)
 
 
 class Llama(Decoder):
@@ -205,7 +204,7 @@ class Llama(Decoder):
         table = lambda: Embedding(normal_or_zeros(rng, C**-0.5, (config.vocab_size, C), dtype))
         self.embed_tokens = table()
         self.layers = [Block(config, rng, dtype) for _ in range(config.num_hidden_layers)]
-        self.norm = _norm(C, config, dtype)
+        self.norm = _norm(C, config, rng, dtype)
         if not config.tie_word_embeddings:
             self.lm_head = table()
 

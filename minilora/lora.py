@@ -138,6 +138,33 @@ def adapted_names(model):
     return [name for name, module in model.named_modules() if isinstance(module, AdaptedModule)]
 
 
+def target_ranks(model, config, allow_large_r=False):
+    """{name of a linear: r}: what an adapter of this LoRAConfig adapts in `model`, in its order.
+
+    Raises: as `init_adapter`.
+    """
+    carrying = adapted_names(model)
+    if carrying:
+        raise ValueError(
+            f"init_adapter: {carrying[0]} already carries LoRA; "
+            "call it on the base, or on merge(model)"
+        )
+    modules = dict(model.named_modules())
+    names = find_targets(linear_names(model), config.target_modules)
+    check_patterns(config, names)
+    ranks = {}
+    for name in names:
+        layer = modules[name]
+        ranks[name] = config.r_of(name)
+        if ranks[name] > min(layer.in_features, layer.out_features) and not allow_large_r:
+            raise ValueError(
+                f"init_adapter: r={ranks[name]} exceeds min(in, out) of {name}, weight "
+                f"{(layer.out_features, layer.in_features)}; a smaller r expresses the same "
+                "updates, or pass allow_large_r=True"
+            )
+    return ranks
+
+
 def init_adapter(model, config, rng, *, allow_large_r=False):
     """A new adapter for `model`: A random and B zero, so that attaching it changes nothing.
 
@@ -150,25 +177,10 @@ def init_adapter(model, config, rng, *, allow_large_r=False):
     allow_large_r=True.
     Source: Hu et al. 2021, section 4.1; A as in the authors' code.
     """
-    carrying = adapted_names(model)
-    if carrying:
-        raise ValueError(
-            f"init_adapter: {carrying[0]} already carries LoRA; "
-            "call it on the base, or on merge(model)"
-        )
     modules = dict(model.named_modules())
-    names = find_targets(linear_names(model), config.target_modules)
-    check_patterns(config, names)
     pairs = {}
-    for name in names:
+    for name, r in target_ranks(model, config, allow_large_r).items():
         layer = modules[name]
-        r = config.r_of(name)
-        if r > min(layer.in_features, layer.out_features) and not allow_large_r:
-            raise ValueError(
-                f"init_adapter: r={r} exceeds min(in, out) of {name}, weight "
-                f"{(layer.out_features, layer.in_features)}; a smaller r expresses the same "
-                "updates, or pass allow_large_r=True"
-            )
         bound = 1 / math.sqrt(layer.in_features)
         A = uniform(rng, bound, (r, layer.in_features), layer.dtype, layer.xp)
         B = Tensor(layer.xp.zeros((layer.out_features, r), layer.dtype), requires_grad=True)

@@ -221,9 +221,24 @@ def normal_or_zeros(rng, std, shape, dtype):
     there.
     """
     if rng is None:
-        return Tensor(np.broadcast_to(np.zeros((), dtype), shape), requires_grad=True)
+        return Tensor(_in_place_of_all(0, shape, dtype), requires_grad=True)
     values = check_rng(rng).standard_normal(shape) * std
     return Tensor(values.astype(dtype), requires_grad=True)
+
+
+def constant(value, rng, shape, dtype):
+    """A trainable Tensor that is `value` throughout: a bias, or the weight of a norm.
+
+    Without `rng` one number stands in the place of all, as in `normal_or_zeros`.
+    """
+    if rng is None:
+        return Tensor(_in_place_of_all(value, shape, dtype), requires_grad=True)
+    return Tensor(np.full(shape, value, dtype), requires_grad=True)
+
+
+def _in_place_of_all(value, shape, dtype):
+    """An array that takes the memory of one number, and that nobody may write."""
+    return np.broadcast_to(np.array(value, dtype), shape)
 
 
 class LinearLayer(Module):
@@ -278,7 +293,7 @@ class Linear(LinearLayer):
         weight = normal_or_zeros(rng, std, (out_features, in_features), dtype)
         if not bias:
             return cls(weight)
-        return cls(weight, Tensor(np.zeros(out_features, dtype), requires_grad=True))
+        return cls(weight, constant(0, rng, out_features, dtype))
 
     out_features = property(lambda self: self.weight.shape[0])
     in_features = property(lambda self: self.weight.shape[1])

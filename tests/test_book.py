@@ -18,7 +18,7 @@ BOOK = ["backend", "graph", "tensor", "functional", "gradcheck", "nn", "optim", 
 FLOORS = {
     "book": ["backend", "graph", "tensor", "functional", "packed", "lean", "structure", "mistakes", "differences",
              "verdict", "subject", "compare", "directions", "gradcheck", "nn", "quant", "optim", "decoder", "gpt",
-             "llama", "lora_config", "fits", "lora", "generate", "stack", "count"],
+             "llama", "lora_config", "fits", "lora", "generate", "stack", "architectures", "count"],
     "disk": ["characters", "checks", "lfs", "tensor_file", "folder", "family", "gpt2", "rotary_fields", "llama", "own",
              "bases", "gguf_file", "gguf_fields", "gguf_vocabulary", "gguf", "gguf_companions", "base_files", "models",
              "c_attn", "peft_config", "adapter_file", "peft", "loaders", "rounding", "template_sizes",
