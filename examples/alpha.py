@@ -81,8 +81,8 @@ for optimizer in RATES:
         rows.append(row)
 
 # %% The axis of the initial width. A (r, in) reads `in` numbers, so its own are drawn from ±1/√in,
-# and x Aᵀ is as large in a wide layer as in a narrow one. Drawn from ±1/√r, as a code that takes A's
-# other axis for its fan-in does, x Aᵀ grows with the width.
+# and x Aᵀ is as large in a wide layer as in a narrow one. Drawn from ±1/√r, by a code that takes the
+# other axis of A for its fan-in, x Aᵀ grows with the width.
 widths = [64, 256, 1024, 4096]
 trap = {}
 for axis in ("in", "r"):

@@ -1,6 +1,7 @@
 """Each example runs as its reader would run it, ends well and prints its table; the derivation's code runs too."""
 
 import ast
+import configparser
 import importlib.util
 import json
 import os
@@ -32,12 +33,6 @@ def is_lab(example):
     return "lab.begin(" in example.read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="session")
-def labs(tmp_path_factory):
-    """A folder of results for all labs: the first that needs the small base trains it for the others."""
-    return tmp_path_factory.mktemp("labs")
-
-
 def run(example, folder, *arguments):
     if example.stem in ARGUMENTS:
         if not (folder / "tiny.gguf").exists():
@@ -51,6 +46,24 @@ def run(example, folder, *arguments):
         encoding="utf-8",
         timeout=60,
     )
+
+
+@pytest.fixture(scope="session")
+def labs(tmp_path_factory):
+    """(what ran, its results) of the lab of a name, which runs once for all tests.
+
+    They share a folder, so that the first that needs the small base trains it for the others.
+    """
+    folder = tmp_path_factory.mktemp("labs")
+    ran = {}
+
+    def of(name):
+        if name not in ran:
+            ran[name] = run(ROOT / "examples" / f"{name}.py", folder, "--quick", "--seed", "1", "--out", ".")
+        file = folder / f"{name}.json"
+        return ran[name], json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    return of
 
 
 def without_progress_bars(text):
@@ -76,17 +89,22 @@ def test_there_are_examples():
 
 @by_name
 def test_an_example_ends_well_and_prints_a_table_and_nothing_else(example, tmp_path, labs):
-    folder = labs if is_lab(example) else tmp_path
-    result = run(example, folder, "--quick", "--seed", "1", *(["--out", "."] if is_lab(example) else []))
+    result = labs(example.stem)[0] if is_lab(example) else run(example, tmp_path, "--quick", "--seed", "1")
     assert result.returncode == 0, result.stderr
     assert without_progress_bars(result.stderr) == []
     assert longest_table(result.stdout) >= 3, f"no table in:\n{result.stdout}"
-    if is_lab(example):
-        kept = json.loads((labs / f"{example.stem}.json").read_text(encoding="utf-8"))
-        assert (kept["lab"], kept["seeds"], kept["quick"]) == (example.stem, [1], True)
-        assert kept["rows"] and all(set(row) & set(kept["columns"]) for row in kept["rows"])
-        if importlib.util.find_spec("matplotlib"):
-            assert (labs / f"{example.stem}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("example", [path for path in EXAMPLES if is_lab(path)], ids=lambda path: path.stem)
+def test_a_lab_keeps_its_table_and_draws_a_picture(example, labs):
+    result, kept = labs(example.stem)
+    assert (kept["lab"], kept["seeds"], kept["quick"]) == (example.stem, [1], True)
+    assert kept["rows"] and all(set(row) & set(kept["columns"]) for row in kept["rows"])
+    if importlib.util.find_spec("matplotlib"):
+        drawn = Path(re.search(r"drawn in (.*\.png)", result.stdout)[1])
+        assert drawn.name == f"{example.stem}.png"
+    else:
+        assert "no picture: " in result.stdout
 
 
 @by_name
@@ -139,6 +157,24 @@ def test_swapping_asks_every_adapter_for_every_task(tmp_path):
     assert int(octal, 8) + int(umask, 8) == 0o777 and int(binary, 2) == int(octal, 8)
     assert sum({"r": 4, "w": 2, "x": 1}[c] for c in symbolic if c in "rwx") == sum(map(int, octal))
     assert re.search(r"each adapter: [\d,]+ numbers; base changed by all this: False", out)
+
+
+def test_the_environment_names_what_each_extra_brings():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    extras = defined_in(ROOT / "examples" / "environment.py", "EXTRAS")["EXTRAS"]
+    for extra, modules in extras.items():
+        assert modules == re.findall(r"^\w+", setup["options.extras_require"][extra], re.MULTILINE)
+
+
+def test_the_environment_finds_the_planted_gradient_and_no_other(labs):
+    result, kept = labs("environment")
+    (caught,) = kept["caught"]
+    assert caught.startswith("found at (3, 5): says") and caught in result.stdout
+    assert all(row["skipped"] == [0] and row["worst"][0] < 1e-6 for row in kept["rows"])
+    assert {"wte.weight", "h.0.attn.q_proj.lora_A", "ln_f.bias"} < {row["name"] for row in kept["rows"]}
+    least = {kind: min(errors) for kind, errors in kept["by_step"].items()}
+    assert least["right"] < 1e-7 and 0.9e-3 < least["wrong"] < 1.1e-3
 
 
 INCIDENTS = ROOT / "examples" / "incident_json.py"
