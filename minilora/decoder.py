@@ -105,11 +105,15 @@ class SelfAttention(Module):
         return self.o_proj(attention(q, k, v, self.n_head, hidden), rng)
 
 
+class FeedForward(Module):
+    """The other half of a block, an MLP, (B, T, C) -> (B, T, C). `down_proj` is its last layer."""
+
+
 class Decoder(Module):
     """Token ids in, logits out. A model's own class has `config`, with vocab_size and block_size.
 
-    It has `hidden(ids, cache, rng)`, which begins with `checked`; `blocks()`, the list of its
-    layers; and `head_layer()`, the Embedding whose table is the head.
+    It has `embedded(ids)` and `states(x, positions, cache, rng)`, of which `hidden` is made;
+    `blocks()`, the list of its layers; and `head_layer()`, the Embedding whose table is the head.
 
     Shapes: `model(ids)`: ids (B, T) integers on the host -> logits Tensor (B, T, V), in `dtype`.
     A call is given a generator, `model(ids, rng=...)`, if and only if layers are to drop out.
@@ -119,6 +123,14 @@ class Decoder(Module):
 
     def __call__(self, ids, *, cache=None, rng=None):
         return self.head(self.hidden(ids, cache, rng))
+
+    def hidden(self, ids, cache=None, rng=None):
+        """Ids to the states that the head reads: (B, T) -> (B, T, C).
+
+        `cache`, from `new_cache`, holds the positions before these ids, and takes these up.
+        """
+        ids, positions = self.checked(ids, cache)
+        return self.states(self.embedded(ids), positions, cache, rng)
 
     def head(self, hidden):
         """Hidden states to logits: (..., C) -> (..., V)."""
@@ -139,10 +151,12 @@ class Decoder(Module):
         """
         return [KeyValueCache(size, starts) for _ in self.blocks()]
 
-    def checked(self, ids, cache=None):
+    def checked(self, ids, cache=None, n_before=0):
         """(ids, positions), on the host, if the model can read `ids` after what the cache holds.
 
-        Shapes: positions (T,), or (B, T) where the rows of a cache begin at different columns.
+        The positions are those of `n_before` vectors that come first, and of the ids.
+        Shapes: positions (n_before + T,), or (B, n_before + T) where the rows of a cache begin at
+        different columns.
         """
         who = type(self).__name__
         ids = on_host(ids)
@@ -160,7 +174,7 @@ class Decoder(Module):
         if ids.ndim != 2 or ids.size == 0:
             raise ValueError(f"{who}: ids must have shape (B, T) with B, T >= 1, got {ids.shape}")
         start = cache[0].length if cache else 0
-        stop = start + ids.shape[1]
+        stop = start + n_before + ids.shape[1]
         if stop > self.config.block_size:
             raise ValueError(
                 f"{who}: {stop} positions do not fit in a context of {self.config.block_size} "

@@ -6,11 +6,11 @@ Shapes: B batch, T time (positions), C channels (n_embd), H heads, D = C / H, V 
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .decoder import Decoder, SelfAttention, rotary_tables
+from .decoder import Decoder, FeedForward, SelfAttention, rotary_tables
 from .lean import gelu
 from .nn import Embedding, LayerNorm, Linear, Module, constant, normal_or_zeros
 
@@ -64,6 +64,10 @@ class GPTConfig:
     def _refuse(self, name, need):
         raise ValueError(f"GPTConfig: {name} must {need}, got {getattr(self, name)!r}")
 
+    def shortened(self, n):
+        """The same with a context of n positions fewer."""
+        return replace(self, block_size=self.block_size - n)
+
 
 class Attention(SelfAttention):
     """Causal self-attention, (B, T, C) -> (B, T, C), with as many heads of keys as of queries."""
@@ -77,7 +81,7 @@ class Attention(SelfAttention):
         self.o_proj = Linear.init(C, C, rng, dtype)
 
 
-class MLP(Module):
+class MLP(FeedForward):
     """Two linears around a gelu, (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config, rng, dtype):
@@ -138,13 +142,12 @@ class GPT(Decoder):
         if not config.tie_word_embeddings:
             self.lm_head = table(config.vocab_size)
 
-    def hidden(self, ids, cache=None, rng=None):
-        """Ids to the states that the head reads: (B, T) -> (B, T, C).
+    def embedded(self, ids):
+        """Ids to vectors: (B, T) -> (B, T, C)."""
+        return self.wte(ids)
 
-        `cache`, from `new_cache`, holds the positions before these ids, and takes these up.
-        """
-        ids, positions = self.checked(ids, cache)
-        x = self.wte(ids)
+    def states(self, x, positions, cache=None, rng=None):
+        """Vectors (B, T, C) at their positions (T,) or (B, T) to the states that the head reads."""
         rope = None
         if self.config.positions == "learned":
             x = x + self.wpe(positions)

@@ -8,11 +8,11 @@ Shapes: B batch, T time (positions), C channels (hidden_size), D channels of a h
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .decoder import Decoder, SelfAttention, rotary_tables
+from .decoder import Decoder, FeedForward, SelfAttention, rotary_tables
 from .lean import swiglu
 from .nn import Embedding, Linear, Module, RMSNorm, constant, normal_or_zeros
 
@@ -95,6 +95,10 @@ class LlamaConfig:
     def _refuse(self, name, need):
         raise ValueError(f"LlamaConfig: {name} must {need}, got {getattr(self, name)!r}")
 
+    def shortened(self, n):
+        """The same with a context of n positions fewer."""
+        return replace(self, max_position_embeddings=self.max_position_embeddings - n)
+
     # What generation and training ask of every model's configuration.
     n_layer = property(lambda self: self.num_hidden_layers)
     block_size = property(lambda self: self.max_position_embeddings)
@@ -148,7 +152,7 @@ class Attention(SelfAttention):
         return norm(x.reshape(B, T, -1, norm.weight.shape[0])).reshape(B, T, C)
 
 
-class MLP(Module):
+class MLP(FeedForward):
     """down(silu(gate(x)) * up(x)), (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config, rng, dtype):
@@ -208,13 +212,12 @@ class Llama(Decoder):
         if not config.tie_word_embeddings:
             self.lm_head = table()
 
-    def hidden(self, ids, cache=None, rng=None):
-        """Ids to the states that the head reads: (B, T) -> (B, T, C).
+    def embedded(self, ids):
+        """Ids to vectors: (B, T) -> (B, T, C)."""
+        return self.embed_tokens(ids)
 
-        `cache`, from `new_cache`, holds the positions before these ids, and takes these up.
-        """
-        ids, positions = self.checked(ids, cache)
-        x = self.embed_tokens(ids)
+    def states(self, x, positions, cache=None, rng=None):
+        """Vectors (B, T, C) at their positions (T,) or (B, T) to the states that the head reads."""
         rope = rotary_tables(positions, frequencies(self.config), x)
         for i, block in enumerate(self.layers):
             x = block(x, rope, None if cache is None else cache[i], rng)
