@@ -142,7 +142,7 @@ class Run:
         model = quant.widen(load_model(path, self.xp))
         name = self.base_name if self.base_name == "smollm2" else path.stem
         length = min(128, model.config.block_size)
-        return Base(name, model, tokenizer.encode_text, tokenizer.decode, asking, length, 4)
+        return Base(name, model, tokenizer.encode_text, tokenizer.decode, asking, length, 2)
 
     def _tiny_base(self):
         corpus = load_corpus()
