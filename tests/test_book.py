@@ -26,7 +26,7 @@ FLOORS = {
              "template_sandbox", "chat_template", "vocabulary", "conversation", "token_stream", "tokenizer",
              "quantized"],
     "training": ["corpus", "batches", "text_files", "datasets", "parts", "threads", "loop", "checkpoint", "progress",
-                 "finetune_config", "finetune"],
+                 "finetune_config", "learned", "run_log", "finetune"],
     "cli": ["ctrl_c", "messages", "parser", "keyboard", "folders", "questions", "text_stream", "generation",
             "commands", "chat", "inspect", "asking", "demo_tables", "demo_run", "demo",
             "demo_base", "options", "table", "main"],

@@ -167,19 +167,23 @@ def finetune_options(parser):
         "the answers are learned; or with prompt and completion, instruction, input and output, "
         "messages, or text. An answer to a prompt usually starts with a space or a newline",
     )
-    add("--out", required=True, metavar="DIR", help="the adapter's folder, in PEFT's format")
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="the adapter's folder, in PEFT's format; with --full a model's",
+    )
     _add_quantize(parser)
+    # What is of adapters has no default here: with --full it is refused where it was given.
     add(
         "--alpha",
-        required=True,
         type=positive_number,
-        help="strength: the update is scaled by alpha / r; often 2 r",
+        help="strength: the update is scaled by alpha / r; often 2 r; required but with --full",
     )
     add(
         "--r",
         type=whole_number(1),
-        default=FineTuneConfig.r,
-        help="rank of the update (default %(default)s)",
+        help=f"rank of the update (default {FineTuneConfig.r})",
     )
     add(
         "--target",
@@ -190,10 +194,16 @@ def finetune_options(parser):
         "this library's (q_proj, v_proj, ...); default all-linear",
     )
     add(
+        "--full",
+        action="store_true",
+        help="no adapter: train every weight of a copy of the base, and write a model; takes four "
+        "times the base's memory",
+    )
+    add(
         "--lr",
         type=positive_number,
         default=FineTuneConfig.lr,
-        help="peak of the learning rate (default %(default)s)",
+        help="peak of the learning rate (default %(default)s; with --full rather a tenth of it)",
     )
     add("--steps", type=whole_number(1), default=FineTuneConfig.steps, help="default %(default)s")
     add(
@@ -211,8 +221,7 @@ def finetune_options(parser):
     add(
         "--dropout",
         type=share_below_one,
-        default=FineTuneConfig.dropout,
-        help="on the adapter's input (default %(default)s)",
+        help=f"on the adapter's input (default {FineTuneConfig.dropout})",
     )
     _add_seed(parser)
     add(
@@ -222,6 +231,23 @@ def finetune_options(parser):
         metavar="SHARE",
         help="share of the data held out, to measure the loss on before and after "
         "(default %(default)s)",
+    )
+    add(
+        "--eval-every",
+        type=whole_number(1),
+        metavar="STEPS",
+        help="measure that loss also on the way, and keep what was best, not what came last",
+    )
+    add(
+        "--patience",
+        type=whole_number(1),
+        metavar="K",
+        help="end after K such measurements in a row without improvement",
+    )
+    add(
+        "--log",
+        metavar="FILE",
+        help="a new .jsonl for a line on each step and each measurement; minilora plot draws it",
     )
     add(
         "--save-every",

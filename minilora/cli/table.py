@@ -130,32 +130,68 @@ def _demo_folder(args, command, out):
     return out, command
 
 
+# What finetune is given of an adapter.
+ADAPTER_FLAGS = ("alpha", "r", "target", "dropout")
+
+
+def _adapter_settings(args):
+    """{setting: value} of those ADAPTER_FLAGS that were given. What makes no sense is refused."""
+    given = {name: getattr(args, name) for name in ADAPTER_FLAGS}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.full and args.quantize is not None:
+        given["quantize"] = args.quantize
+    if args.full and given:
+        args.refuse(
+            f"argument --{next(iter(given))}: it is of adapters, and --full trains every weight "
+            "of the model; leave out one of the two"
+        )
+    if not args.full and args.alpha is None:
+        args.refuse("the following arguments are required: --alpha (or --full, without an adapter)")
+    if given.get("target") == ["all-linear"]:
+        given["target"] = "all-linear"
+    return given
+
+
+def _check_evaluations(args):
+    """Refuse evaluations without anything to evaluate on, and patience without evaluations."""
+    if args.patience is not None and args.eval_every is None:
+        args.refuse(
+            "argument --patience: it counts evaluations; give --eval-every as well, say 20"
+        )
+    if args.eval_every is not None and not args.eval_split:
+        args.refuse(
+            "argument --eval-every: nothing is held out to evaluate on; give --eval-split as "
+            "well, say 0.1"
+        )
+
+
 def _run_finetune(args):
+    adapter_settings = _adapter_settings(args)
+    _check_evaluations(args)
+
     from ..backend import array_module
     from ..training.finetune import finetune
     from ..training.finetune_config import FineTuneConfig
     from .folders import find_sources
 
-    target = args.target
-    if target is None or target == ["all-linear"]:
-        target = "all-linear"
     config = FineTuneConfig(
         base=args.base,
         data=args.data,
         out=args.out,
-        alpha=args.alpha,
-        r=args.r,
-        target=target,
+        **adapter_settings,
+        full=args.full,
         lr=args.lr,
         steps=args.steps,
         batch=args.batch,
         seed=args.seed,
         eval_split=args.eval_split,
         length=args.length,
-        dropout=args.dropout,
         save_every=args.save_every,
         quantize=args.quantize,
         too_long=args.too_long,
+        eval_every=args.eval_every,
+        patience=args.patience,
+        log_file=args.log,
     )
     find_sources(args.base)
     xp = array_module(args.backend)

@@ -9,12 +9,12 @@ from collections import namedtuple
 from pathlib import Path
 
 from ..backend import to_numpy
-from ..disk.folder import load_folder, save_folder
+from ..disk.folder import load_config, load_folder, save_folder
 from ..fits import indented
 from ..tensor import check_same_layout
 
 # The first version of this library that wrote checkpoints as they are written here.
-VERSION = "0.4"
+VERSION = "0.5"
 TENSORS = "checkpoint.safetensors"
 STATE = "checkpoint.json"
 # A folder that is being removed has this name instead of its own.
@@ -30,44 +30,71 @@ def is_checkpoint(folder):
 
 
 class Checkpoint:
-    """The state of a run: the tensors of `adapter`, the moments and steps of `adam`, the progress.
+    """The state of a run: the tensors of `module`, the moments and steps of `adam`, the progress.
 
     A snapshot is taken after each step, in memory, where a step that is cut in half cannot touch
-    it. The last snapshot is saved now and then, and when the run is interrupted.
+    it. The last snapshot is saved now and then, and when the run is interrupted. Of a state that is
+    large no snapshots are taken: it is saved as it is, now and then.
 
     `identity` is what must be the same when the run goes on: {group: {field: value}}, of values
     that JSON gives back as they were.
+
+    `best` is {name: array} of the module when it was at its best, None if nobody marks that: it is
+    part of the state. Whoever restores a state with it marks one before, so that both have it.
     """
 
-    def __init__(self, folder, identity, adapter, adam):
+    def __init__(self, folder, identity, module, adam):
         self.folder = Path(folder)
         self.identity = identity
-        self.adapter = adapter
+        self.module = module
         self.adam = adam
+        self.best = None
         self.snapshot = None
 
-    @property
-    def steps(self):
-        """How many steps were done at the last snapshot."""
-        return self.snapshot.state["steps"]
+    def mark_best(self):
+        """Copy the module as it is now: the best so far. The next snapshot has it."""
+        self.best = _copies(self.module.state_dict())
+
+    def take_back_best(self):
+        """Write the best into the module."""
+        self.module.load_state_dict(self.best)
 
     def take_snapshot(self, progress):
         """Copy the state as it is now. `progress` is for JSON, and must not change afterwards."""
-        adam_state = self.adam.state_dict()
-        arrays = {f"adapter.{name}": a for name, a in self.adapter.state_dict().items()}
-        arrays |= {f"adam.{name}": a for name, a in adam_state["moments"].items()}
-        copies = {name: to_numpy(a).copy() for name, a in arrays.items()}
-        state = {"steps": adam_state["steps"], "progress": progress}
+        arrays, state = self._current(progress)
         # In one assignment: Ctrl-C finds the old snapshot or the new one, whole.
-        self.snapshot = Snapshot(copies, state)
+        self.snapshot = Snapshot(_copies(arrays), state)
 
     def save(self):
         """Write the last snapshot. A kill at any moment leaves this one or the one saved before."""
-        state = {"version": VERSION, "identity": self.identity, **self.snapshot.state}
-        save_folder(self.folder, TENSORS, self.snapshot.arrays, STATE, state)
+        self._write(*self.snapshot)
+
+    def save_current(self, progress):
+        """Write the state as it is now, which nobody may change meanwhile, without a copy of it.
+
+        A kill at any moment leaves this one or the one saved before.
+        """
+        self._write(*self._current(progress))
+
+    def _current(self, progress):
+        """The Snapshot of now, of the very arrays."""
+        adam_state = self.adam.state_dict()
+        arrays = _with_prefix("module.", self.module.state_dict())
+        arrays |= _with_prefix("adam.", adam_state["moments"])
+        arrays |= _with_prefix("best.", self.best or {})
+        return Snapshot(arrays, {"steps": adam_state["steps"], "progress": progress})
+
+    def _write(self, arrays, state):
+        arrays = {name: to_numpy(array) for name, array in arrays.items()}
+        state = {"version": VERSION, "identity": self.identity, **state}
+        save_folder(self.folder, TENSORS, arrays, STATE, state)
+
+    def saved_steps(self):
+        """How many steps were done when it was last saved."""
+        return load_config(self.folder, TENSORS, STATE)["steps"]
 
     def restore(self):
-        """Put adapter and Adam back as they were saved; returns the progress saved with them.
+        """Put all back as it was saved; returns the progress saved with it.
 
         Raises: FileNotFoundError if nothing was saved. ValueError, before anything changes, if the
         folder is damaged or was written by another version, or with both sides of what differs if
@@ -76,12 +103,16 @@ class Checkpoint:
         state, tensors, _ = load_folder(self.folder, TENSORS, STATE)
         self._check_version(state)
         self._check_identity(state["identity"])
-        factors = _without_prefix("adapter.", tensors)
+        parameters = _without_prefix("module.", tensors)
         moments = _without_prefix("adam.", tensors)
+        best = _without_prefix("best.", tensors)
         where = f"{self.folder / TENSORS} is damaged"
-        check_same_layout(where, factors, self.adapter.state_dict())
+        check_same_layout(where, parameters, self.module.state_dict())
+        check_same_layout(where, best, self.best or {})
         self.adam.load_state_dict({"steps": state["steps"], "moments": moments})
-        self.adapter.load_state_dict(factors)
+        self.module.load_state_dict(parameters)
+        if self.best is not None:
+            self.best = _copies(best)
         return state["progress"]
 
     def _check_version(self, state):
@@ -113,6 +144,15 @@ class Checkpoint:
         shutil.rmtree(being_removed, ignore_errors=True)
         os.replace(self.folder, being_removed)
         shutil.rmtree(being_removed)
+
+
+def _copies(arrays):
+    """{name: array} as copies on the host."""
+    return {name: to_numpy(array).copy() for name, array in arrays.items()}
+
+
+def _with_prefix(prefix, tensors):
+    return {f"{prefix}{name}": array for name, array in tensors.items()}
 
 
 def _without_prefix(prefix, tensors):

@@ -1,13 +1,14 @@
 """Fine-tuning: from the folder of a model and a file of data to an adapter. Knows no arguments.
 
-A run that is killed at any moment and resumed gives the adapter of a run that was not, to the bit,
-on the same machine: everything random follows from the seed, and what came after the last
-checkpoint is computed again.
+Or to a model, where all of its weights are trained. A run that is killed at any moment and resumed
+gives what a run that was not gives, to the bit, on the same machine: everything random follows from
+the seed, and what came after the last checkpoint is computed again.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections import namedtuple
@@ -21,66 +22,114 @@ from ..count import parameter_report
 from ..disk.bases import find_base
 from ..disk.folder import check_unused
 from ..disk.models import load_model
-from ..disk.peft import TENSORS as ADAPTER_TENSORS
-from ..disk.peft import init_peft_adapter, save_adapter
 from ..disk.quantized import quantized_base
 from ..disk.tokenizer import load_tokenizer
-from ..lora import attach
 from ..optim import Adam, warmup_cosine
 from .checkpoint import REMOVED, Checkpoint, is_checkpoint
 from .datasets import load_data
-from .loop import Interrupted, heldout_loss, train
+from .learned import LearnedAdapter, LearnedModel, report_full
+from .loop import Interrupted, bars_aside, heldout_loss, train
 from .parts import check_parts
 from .progress import Progress, peak_memory
+from .run_log import RunLog, check_place, cut_back, run_digest
 
-# What a run gives: the Adapter, the loss of each step, and the held-out loss before and after
-# (None if nothing is held out).
-Result = namedtuple("Result", "adapter losses before after")
+# What a run gives: the Adapter, or with `full` the model; the loss of each step; the held-out loss
+# before, and that of what is given (None if nothing is held out); and, with `eval_every`, the
+# [steps done, held-out loss] on the way.
+Result = namedtuple("Result", "adapter losses before after evaluations")
 
 # Until the run has ended, this folder in the folder of the adapter holds its checkpoint.
 CHECKPOINT = "checkpoint"
 # These settings may change when a run goes on: where things lie, and how often they are saved. The
 # model and the data themselves may not, so their fingerprints are compared.
-MAY_CHANGE = ("base", "data", "out", "save_every")
+MAY_CHANGE = ("base", "data", "out", "save_every", "log_file")
 
 LONGEST_WARMUP = 100
 
-# What a run works with: `batches` from the first on, `heldout` a Text, Rows or None.
-_Run = namedtuple("_Run", "config model adapter adam batches heldout checkpoint")
+# What a run works with: `learned` a LearnedAdapter or a LearnedModel, `batches` from the first on,
+# `heldout` a Text, Rows or None, `identity` what must be the same when it goes on.
+_Run = namedtuple("_Run", "config learned adam batches heldout identity checkpoint")
 
 
 def finetune(config, xp=np, *, parts=1, threads=1, resume=False, log=print, quiet=False):
     """Train an adapter for the model in `config.base` on `config.data`; returns a Result.
 
-    `config` is a FineTuneConfig. The adapter is saved in the folder `config.out`. As long as the
-    run has not ended, this folder holds another, `checkpoint`, from which `resume=True` goes on.
-    `log` is called with each line of the report; `quiet` shows no progress bars. `xp` is the array
-    module to compute with; `parts` and `threads` are those of `train`.
+    `config` is a FineTuneConfig. The adapter is saved in the folder `config.out`; with
+    `config.full` it is a model. As long as the run has not ended, this folder holds another,
+    `checkpoint`, from which `resume=True` goes on. With `config.eval_every` the adapter is saved
+    as it was where the held-out loss was lowest after a step. `log` is called with each line of the
+    report; `quiet` shows no progress bars. `xp` is the array module to compute with; `parts` and
+    `threads` are those of `train`.
     Raises: ValueError or FileNotFoundError, before anything is computed or written, for files and
-    settings that do not fit; Interrupted on Ctrl-C, with the last whole step saved.
+    settings that do not fit; Interrupted on Ctrl-C, with the last whole step saved (of a model, the
+    last that was saved anyway).
     """
     check_parts(parts, threads)
     # A part needs a row; and where there are fewer parts, each has more of BLAS.
     parts = min(parts, config.batch)
     threads = min(threads, parts)
     _check_out(Path(config.out), resume)
+    if config.log_file is not None:
+        check_place(config.log_file, config.out, resume)
     run = _prepare(config, xp, parts, log, quiet)
+    progress = _begin(run, resume, log)
+    with _resumable(run):
+        # From here on there is something to resume.
+        _keep(run, progress, is_due=True)
+        with _open_log(run) as run_log:
+            if progress.before is None:
+                progress.before = _measure(run, "held-out loss before", quiet)
+                _log_evaluation(run_log, progress, progress.before)
+            _train(run, progress, run_log, parts, threads, log, quiet)
+            after = _take_best(run, progress, run_log, quiet)
+        run.learned.save(config.out)
+        run.checkpoint.remove()
+    _report(run, progress, after, log)
+    return Result(run.learned.module, progress.losses, progress.before, after, progress.evaluations)
+
+
+def _begin(run, resume, log):
+    """The Progress from which the run starts, or goes on, with all else as it was then."""
+    if run.config.eval_every is not None:
+        # So that there always is one; the first evaluation puts another in its place.
+        run.checkpoint.mark_best()
     progress = Progress()
     if resume:
         progress = Progress(**run.checkpoint.restore())
-        log(f"resumed after step {run.adam.steps} of {config.steps}")
-    run.checkpoint.take_snapshot(progress.as_json())
-    with _resumable(run):
-        # From here on there is something to resume.
-        run.checkpoint.save()
-        if progress.before is None:
-            progress.before = _measure(run, "held-out loss before", quiet)
-        _train(run, progress, parts, threads, quiet)
-        after = _measure(run, "held-out loss after", quiet)
-        save_adapter(run.adapter, config.out, base_model=str(config.base))
-        run.checkpoint.remove()
-    _report(run, progress, after, log)
-    return Result(run.adapter, progress.losses, progress.before, after)
+        log(f"resumed after step {run.adam.steps} of {run.config.steps}")
+        if run.config.log_file is not None:
+            cut_back(run.config.log_file, run_digest(run.identity), progress, log)
+    return progress
+
+
+def _keep(run, progress, is_due):
+    """After a whole step: have what is needed to go on from here in memory, or, if due, in files.
+
+    A copy of a whole model in memory, after each step, would cost more than it is worth.
+    """
+    if not run.learned.is_large:
+        run.checkpoint.take_snapshot(progress.as_json())
+        if is_due:
+            run.checkpoint.save()
+    elif is_due:
+        run.checkpoint.save_current(progress.as_json())
+
+
+def _open_log(run):
+    """A context: the RunLog of the run, or None if it has none."""
+    if run.config.log_file is None:
+        return contextlib.nullcontext()
+    return RunLog(run.config.log_file, run_digest(run.identity))
+
+
+def _log_evaluation(run_log, progress, loss):
+    if run_log is not None and loss is not None:
+        run_log.write(
+            step=len(progress.losses),
+            eval_loss=loss,
+            tokens=progress.tokens,
+            seconds=progress.seconds,
+        )
 
 
 def _check_out(out, resume):
@@ -91,8 +140,9 @@ def _check_out(out, resume):
         shutil.rmtree(out / REMOVED)
     if resume and not is_checkpoint(checkpoint):
         reason = "start without --resume"
-        if (out / ADAPTER_TENSORS).exists():
-            reason = "the run has ended, and its adapter is there"
+        for kind in (LearnedAdapter, LearnedModel):
+            if (out / kind.file).exists():
+                reason = f"the run has ended, and {kind.noun.replace('the', 'its')} is there"
         raise FileNotFoundError(f"nothing to resume in {out}: {reason}")
     if resume:
         return
@@ -135,25 +185,29 @@ def _prepare(config, xp, parts, log, quiet):
     # Packing a large base takes a while: what is wrong with the data is said before.
     if config.quantize is not None:
         base = quantized_base(base, config.quantize, log, quiet)
-    adapter = init_peft_adapter(base, config.lora_config(), adapter_rng)
-    model = attach(base, adapter, check_base=False)
-    adam = Adam(adapter.parameters(), lr=config.lr)
-    log(f"adapter r={config.r}, alpha={config.alpha:g}: {parameter_report(model)}")
-    identity = _identity(config, data, base, adapter, xp, parts)
-    checkpoint = Checkpoint(Path(config.out) / CHECKPOINT, identity, adapter, adam)
-    return _Run(config, model, adapter, adam, batches, heldout, checkpoint)
+    if config.full:
+        # What it will take is said before it is taken.
+        report_full(base, config.eval_every is not None, log)
+        learned = LearnedModel(base, path)
+    else:
+        learned = LearnedAdapter(base, config, adapter_rng)
+    log(learned.summary)
+    adam = Adam(learned.module.parameters(), lr=config.lr)
+    identity = _identity(config, data, base.config, learned.fingerprint, xp, parts)
+    checkpoint = Checkpoint(Path(config.out) / CHECKPOINT, identity, learned.module, adam)
+    return _Run(config, learned, adam, batches, heldout, identity, checkpoint)
 
 
-def _identity(config, data, base, adapter, xp, parts):
+def _identity(config, data, base_config, base_fingerprint, xp, parts):
     """What must be the same when the run goes on."""
     settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     data_file = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
     identity = {
         "settings": settings,
         "data": {"sha256": data_file, "tokens": data.fingerprint()},
-        "config": asdict(base.config),
+        "config": asdict(base_config),
         "arrays": {"module": xp.__name__, "parts": parts},
-        "base": adapter.base_fingerprint,
+        "base": base_fingerprint,
     }
     # As it will be read back: JSON makes a list of a tuple.
     return json.loads(json.dumps(identity))
@@ -171,32 +225,60 @@ def _resumable(run):
             "another folder"
         ) from None
     except KeyboardInterrupt:
-        checkpoint.save()
+        if checkpoint.snapshot is not None:
+            checkpoint.save()
+        if not is_checkpoint(checkpoint.folder):
+            # It fell into the first save.
+            raise
         raise Interrupted(
-            f"interrupted after step {checkpoint.steps} of {run.config.steps}, which is kept in "
-            f"{checkpoint.folder}; to go on, give the same command with --resume"
+            f"interrupted after step {checkpoint.saved_steps()} of {run.config.steps}, which is "
+            f"kept in {checkpoint.folder}; to go on, give the same command with --resume"
         ) from None
 
 
-def _train(run, progress, parts, threads, quiet):
-    """The steps that are left: a snapshot is taken after each, and saved every few."""
+def _train(run, progress, run_log, parts, threads, log, quiet):
+    """The steps that are left. After each it is kept, and every few it is saved and measured."""
     config = run.config
-    started = time.perf_counter() - progress.seconds
     warmup = min(LONGEST_WARMUP, config.steps // 10)
+    if _is_hopeless(run, progress):
+        # It was killed after its last evaluation.
+        return
+    # Evaluations do not count: the clock starts again after them.
+    clock = time.perf_counter()
+
+    def rate(step):
+        return warmup_cosine(step, config.steps, config.lr, warmup)
 
     def after_step(n_done, loss):
+        nonlocal clock
         progress.losses.append(loss)
-        progress.seconds = time.perf_counter() - started
-        run.checkpoint.take_snapshot(progress.as_json())
-        if n_done % config.save_every == 0 or n_done == config.steps:
-            run.checkpoint.save()
+        progress.seconds += time.perf_counter() - clock
+        is_last = n_done == config.steps
+        if run_log is not None:
+            run_log.write(
+                step=n_done,
+                loss=loss,
+                lr=rate(n_done - 1),
+                tokens=progress.tokens,
+                seconds=progress.seconds,
+            )
+        if config.eval_every is not None and (n_done % config.eval_every == 0 or is_last):
+            _evaluate(run, progress, run_log, log, quiet)
+        is_last = is_last or _is_hopeless(run, progress)
+        is_due = is_last or n_done % config.save_every == 0
+        if is_due and run_log is not None:
+            # No checkpoint may be ahead of the log.
+            run_log.sync()
+        _keep(run, progress, is_due)
+        clock = time.perf_counter()
+        return is_last
 
     train(
-        run.model,
+        run.learned.model,
         run.adam,
         progress.count_tokens(islice(run.batches, run.adam.steps, None)),
         config.steps,
-        schedule=lambda step: warmup_cosine(step, config.steps, config.lr, warmup),
+        schedule=rate,
         seed=config.seed,
         parts=parts,
         threads=threads,
@@ -207,21 +289,56 @@ def _train(run, progress, parts, threads, quiet):
     )
 
 
+def _is_hopeless(run, progress):
+    """Have so many evaluations in a row brought no improvement that the run is to end?"""
+    patience = run.config.patience
+    return patience is not None and progress.evaluations_since_best() >= patience
+
+
+def _evaluate(run, progress, run_log, log, quiet):
+    """Measure the held-out loss between two steps. What is best so far is kept aside."""
+    step = len(progress.losses)
+    loss = _measure(run, "held-out loss", quiet)
+    if not math.isfinite(loss):
+        raise ValueError(f"the held-out loss is {loss} after step {step}; lower the learning rate")
+    progress.evaluations.append([step, loss])
+    _log_evaluation(run_log, progress, loss)
+    verdict = "the lowest so far"
+    best_step, _ = progress.best()
+    if best_step == step:
+        run.checkpoint.mark_best()
+    else:
+        verdict = f"no better than after step {best_step}"
+    with bars_aside():
+        log(f"step {step}: held-out loss {loss:.4f}, {verdict}")
+
+
+def _take_best(run, progress, run_log, quiet):
+    """Have the module as it is to be saved; returns its held-out loss, None if it has none."""
+    if run.config.eval_every is None:
+        after = _measure(run, "held-out loss after", quiet)
+        _log_evaluation(run_log, progress, after)
+        return after
+    run.checkpoint.take_back_best()
+    _, after = progress.best()
+    return after
+
+
 def _measure(run, label, quiet):
     """The held-out loss, or None if nothing is held out."""
     if run.heldout is None:
         return None
     batches = run.heldout.epoch(run.config.batch)
-    return heldout_loss(run.model, batches, label=None if quiet else label)
+    return heldout_loss(run.learned.model, batches, label=None if quiet else label)
 
 
 def _report(run, progress, after, log):
     """Log what was learned, and what it took."""
-    for line in progress.report(after):
+    for line in progress.report(after, run.config.steps):
         log(line)
     out = Path(run.config.out)
-    n_bytes = (out / ADAPTER_TENSORS).stat().st_size
-    line = f"kept in {out}: the adapter, {n_bytes / 1e3:,.0f} kB"
+    n_bytes = (out / run.learned.file).stat().st_size
+    line = f"kept in {out}: {run.learned.noun}, {n_bytes / 1e3:,.0f} kB"
     peak = peak_memory()
     if peak is not None:
         line += f"; at most {peak / 1e6:,.0f} MB of memory"

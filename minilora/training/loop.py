@@ -47,8 +47,8 @@ def train(
     threads.
 
     A run that goes on after `start` steps is given the batches from there. After each step
-    `on_step(steps, loss)` is called with the number of steps since the very first. A progress bar
-    is drawn unless `quiet`.
+    `on_step(steps, loss)` is called with the number of steps since the very first; if it returns
+    True, this step was the last. A progress bar is drawn unless `quiet`.
 
     Shapes: `batches` yields (inputs, targets), both (B, T) integers.
     Raises: ValueError if a loss or a gradient is not finite, before that step touches a parameter,
@@ -83,8 +83,8 @@ def train(
             optimizer.step(None if schedule is None else schedule(step))
             losses.append(loss)
             progress.show(loss, np.size(ids))
-            if on_step is not None:
-                on_step(step + 1, loss)
+            if on_step is not None and on_step(step + 1, loss):
+                break
     return losses
 
 
@@ -92,6 +92,11 @@ def _bar(*arguments, **options):
     """A progress bar of tqdm's. One that Ctrl-C leaves half made complains when it is freed."""
     with ctrl_c_deferred():
         return tqdm(*arguments, **options)
+
+
+def bars_aside():
+    """Within this block no progress bar is on the screen: for a line that is to stay there."""
+    return tqdm.external_write_mode()
 
 
 class _ProgressBar:

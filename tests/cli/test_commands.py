@@ -541,6 +541,7 @@ def test_compare_measures_the_loss_without_and_with(folder, run, file, more):
 
 generating = "generate --base base --prompt hi "
 tuning = "finetune --base base --data t.txt --out new --alpha 4 --length 8 "
+fully = "finetune --base base --data t.txt --out new --full --length 8 "
 REFUSED = [
     ("generate --base nowhere --prompt hi", 1, "nowhere does not exist"),
     ("generate --base t.txt --prompt hi", 1, "t.txt is a file"),
@@ -582,6 +583,18 @@ REFUSED = [
     (tuning + "--out base", 1, "base is not empty: it holds config.json, model.safetensors"),
     (tuning + "--out t.txt", 1, "t.txt is a file"),
     (tuning + "--resume", 1, "nothing to resume"),
+    (tuning + "--patience 2", 2, "--patience: it counts evaluations; give --eval-every as well"),
+    (tuning + "--eval-every 2", 2, "--eval-every: nothing is held out to evaluate on; give --eval-split as well"),
+    (tuning + "--eval-every 0 --eval-split 0.1", 2, "--eval-every: must be a whole number of at least 1"),
+    (tuning + "--patience 0 --eval-every 1", 2, "--patience: must be a whole number of at least 1"),
+    (tuning + "--full", 2, "--alpha: it is of adapters, and --full trains every weight"),
+    (fully + "--r 8", 2, "--r: it is of adapters"),
+    (fully + "--dropout 0", 2, "--dropout: it is of adapters"),
+    (fully + "--target all-linear", 2, "--target: it is of adapters"),
+    (fully + "--quantize nf4", 2, "--quantize: it is of adapters"),
+    (tuning + "--log q.jsonl", 1, "q.jsonl is not empty, and a log is never written over"),
+    (tuning + "--log base", 1, "base is no file"),
+    (tuning + "--log nowhere/a.jsonl", 1, "nowhere does not exist; make the folder"),
     ("finetune --base base --data t.txt --out new", 2, "required: --alpha"),
     ("merge --base base --adapter one --out base", 1, "base is not empty: it holds config.json, model.safetensors"),
     ("merge --base base --adapter one --out two", 1, "two is not empty: it holds adapter_config.json"),

@@ -7,9 +7,8 @@ import shutil
 import signal
 import sys
 from dataclasses import replace
-from itertools import islice, product
+from itertools import islice, pairwise, product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,18 +16,19 @@ from gguf_files import write_sentencepiece_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from strategies import character_gpt, contents, seeds
+from strategies import character_gpt, contents, seeds, small_gpt, small_llama
 
 from minilora import GPT, Adam, attach, generate, load_adapter, load_model, save_model
 from minilora.disk.characters import decode, encode
 from minilora.disk.folder import UNFINISHED
 from minilora.functional import IGNORE
 from minilora.optim import warmup_cosine
-from minilora.quant import quantize
+from minilora.quant import quantize, stored_as
 from minilora.training import finetune
 from minilora.training.checkpoint import Checkpoint, is_checkpoint
 from minilora.training.finetune_config import FineTuneConfig
-from minilora.training.loop import Interrupted
+from minilora.training.learned import training_bytes
+from minilora.training.loop import Interrupted, train
 from minilora.training.parts import PartWorkers, part_rng
 
 PAIRS = [(f"Q: {i}?\nA: ", "one two three four five six seven eight".split()[i]) for i in range(8)]
@@ -215,7 +215,7 @@ def test_the_run_is_saved_at_its_start_every_few_steps_and_at_its_end(inputs, tm
     true_save = Checkpoint.save
 
     def save(self):
-        saved_at.append(self.steps)
+        saved_at.append(self.snapshot.state["steps"])
         true_save(self)
 
     monkeypatch.setattr(Checkpoint, "save", save)
@@ -552,6 +552,343 @@ def test_ctrl_c_before_there_is_anything_to_keep_is_left_to_the_caller(inputs, t
     assert not (tmp_path / "out").exists()
 
 
+# The best on the way is kept.
+
+
+def scripted(monkeypatch, *losses):
+    """Held-out losses are these, one after the other; returns the adapters that were measured, as they were then."""
+    measured = []
+
+    def heldout_loss(model, batches, label=None):
+        measured.append({name: p.data.tobytes() for name, p in model.named_parameters() if p.requires_grad})
+        return losses[len(measured) - 1]
+
+    monkeypatch.setattr(finetune, "heldout_loss", heldout_loss)
+    return measured
+
+
+@pytest.mark.parametrize("losses, best, told", [
+    ([5, 4, 3, 6], 2, "held-out loss 5.000 -> 3.000 nats per token, after step 4, which is kept; 6.000 after step 5"),
+    ([5, 4, 4, 4], 1, "held-out loss 5.000 -> 4.000 nats per token, after step 2, which is kept; 4.000 after step 5"),
+    ([5, 4, 3, 2], 3, "held-out loss 5.000 -> 2.000 nats per token, after step 5, the last and the best, which"),
+    ([5, 7, 5, 6], 2, "after step 4, which is kept; 6.000 after step 5, the last. No evaluation was better than the"),
+])  # fmt: skip
+def test_what_is_saved_is_the_best_of_the_evaluations(inputs, tmp_path, monkeypatch, losses, best, told):
+    measured = scripted(monkeypatch, *map(float, losses))
+    config = config_for(inputs, tmp_path / "out", steps=5, eval_every=2)
+    result, report = run_and_report(config)
+    assert result.evaluations == [[2, losses[1]], [4, losses[2]], [5, losses[3]]]
+    assert (result.before, result.after, len(result.losses)) == (5, losses[best], 5)
+    assert set(contents(result.adapter).values()) == set(measured[best].values())
+    assert len({tuple(each.values()) for each in measured}) == 4
+    loaded = load_adapter(tmp_path / "out", load_model(inputs / "base"), say=lambda receipt: None)
+    assert contents(loaded) == contents(result.adapter)
+    assert told in report
+    verdicts = re.findall(r"^step (\d): held-out loss (\d\.0000), (.*)", report, re.MULTILINE)
+    assert [(int(step), float(loss)) for step, loss, _ in verdicts] == list(map(tuple, result.evaluations))
+    assert ["lowest" in verdict for *_, verdict in verdicts] == [losses[i] < min([9, *losses[1:i]]) for i in (1, 2, 3)]
+
+
+def test_a_run_ends_after_as_many_evaluations_without_improvement_as_patience_allows(inputs, tmp_path, monkeypatch):
+    scripted(monkeypatch, 5.0, 6.0, 4.0, 4.0, 5.0)
+    config = config_for(inputs, tmp_path, steps=9, eval_every=1, patience=2)
+    result, report = run_and_report(config)
+    assert [step for step, _ in result.evaluations] == [1, 2, 3, 4]
+    assert len(result.losses) == 4
+    assert result.after == 4
+    assert "stopped after step 4 of 9: 2 evaluations in a row were no better" in report
+
+
+def test_the_loss_it_reports_is_that_of_what_it_saves(inputs, tmp_path):
+    """At this rate the loss goes up and down."""
+    config = config_for(inputs, tmp_path / "out", lr=0.5, steps=5, eval_every=1, eval_split=0.5)
+    result = run(config)
+    measured = [result.before, *(loss for _, loss in result.evaluations)]
+    assert 0 < measured.index(min(measured)) < 5, "the best is neither the first nor the last: or this shows nothing"
+    base = load_model(inputs / "base")
+    model = attach(base, load_adapter(tmp_path / "out", base, say=lambda receipt: None))
+    data = finetune.load_data(config.data, finetune.load_tokenizer(inputs / "base"), 32)
+    _, heldout = data.split(0.5, np.random.default_rng(config.seed).spawn(3)[0])
+    assert finetune.heldout_loss(model, heldout.epoch(2)) == result.after == min(measured)
+
+
+def test_a_held_out_loss_that_is_no_number_ends_the_run_at_the_last_step_that_was_saved(inputs, tmp_path, monkeypatch):
+    scripted(monkeypatch, 5.0, 4.0, float("nan"))
+    with pytest.raises(ValueError, match="the held-out loss is nan after step 4; lower the learning rate"):
+        run(config_for(inputs, tmp_path, eval_every=2))
+    assert is_checkpoint(tmp_path / "checkpoint")
+
+
+def lines_of(log_file):
+    """The lines of a log, without what another run takes another time for."""
+    records = [json.loads(line) for line in log_file.read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def restless(inputs, out, **changes):
+    """A run with a log, whose best is neither first nor last, and that ends early."""
+    changes = {"lr": 0.5, "steps": 9, "eval_every": 1, "patience": 2, "eval_split": 0.5, "save_every": 3, **changes}
+    return config_for(inputs, out, **{"log_file": str(out.parent / f"{out.name}.jsonl"), **changes})
+
+
+@pytest.fixture(scope="module")
+def restless_run(inputs, tmp_path_factory):
+    """(the Result, what was saved, the lines of the log) of such a run that nothing killed."""
+    out = tmp_path_factory.mktemp("restless") / "out"
+    result = run(restless(inputs, out))
+    measured = [result.before, *(loss for _, loss in result.evaluations)]
+    assert 0 < measured.index(min(measured)) == len(measured) - 3 and len(result.losses) < 9
+    return result, saved(out), lines_of(out.parent / "out.jsonl")
+
+
+def test_a_log_has_a_line_for_each_step_and_each_evaluation(restless_run, inputs):
+    result, _, lines = restless_run
+    data = [line for line in (inputs / "data.jsonl").read_text().splitlines() if line]
+    assert len(data) == 8
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    assert [line["loss"] for line in steps] == result.losses
+    assert [line["step"] for line in steps] == list(range(1, len(result.losses) + 1))
+    assert [line["lr"] for line in steps] == [warmup_cosine(i, 9, 0.5, 0) for i in range(len(steps))]
+    assert evaluations == [(0, result.before), *map(tuple, result.evaluations)]
+    tokens = [0, *(line["tokens"] for line in steps)]
+    assert all(later > earlier for earlier, later in pairwise(tokens))
+
+
+def test_a_run_without_evaluations_logs_the_two_losses_that_it_measures(inputs, tmp_path):
+    result = run(config_for(inputs, tmp_path / "out", log_file=str(tmp_path / "log.jsonl")))
+    evaluations = [(line["step"], line["eval_loss"]) for line in lines_of(tmp_path / "log.jsonl") if "loss" not in line]
+    assert evaluations == [(0, result.before), (4, result.after)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL to a process")
+def test_best_patience_and_log_outlive_a_kill_at_any_moment(inputs, restless_run, tmp_path):
+    result, files, lines = restless_run
+    n_moments = count_moments(restless(inputs, tmp_path / "count"))
+    codes = []
+    for when in range(2, n_moments, 11):
+        out = tmp_path / str(when)
+        config = restless(inputs, out)
+        codes.append(exit_code_of_a_killed_run(config, False, when))
+        if not is_checkpoint(out / "checkpoint") and (out / "adapter_model.safetensors").exists():
+            continue
+        assert same(run(config, resume=is_checkpoint(out / "checkpoint")), result)
+        assert saved(out) == files
+        assert lines_of(tmp_path / f"{when}.jsonl") == lines
+    assert len(codes) > 5 and set(codes) == {-signal.SIGKILL}
+
+
+def test_best_patience_and_log_outlive_ctrl_c_in_any_step(inputs, restless_run, tmp_path):
+    result, files, lines = restless_run
+    for step in range(1, len(result.losses) + 1):
+        config = restless(inputs, tmp_path / str(step))
+        stop(config, step)
+        assert same(run(config, resume=True), result)
+        assert saved(tmp_path / str(step)) == files
+        assert lines_of(tmp_path / f"{step}.jsonl") == lines
+
+
+def the_best_is_forgotten(patch):
+    true_restore = Checkpoint.restore
+
+    def restore(self):
+        progress = true_restore(self)
+        self.mark_best()
+        return progress
+
+    patch.setattr(Checkpoint, "restore", restore)
+
+
+def the_evaluations_are_forgotten(patch):
+    true_restore = Checkpoint.restore
+    patch.setattr(Checkpoint, "restore", lambda self: {**true_restore(self), "evaluations": []})
+
+
+@pytest.mark.parametrize("bug", [the_best_is_forgotten, the_evaluations_are_forgotten])
+def test_what_a_checkpoint_forgets_of_the_best_is_noticed(inputs, restless_run, tmp_path, monkeypatch, bug):
+    result, files, _ = restless_run
+    config = restless(inputs, tmp_path / "out", log_file=None)
+    stop(config, len(result.losses))
+    bug(monkeypatch)
+    assert not same(run(config, resume=True), result)
+
+
+def test_a_run_goes_on_only_with_its_own_log(inputs, tmp_path):
+    config = restless(inputs, tmp_path / "out")
+    stop(config)
+    mine = tmp_path / "out.jsonl"
+    whole = mine.read_bytes()
+    run(restless(inputs, tmp_path / "other", seed=1))
+    for log_file, complaint in (
+        (tmp_path / "other.jsonl", "line 1: of another run"),
+        (tmp_path / "none.jsonl", "line 1: expected the eval_loss of step 0, .*, and there is no such line"),
+        (inputs / "data.jsonl", "line 1 is of another program"),
+    ):
+        before = log_file.read_bytes() if log_file.exists() else None
+        with pytest.raises(ValueError, match=complaint):
+            run(replace(config, log_file=str(log_file)), resume=True)
+        assert before is None or log_file.read_bytes() == before
+    # Without a log it may go on, and then its log has a gap.
+    stop(replace(config, log_file=None), 1, resume=True)
+    lines = whole.split(b"\n")
+    mine.write_bytes(b"\n".join(lines[:3]) + b"\n")
+    with pytest.raises(ValueError, match="line 4: expected the loss of step 2, .*, and there is no such line"):
+        run(config, resume=True)
+    assert mine.read_bytes() == b"\n".join(lines[:3]) + b"\n"
+
+
+@pytest.mark.parametrize("name, complaint", [
+    ("taken.jsonl", "is not empty, and a log is never written over: choose another file"),
+    ("nowhere/log.jsonl", "nowhere does not exist; make the folder"),
+    ("folder", "folder is no file; choose another name"),
+    ("out/checkpoint/log.jsonl", "checkpoint does not exist"),
+])  # fmt: skip
+def test_a_place_for_the_log_that_will_not_do_is_refused_before_anything_is_written(inputs, tmp_path, name, complaint):
+    (tmp_path / "taken.jsonl").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+        run(config_for(inputs, tmp_path / "out", log_file=str(tmp_path / name)))
+    assert (tmp_path / "taken.jsonl").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_the_log_may_lie_in_the_folder_of_the_adapter(inputs, tmp_path):
+    config = config_for(inputs, tmp_path / "out", log_file=str(tmp_path / "out" / "log.jsonl"))
+    stop(config)
+    run(config, resume=True)
+    assert len(lines_of(tmp_path / "out" / "log.jsonl")) == 6
+
+
+# All of a model.
+
+
+def full(inputs, out, **changes):
+    changes = {"alpha": None, "r": 8, "target": "all-linear", "dropout": 0.0, "full": True, **changes}
+    return config_for(inputs, out, **changes)
+
+
+@pytest.fixture(scope="module")
+def full_run(inputs, tmp_path_factory):
+    """(the Result, what was saved) of full fine-tuning that nothing killed."""
+    out = tmp_path_factory.mktemp("full") / "out"
+    return run(full(inputs, out)), model_in(out)
+
+
+def model_in(folder):
+    """What the folder of a model holds: its names, its tensors to the bit, and its configuration."""
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    return names, contents(load_model(folder)), (folder / "config.json").read_text()
+
+
+def test_full_fine_tuning_leaves_a_model_that_loads_and_is_what_a_plain_loop_gives(inputs, full_run, tmp_path):
+    result, (names, weights, _) = full_run
+    assert names == {"model.safetensors", "config.json"}
+    model = load_model(inputs / "base").trainable_copy()
+    config = full(inputs, tmp_path / "out")
+    split_rng, _, batch_rng = np.random.default_rng(config.seed).spawn(3)
+    data, _ = finetune.load_data(config.data, finetune.load_tokenizer(inputs / "base"), 32).split(0.25, split_rng)
+    schedule = lambda step: warmup_cosine(step, 4, config.lr, 0)
+    losses = train(model, Adam(model.parameters()), data.batches(2, batch_rng), 4, schedule=schedule, quiet=True)
+    assert losses == result.losses
+    assert contents(model) == contents(result.adapter) == weights != contents(load_model(inputs / "base"))
+
+
+def test_its_memory_is_told_before_it_is_taken(inputs, tmp_path, monkeypatch):
+    lines = []
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "trainable_copy", ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.finetune(full(inputs, tmp_path / "out", eval_every=2), log=lines.append, quiet=True)
+    assert not (tmp_path / "out").exists()
+    held = []
+    true_init = Checkpoint.__init__
+
+    def init(self, folder, identity, module, adam):
+        weights = sum(p.data.nbytes for p in module.parameters())
+        held.append((weights, sum(a.nbytes for a in adam.m + adam.v)))
+        true_init(self, folder, identity, module, adam)
+
+    monkeypatch.setattr(Checkpoint, "__init__", init)
+    _, report = run_and_report(full(inputs, tmp_path / "out", base=str(inputs / "base")))
+    [(weights, moments)] = held
+    assert weights == 1656 * 4 and moments == 2 * weights
+    parts = training_bytes(load_model(inputs / "base"), keeps_best=True)
+    assert list(parts.values()) == [weights, weights, moments, weights]
+    assert lines[-1].startswith("memory of full fine-tuning: 0.0 MB (weights 0.0, gradients 0.0, Adam's two moments ")
+    assert "the best weights so far" in lines[-1] and "the best weights" not in report
+    assert "full fine-tuning: 1,656 of 1,656 parameters are trainable (100.00 %)" in report
+    assert f"kept in {tmp_path / 'out'}: the model, " in report
+
+
+def test_a_base_in_halves_is_widened_and_told(tmp_path, inputs, bpe_folder):
+    save_model(small_llama(vocab_size=300, max_position_embeddings=64), tmp_path / "halves", dtype="bfloat16")
+    shutil.copy(bpe_folder / "tokenizer.json", tmp_path / "halves")
+    config = full(inputs, tmp_path / "out", base=str(tmp_path / "halves"), steps=1)
+    result, report = run_and_report(config)
+    assert "the base is stored as BF16: widened to be trained, 0." in report
+    assert {p.dtype.name for p in result.adapter.parameters()} == {"float32"}
+    model = load_model(tmp_path / "out")
+    assert contents(model) == contents(result.adapter) and stored_as(model) == {}
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"eval_every": 1, "lr": 0.5}], ids=str)
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL to a process")
+def test_full_fine_tuning_outlives_a_kill_at_any_moment(inputs, tmp_path, changes):
+    result = run(full(inputs, tmp_path / "whole", **changes))
+    kept = model_in(tmp_path / "whole")
+    n_moments = count_moments(full(inputs, tmp_path / "count", **changes))
+    for when in range(3, n_moments, 7):
+        out = tmp_path / str(when)
+        config = full(inputs, out, **changes)
+        assert exit_code_of_a_killed_run(config, False, when) == -signal.SIGKILL
+        if (out / "model.safetensors").exists():
+            load_model(out)
+        if is_checkpoint(out / "checkpoint"):
+            assert same(run(config, resume=True), result)
+        elif not (out / "model.safetensors").exists():
+            assert same(run(config), result)
+        if not is_checkpoint(out / "checkpoint"):
+            assert model_in(out) == kept
+
+
+def test_ctrl_c_goes_back_to_the_last_step_of_a_model_that_was_saved(inputs, full_run, tmp_path):
+    result, files = full_run
+    for step, kept in ((1, 0), (2, 0), (3, 2), (4, 2)):
+        config = full(inputs, tmp_path / str(step))
+        stop(config, step)
+        state = json.loads((tmp_path / str(step) / "checkpoint" / "checkpoint.json").read_text())
+        assert state["steps"] == kept
+        resumed, report = run_and_report(config, resume=True)
+        assert f"resumed after step {kept} of 4" in report
+        assert same(resumed, result)
+        assert model_in(tmp_path / str(step)) == files
+
+
+def test_an_adapter_does_not_go_on_as_a_model(inputs, tmp_path):
+    stop(config_for(inputs, tmp_path))
+    with pytest.raises(ValueError, match="settings full: False in the checkpoint, True now"):
+        run(full(inputs, tmp_path), resume=True)
+
+
+@pytest.mark.parametrize("base", [lambda: small_gpt(vocab_size=300, block_size=64),
+                                  lambda: small_llama(vocab_size=300, max_position_embeddings=64)],
+                         ids=["gpt2", "llama"])  # fmt: skip
+def test_transformers_reads_the_model(inputs, bpe_folder, tmp_path, base):
+    torch = pytest.importorskip("torch", reason="the extra peers is not installed")
+    transformers = pytest.importorskip("transformers")
+    model = base()
+    save_model(model, tmp_path / "base")
+    shutil.copy(bpe_folder / "tokenizer.json", tmp_path / "base")
+    result = run(full(inputs, tmp_path / "out", base=str(tmp_path / "base")))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = np.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(ids)).logits.numpy()
+    # Two float32 programs; the change itself is a hundred times as large.
+    assert np.abs(logits - result.adapter(ids).data).max() < 1e-4 < 0.01 < np.abs(logits - model(ids).data).max()
+
+
 # Planted bugs in going on.
 
 
@@ -593,7 +930,7 @@ def test_a_snapshot_that_is_no_copy_would_keep_half_a_step(inputs, whole, tmp_pa
     kind, result, _ = whole
     config = config_for(inputs, tmp_path, kind)
     with monkeypatch.context() as patch:
-        patch.setattr("minilora.training.checkpoint.to_numpy", lambda array: SimpleNamespace(copy=lambda: array))
+        patch.setattr("minilora.training.checkpoint._copies", lambda arrays: arrays)
         stop(config)
     assert not same(run(config, resume=True), result)
 
@@ -682,7 +1019,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line_that_names_it(tm
     config = FineTuneConfig(base=str(old / "base"), data=str(old / "notes.txt"), out=str(old / "out"), alpha=4, r=2,
                             lr=1e-2, steps=8, batch=4, seed=3, eval_split=0.2, length=16, dropout=0.1)  # fmt: skip
     before = {path: path.read_bytes() for path in (old / "out").rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"written by minilora 0\.1, and this is 0\.4: go on with that") as refusal:
+    with pytest.raises(ValueError, match=r"written by minilora 0\.1, and this is 0\.5: go on with that") as refusal:
         run(config, resume=True)
     assert "\n" not in str(refusal.value)
     assert {path: path.read_bytes() for path in (old / "out").rglob("*") if path.is_file()} == before

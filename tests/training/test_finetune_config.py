@@ -28,6 +28,11 @@ PATHS = {"base": "b", "data": "d", "out": "o"}
     ("quantize", "NF4", "None or one of nf4, q8_0, q4_0, q4_1"),
     ("too_long", "shorten", "'cut' or 'drop', or None"),
     ("target", [], "at least one name, or an expression"),
+    ("eval_every", 0, "a whole number of at least 1, or None"),
+    ("eval_every", 2, "None with an eval_split of 0, which holds nothing out"),
+    ("patience", 0, "a whole number of at least 1, or None"),
+    ("patience", 2, "None without eval_every, whose evaluations it counts"),
+    ("full", 1, "True or False"),
 ])  # fmt: skip
 def test_a_setting_out_of_range_is_named_with_its_value_and_what_it_must_be(field, value, need):
     with pytest.raises(ConfigError) as refusal:
@@ -38,8 +43,19 @@ def test_a_setting_out_of_range_is_named_with_its_value_and_what_it_must_be(fiel
 
 
 def test_there_is_no_default_alpha():
-    with pytest.raises(TypeError, match="alpha"):
+    with pytest.raises(ConfigError, match="alpha must be a finite positive number; got None"):
         FineTuneConfig(**PATHS)
+
+
+@pytest.mark.parametrize("field, value, default", [
+    ("alpha", 16, None), ("r", 4, 8), ("target", ["q_proj"], "all-linear"), ("dropout", 0.5, 0.0),
+    ("quantize", "nf4", None),
+])  # fmt: skip
+def test_what_is_of_adapters_is_refused_where_there_is_none(field, value, default):
+    assert FineTuneConfig(**PATHS, full=True).full
+    with pytest.raises(ConfigError, match=f"{field} must be {default!r}, its default, with full=True") as refusal:
+        FineTuneConfig(**{**PATHS, "full": True, field: value})
+    assert refusal.value.field == field
 
 
 def test_its_lora_config_has_the_four_fields_that_are_of_lora():

@@ -240,6 +240,12 @@ def test_after_each_step_the_hook_is_told_how_many_are_done_and_the_loss(model):
     assert calls == [(1, 1, losses[0]), (2, 2, losses[1]), (3, 3, losses[2])]
 
 
+def test_the_hook_may_end_the_run_after_a_step(model):
+    losses = train(model, Adam(model.parameters()), abc(), 5, quiet=True, on_step=lambda done, loss: done == 2)
+    assert len(losses) == 2
+    assert len(train(model, Adam(model.parameters()), abc(), 3, quiet=True, on_step=lambda done, loss: False)) == 3
+
+
 def test_a_run_in_two_parts_is_the_run_in_one_to_the_bit():
     whole = character_gpt(seed=3)
     calls, rates = steps_of_a_run(0, 4, whole, Adam(whole.parameters()))

@@ -9,11 +9,12 @@ from minilora.training.progress import Progress, peak_memory
 
 
 def test_a_copy_for_json_does_not_change_with_the_run_and_goes_on_from_where_it_was():
-    progress = Progress(before=4.5, losses=[4.0, 3.0], tokens=32, seconds=0.5)
+    progress = Progress(before=4.5, losses=[4.0, 3.0], tokens=32, seconds=0.5, evaluations=[[1, 4.25]])
     copy = progress.as_json()
     progress.losses.append(2.0)
-    assert copy == {"before": 4.5, "losses": [4.0, 3.0], "tokens": 32, "seconds": 0.5}
-    assert Progress(**copy) == Progress(4.5, [4.0, 3.0], 32, 0.5)
+    progress.evaluations.append([2, 1.5])
+    assert copy == {"before": 4.5, "losses": [4.0, 3.0], "tokens": 32, "seconds": 0.5, "evaluations": [[1, 4.25]]}
+    assert Progress(**copy) == Progress(4.5, [4.0, 3.0], 32, 0.5, [[1, 4.25]])
 
 
 def test_the_tokens_of_each_batch_are_counted_when_it_is_drawn():
@@ -27,14 +28,14 @@ def test_the_tokens_of_each_batch_are_counted_when_it_is_drawn():
 
 def test_the_report_gives_speed_and_the_means_of_the_first_and_the_last_ten_steps():
     progress = Progress(before=5.0, losses=[4.0] * 10 + [9.0] + [2.0] * 10, tokens=8000, seconds=4.0)
-    assert progress.report(after=1.5) == [
+    assert progress.report(after=1.5, steps=21) == [
         "21 steps in 4 s, 2,000 tokens/s; training loss 4.000 -> 2.000 nats per token (means of 10 steps)",
         "held-out loss 5.000 -> 1.500 nats per token",
     ]
 
 
 def test_of_fewer_steps_the_means_are_of_all_and_nothing_is_said_of_what_was_not_held_out():
-    [line] = Progress(losses=[4.0, 2.0], tokens=8, seconds=0.0).report(after=None)
+    [line] = Progress(losses=[4.0, 2.0], tokens=8, seconds=0.0).report(after=None, steps=2)
     assert line.endswith("training loss 3.000 -> 3.000 nats per token (means of 2 steps)")
 
 
