@@ -358,8 +358,16 @@ def compare_options(parser):
     """Add the options of `minilora compare`."""
     add = parser.add_argument
     add("base", metavar="BASE", help="the model: a folder, a .gguf file, or smollm2")
-    add("adapter", metavar="ADAPTER", help="the adapter's folder")
-    add("--data", required=True, metavar="FILE", help=".txt or .jsonl, as for finetune")
+    add("adapters", metavar="ADAPTER", nargs="+", help="the folders of one or several adapters")
+    add(
+        "--data",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help=".txt or .jsonl, as for finetune; several come in a table, a column each. BASE and "
+        "ADAPTER stand before it",
+    )
     add("--batch", type=whole_number(1), default=4, help="rows at once (default %(default)s)")
     add("--length", type=whole_number(1), help="as for finetune")
     _add_quantize(parser)

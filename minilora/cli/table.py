@@ -305,11 +305,11 @@ def _run_inspect(args):
 
 def _run_compare(args):
     from ..backend import array_module
-    from . import commands
+    from .comparison import compare
 
-    commands.compare(
+    compare(
         args.base,
-        args.adapter,
+        args.adapters,
         args.data,
         array_module(args.backend),
         log,
@@ -359,7 +359,7 @@ COMMANDS = {
         _run_inspect,
     ),
     "compare": Command(
-        "measure the loss of a model on a file, without and with an adapter",
+        "measure the loss of a model on files, without and with adapters",
         f"{BASE} {ADAPTER} --data notes.txt",
         options.compare_options,
         _run_compare,

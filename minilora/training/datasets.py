@@ -95,9 +95,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Rows:
-    """A tuple of Rows, each of which is learned where it says: an answer, several, or all of it."""
+    """A tuple of Rows, each of which is learned where it says: an answer, several, or all of it.
+
+    `has_answers`: somebody asks in each of them, and what is learned are answers.
+    """
 
     rows: tuple
+    has_answers: bool = True
 
     def __str__(self):
         n_tokens = sum(len(ids) for ids, _ in self.rows)
@@ -124,7 +128,7 @@ class Rows:
         return self._where(~is_heldout), self._where(is_heldout)
 
     def _where(self, chosen):
-        return Rows(tuple(self.rows[i] for i in np.flatnonzero(chosen)))
+        return replace(self, rows=tuple(self.rows[i] for i in np.flatnonzero(chosen)))
 
     def fingerprint(self):
         """The SHA-256 of the tokens, and of which are learned, in hexadecimal."""
@@ -187,8 +191,8 @@ def load_data(path, tokenizer, block_size, length=None, quiet=False, *, too_long
         )
     if length is not None:
         raise ValueError(f"length {length} is for .txt files; a row of {path} is as long as it is")
-    rows = _load_rows(path, tokenizer, quiet, log)
-    return Rows(tuple(_fitting(path, rows, block_size, too_long, log)))
+    schema, rows = _load_rows(path, tokenizer, quiet, log)
+    return Rows(tuple(_fitting(path, rows, block_size, too_long, log)), schema != TEXT)
 
 
 def _window_length(length, block_size):
@@ -210,7 +214,7 @@ def _load_text(path, tokenizer, length, quiet):
 
 
 def _load_rows(path, tokenizer, quiet, log):
-    """The Rows of a file, however long they are."""
+    """(what kind of rows they are, the Rows of a file, however long they are)."""
     schema, lines = read_rows(path, log)
     row_of = _maker(schema, path, tokenizer, log)
     rows = []
@@ -230,7 +234,7 @@ def _load_rows(path, tokenizer, quiet, log):
             f"{path}: no answer ends with a token that ends a text, because the chat template "
             "writes none: what is generated will not end by itself"
         )
-    return rows
+    return schema, rows
 
 
 def _maker(schema, path, tokenizer, log):

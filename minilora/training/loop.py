@@ -145,11 +145,19 @@ def heldout_loss(model, batches, label=None):
 def exact_match(model, pairs, batch=64):
     """For each (prompt ids, answer ids): is this what greedy decoding gives? A list of bool.
 
-    One forward pass tells. Greedy decoding reproduces the answer if and only if, at each of its
-    positions, the likeliest token after the answer so far is the right one. Logits are made at
-    these positions alone, for LOGIT_ROWS of them at a time.
+    As `exact_rows`.
     """
-    rows = answer_rows(pairs)
+    return exact_rows(model, answer_rows(pairs), batch)
+
+
+def exact_rows(model, rows, batch=64):
+    """For each Row: does greedy decoding give all of it that is learned? A list of bool.
+
+    One forward pass tells. Greedy decoding reproduces an answer if and only if, at each of its
+    positions, the likeliest token after the answer so far is the right one. Logits are made at
+    these positions alone, for LOGIT_ROWS of them at a time. Of several answers in a row each is
+    asked for after the right ones before it.
+    """
     # Rows alike in length share a batch, so that little is filled up.
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     right = np.zeros(len(rows), bool)

@@ -8,7 +8,7 @@ from program import PAIRS, TEXT, finish, start
 from strategies import trained_adapter
 
 from minilora import GPT, GPTConfig, save_adapter, save_model
-from minilora.cli import commands, generation
+from minilora.cli import comparison, generation
 from minilora.cli.main import main
 
 
@@ -34,14 +34,14 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
     """Runs the program in that folder, on a machine that no bar thinks slow: (exit code, stdout, stderr)."""
-    tqdm = commands.tqdm
+    tqdm = comparison.tqdm
 
     def bar(*given, delay, leave, **more):
         assert delay >= 1 and not leave
         return tqdm(*given, **more, disable=True)
 
     monkeypatch.chdir(folder)
-    for module in (commands, generation):
+    for module in (comparison, generation):
         monkeypatch.setattr(module, "tqdm", bar)
 
     def run(*arguments):

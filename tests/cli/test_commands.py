@@ -24,10 +24,11 @@ from minilora import (
     save_model,
     stack,
 )
-from minilora.cli import generation
+from minilora.cli import comparison, generation
 from minilora.disk.characters import decode, encode
 from minilora.disk.tensor_file import rounded
 from minilora.disk.tokenizer import load_tokenizer
+from minilora.lora import LoRALinear
 from minilora.quant import quantize, relative_error, stored_as, widen
 
 RECEIPT = re.compile(r"(.*: \d+ tensors, all used\n(  \d+ x .*\n)+  base: .*\n)*")
@@ -536,6 +537,84 @@ def test_compare_measures_the_loss_without_and_with(folder, run, file, more):
     assert np.allclose([float(without[1]), float(given[1])], np.exp(means), rtol=1e-3)
 
 
+def mean_loss(model, file):
+    """Nats per token of a file of the fixture `folder`, in float64, from the logits alone."""
+    each = []
+    if file == "t.txt":
+        ids = encode(TEXT)
+        for i in range(0, (len(ids) - 1) // 48 * 48, 48):
+            each += loss(model, ids[i : i + 48], ids[i + 1 : i + 49])
+    else:
+        for prompt, answer in PAIRS:
+            row = encode(prompt + answer + "\n")
+            each += loss(model, row[:-1], row[1:])[len(prompt) - 1 :]
+    return np.mean(each)
+
+
+def exact_by_rank(monkeypatch):
+    """The base gives no answer, `one` (rank 2) two of them, `two` (rank 3) three."""
+
+    def exact_rows(model, rows, batch):
+        ranks = [layer.pair.r for _, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+        return [i < max(ranks, default=0) for i in range(len(rows))]
+
+    monkeypatch.setattr(comparison, "exact_rows", exact_rows)
+
+
+def test_compare_takes_many_adapters_and_many_files(folder, run, tmp_path, monkeypatch):
+    exact_by_rank(monkeypatch)
+    (tmp_path / "rows.jsonl").write_text('{"text": "no answer"}\n')
+    files = ["t.txt", "q.jsonl", tmp_path / "rows.jsonl"]
+    code, out, err = run("compare", "base", "one", "two", "--data", *files)
+    assert (code, err) == (0, "")
+    assert out.count("all used") == 2 and out.count("\ndata ") == 3
+    head, *rows, exact_head, exact_base, exact_one, exact_two = out.splitlines()[-8:]
+    assert head.split() == ["nats", "per", "token", "t.txt", "q.jsonl", "rows.jsonl"]
+    assert len({len(line) for line in [head, *rows]}) == 1, "the columns stand one under the other"
+    models = parts(folder, "one", "two")
+    for name, line, model in zip(["the base", "one", "two"], rows, models, strict=True):
+        assert line.startswith(name)
+        cells = [float(cell) for cell in line.removeprefix(name).split()]
+        assert np.allclose(cells[:2], [mean_loss(model, "t.txt"), mean_loss(model, "q.jsonl")], atol=2e-4)
+    assert len({line.split()[-1] for line in rows}) == 3
+    # Neither a text nor rows of text have answers.
+    assert exact_head.split() == ["exact", "answers", "q.jsonl"]
+    assert [line.split()[-3:] for line in (exact_base, exact_one, exact_two)] == [[n, "of", "3"] for n in "023"]
+
+
+def test_compare_of_one_adapter_on_one_file_with_answers_counts_them(run, monkeypatch):
+    exact_by_rank(monkeypatch)
+    out = run("compare", "base", "one", "--data", "q.jsonl")[1]
+    assert out.endswith("\nexact answers, of 3: 0 without the adapter, 2 with it\n")
+    assert "exact" not in run("compare", "base", "one", "--data", "t.txt")[1]
+
+
+def test_files_of_one_name_are_told_apart_and_each_option_is_for_the_files_that_it_is_of(run, tmp_path):
+    (tmp_path / "t.txt").write_text("another text " * 9)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "who?" * 20, "answer": " me"}) + "\n" + json.dumps(
+        {"prompt": "who?", "answer": " me"}))  # fmt: skip
+    code, out, _ = run("compare", "base", "one", "--data", "t.txt", "--data", tmp_path / "t.txt",
+                       tmp_path / "long.jsonl", "--length", 7, "--too-long", "drop")  # fmt: skip
+    head = out.splitlines()[-6]
+    assert code == 0 and head.split() == ["nats", "per", "token", "t.txt", str(tmp_path / "t.txt"), "long.jsonl"]
+    assert out.count("in windows of 7") == 2 and "1 of 2 rows are longer than 48 tokens: they are dropped" in out
+    code, _, err = run("compare", "base", "one", "--data", "q.jsonl", "--length", 7)
+    assert code == 1 and "length 7 is for .txt files" in err
+    code, _, err = run("compare", "base", "one", "--data", "t.txt", "--too-long", "cut")
+    assert code == 1 and "is for .jsonl files" in err
+
+
+def test_compare_measures_nothing_before_all_of_it_fits(run, monkeypatch):
+    monkeypatch.setattr(comparison, "heldout_loss", lambda *given: pytest.fail("something was measured"))
+    for adapters, files, complaint in (
+        (["one", "other"], ["t.txt"], "other holds a model, where an adapter is needed"),
+        (["one"], ["t.txt", "missing.txt"], "missing.txt: No such file"),
+        (["one"], ["q.jsonl", "base"], "base: data are a .txt file"),
+    ):
+        code, _, err = run("compare", "base", *adapters, "--data", *files)
+        assert code == 1 and complaint in err and err.count("\n") == 1
+
+
 # What is refused.
 
 
@@ -604,6 +683,8 @@ REFUSED = [
     ("inspect nowhere", 1, "nowhere does not exist"),
     ("inspect base --base base", 1, "a model, which has no base"),
     ("compare one base --data t.txt", 1, "one holds an adapter, where a model"),
+    ("compare --data t.txt base one", 2, "required: BASE, ADAPTER"),
+    ("compare base --data t.txt", 2, "required: ADAPTER"),
     ("compare base one --data t.txt --batch 0", 2, "--batch: must be a whole number of at least 1"),
     ("bogus", 2, "there is no command 'bogus'"),
 ]

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from minilora import GPT, Adam, generate
 from minilora.disk.characters import decode, encode, encode_pairs
-from minilora.training.batches import answer_rows, consecutive_windows, pad_rows, row_batches
-from minilora.training.loop import exact_match, heldout_loss, train
+from minilora.training.batches import Row, answer_rows, consecutive_windows, pad_rows, row_batches
+from minilora.training.loop import exact_match, exact_rows, heldout_loss, train
 
 
 @pytest.fixture
@@ -352,6 +352,23 @@ def test_exact_match_is_told_of_models_on_other_devices(device_xp):
     # Answers that greedy decoding gives, and one that it does not.
     pairs = [(prompt, generate(model, prompt[None], len(answer))[0, 3:]) for prompt, answer in pairs] + pairs[:1]
     assert exact_match(model.to_device(device_xp), pairs) == exact_match(model, pairs) == [True] * 3 + [False]
+
+
+def test_of_several_answers_in_a_row_each_must_be_right():
+    """The second answer is asked for after the right first one, whatever the model says itself."""
+    model = character_gpt(seed=1)
+    ids = encode("ab cd ef")
+    asked = np.array([3, 6])
+    right = ids.copy()
+    has_loss = np.zeros(len(ids), bool)
+    has_loss[asked] = True
+    for i in asked:
+        right[i] = model(right[None, :i]).data[0, -1].argmax()
+    wrong = [right.copy() for _ in asked]
+    for row, i in zip(wrong, asked, strict=True):
+        row[i] = (row[i] + 1) % 96
+    rows = [Row(row, has_loss) for row in (right, *wrong)]
+    assert exact_rows(model, rows) == [True, False, False]
 
 
 def test_exact_match_of_nothing_is_nothing():
