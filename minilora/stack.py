@@ -7,7 +7,7 @@ import numpy as np
 
 from . import functional as F
 from .backend import get_array_module, to_device
-from .lora import Adapter
+from .lora import Adapter, check_plain
 from .nn import AdaptedLayer, Module
 from .tensor import Tensor, record
 
@@ -18,7 +18,8 @@ def stack(adapters):
     Shapes: a list of B Adapters or Nones; ranks, scalings and targets may differ. The model from
     `attach(base, stack(adapters))` takes ids (B, T). Nothing is copied: training it trains those
     adapters.
-    Raises: ValueError if the list is empty or all None; TypeError for anything else in it.
+    Raises: ValueError if the list is empty or all None, or for pairs of another kind than LoRA's;
+    TypeError for anything else in it.
     Source: the batching of Punica (Chen et al. 2023) and S-LoRA (Sheng et al. 2023), as one
     broadcast multiplication.
     """
@@ -47,6 +48,7 @@ class BatchAdapter(Module):
         for i, adapter in enumerate(self.adapters):
             if adapter is None:
                 continue
+            check_plain("stack", adapter)
             for name, pair in adapter.pairs.items():
                 rows = self.pairs.setdefault(name, [None] * len(self.adapters))
                 rows[i] = pair

@@ -216,6 +216,8 @@ def _log_table(adapter, weight_norms, log):
             f"  {name} was trained apart: r={stop - start}, columns {start} to {stop} of its module"
         )
     log("  dW = scaling * lora_B @ lora_A, what is added to the weight W; | | is Frobenius's norm")
+    if adapter.is_dora:
+        log("  DoRA: each row of W + dW then gets a length of its own, its magnitude")
 
 
 def _by_number(name):

@@ -1,7 +1,8 @@
 """An adapter folder as it stands, in PEFT's layout: read, checked and kept apart from any base.
 
 A file holds `base_model.model.<module>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r),
-whichever way round the base stores its weights. What PEFT has no field for travels in the metadata
+whichever way round the base stores its weights; of DoRA also `.lora_magnitude_vector` (out,). What
+PEFT has no field for travels in the metadata
 of the safetensors file, which other readers skip: the fingerprint of the base, our configuration,
 r and scaling of each pair, and which columns of a c_attn belong to which projection.
 """
@@ -21,6 +22,9 @@ from .tensor_file import widened
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+# What DoRA has beside the two factors.
+MAGNITUDE = "lora_magnitude_vector"
+_FACTOR = rf"lora_[AB]\.weight|{MAGNITUDE}"
 # Where our own notes are among the metadata.
 NOTE = "minilora.adapter"
 BASE_NOTE = "minilora.base"
@@ -30,7 +34,7 @@ _STRANGE_KEYS = (
     (f"{PREFIX}{PREFIX}", "the model was wrapped twice: take one prefix out of every key"),
     (".default.", "the name of the adapter was left in the key: take it out"),
     ("lora_embedding_", "LoRA on an embedding: merged into a tied one it would change the head"),
-    ("lora_magnitude_vector", "this is DoRA"),
+    ("lora_magnitude_vector", "DoRA's magnitudes are <module>.lora_magnitude_vector"),
     ("lora_B.bias", "lora_bias is not supported"),
     (".bias", "biases that were trained beside LoRA are not supported"),
     ("", "only LoRA's factors are read; whole tensors (modules_to_save) are not supported"),
@@ -42,7 +46,8 @@ class AdapterFile:
     """What an adapter folder says, without its base. Modules go by their names in the file.
 
     fields: the JSON. config: its LoRAConfig.
-    factors: {module of the file: {"lora_A": array (r, in), "lora_B": array (out, r)}}.
+    factors: {module of the file: {"lora_A": array (r, in), "lora_B": array (out, r)}}, of DoRA with
+    a third, "lora_magnitude_vector": array (out,).
     This library's own notes, in our names; None or {} in the files of others:
     our_config: the LoRAConfig by which the pairs were made. columns: {our module: (start, stop)}
     of the columns of lora_B that are its own. recorded: {our module: (r, scaling)}, None from
@@ -59,6 +64,8 @@ class AdapterFile:
     fingerprint: dict | None
     stored: dict
 
+    is_dora = property(lambda self: bool(self.fields.get("use_dora")))
+
 
 def read_adapter(folder):
     """The AdapterFile of an adapter folder. Raises: as `load_adapter`."""
@@ -66,7 +73,7 @@ def read_adapter(folder):
     _check_folder(folder)
     fields, tensors, metadata = load_folder(folder, TENSORS, CONFIG)
     config = read_config(folder / CONFIG, fields)
-    factors = _factors(folder, tensors)
+    factors = _factors(folder, tensors, bool(fields.get("use_dora")))
     _check_ranks(folder, config, factors)
     where = f"{folder / TENSORS}: its {NOTE}"
     note = json_object(where, metadata.get(NOTE)) or {}
@@ -96,12 +103,12 @@ def _check_folder(folder):
         )
 
 
-def _factors(folder, tensors):
-    """{module: {"lora_A": array, "lora_B": array}} of all the tensors of a file."""
+def _factors(folder, tensors, is_dora):
+    """{module: {"lora_A": array, "lora_B": array}} of all the tensors of a file, as AdapterFile."""
     factors = {}
     for key, stored in tensors.items():
         array = widened(stored)
-        match = re.fullmatch(rf"{PREFIX}(?!{PREFIX})(.+)\.(lora_[AB])\.weight", key)
+        match = re.fullmatch(rf"{PREFIX}(?!{PREFIX})(.+)\.({_FACTOR})", key)
         if match is None:
             reason = next(reason for mark, reason in _STRANGE_KEYS if mark in key)
             raise ValueError(
@@ -111,13 +118,20 @@ def _factors(folder, tensors):
             raise ValueError(
                 f"{folder}: {key} ({array.dtype}) must hold floats, and no inf or nan"
             )
-        factors.setdefault(match[1], {})[match[2]] = array
+        factors.setdefault(match[1], {})[match[2].removesuffix(".weight")] = array
     if not factors:
         raise ValueError(f"{folder}: {TENSORS} holds no tensor")
     for module, pair in factors.items():
-        if len(pair) != 2:
+        if not {"lora_A", "lora_B"} <= pair.keys():
             raise ValueError(
                 f"{folder}: {module} has only {', '.join(pair)}; both factors are needed"
+            )
+        if is_dora and MAGNITUDE not in pair:
+            raise ValueError(f"{folder}: {module} has no {MAGNITUDE}; use_dora=True needs one")
+        if not is_dora and MAGNITUDE in pair:
+            raise ValueError(
+                f"{folder}: {module} has a {MAGNITUDE}, as in DoRA, but {CONFIG} does not say "
+                "use_dora=True"
             )
     return factors
 
@@ -131,6 +145,12 @@ def _check_ranks(folder, config, factors):
             raise ValueError(
                 f"{folder}: {module} has lora_A {A} and lora_B {B}; (r, in) and (out, r) are "
                 f"needed, and {CONFIG} says r={r}"
+            )
+        magnitude = pair.get(MAGNITUDE)
+        if magnitude is not None and magnitude.shape != B[:1]:
+            raise ValueError(
+                f"{folder}: {module} has lora_B {B} and {MAGNITUDE} {magnitude.shape}; "
+                "(out, r) and (out,) are needed"
             )
 
 

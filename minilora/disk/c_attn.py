@@ -50,6 +50,21 @@ def join(their_name, parts, pairs):
     return A, B, columns
 
 
+def join_magnitudes(their_name, parts, pairs):
+    """The magnitude (out,) of the module `their_name` in a file, for DoRA's `pairs`; as `join`.
+
+    Raises: ValueError unless every part has a pair: without the base nobody knows the norms of the
+    rows of the others.
+    """
+    absent = [name for name in parts if name not in pairs]
+    if absent:
+        raise ValueError(
+            f"{their_name} has one magnitude for all its rows, but {', '.join(absent)} has no pair "
+            "to say its own: adapt all of its parts, or use LoRA"
+        )
+    return np.concatenate([to_numpy(pairs[name].magnitude.data) for name in parts])
+
+
 def take_apart(their_name, A, B, names, columns):
     """{our module: ((start, stop) of its rows of A, its lora_B)}: what `join` joined.
 

@@ -155,6 +155,14 @@ def _tensor_objections(fields, config, modules):
             f"{_are(misshapen, 'modules')} of sizes {A} and {B}, the configuration says "
             f"r={config.r_of(first)}: PEFT refuses them"
         )
+    for name, shape_of in modules.items():
+        magnitude = shape_of.get("lora_magnitude_vector")
+        if name not in incomplete and magnitude not in (None, shape_of["lora_B"][:1]):
+            objections.append(
+                f"{name}.lora_magnitude_vector is of size {magnitude}, lora_B of "
+                f"{shape_of['lora_B']}: PEFT refuses it"
+            )
+            break
     return objections
 
 

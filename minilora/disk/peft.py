@@ -14,13 +14,23 @@ from pathlib import Path
 import numpy as np
 
 from ..backend import to_device, to_numpy
+from ..dora import DoRAPair
 from ..fits import check_fits, other_precisions
 from ..lora import Adapter, LoRAPair, init_adapter, linear_names
 from ..lora_config import check_patterns, find_targets
 from ..quant import stored_as
 from ..tensor import Tensor
-from .adapter_file import BASE_NOTE, CONFIG, NOTE, PREFIX, STORED_NOTE, TENSORS, read_adapter
-from .c_attn import join, take_apart
+from .adapter_file import (
+    BASE_NOTE,
+    CONFIG,
+    MAGNITUDE,
+    NOTE,
+    PREFIX,
+    STORED_NOTE,
+    TENSORS,
+    read_adapter,
+)
+from .c_attn import join, join_magnitudes, take_apart
 from .checks import check_same_tensors, errors_name, listed
 from .folder import save_folder
 from .models import families_of, family_of_adapter
@@ -37,10 +47,11 @@ def save_adapter(adapter, folder, *, base_model="minilora", allow_untrained=Fals
     """Write an adapter to `folder` in PEFT's layout, with the fingerprint of its base.
 
     `base_model`, the name or folder of the base, is recorded for people and for other programs.
-    Shapes: lora_A (r, in), lora_B (out, r), in their dtype.
+    Shapes: lora_A (r, in), lora_B (out, r), of DoRA lora_magnitude_vector (out,), in their dtype.
     Raises: ValueError, unless allow_untrained=True, for an adapter that does nothing (every lora_B
-    zero: never trained) or holds inf or nan; and if the parts of one c_attn have different
-    scalings, or a scaling is not positive, which a file cannot hold.
+    zero: never trained) or holds inf or nan; and for what a file cannot hold: parts of one c_attn
+    with different scalings, or with and without DoRA's magnitude, a scaling that is not positive,
+    and pairs of several kinds.
     Source: PEFT 0.21, `save_pretrained`.
     """
     if not isinstance(adapter, Adapter):
@@ -50,6 +61,7 @@ def save_adapter(adapter, folder, *, base_model="minilora", allow_untrained=Fals
         )
     if not allow_untrained:
         _check_trained(adapter)
+    is_dora = _is_dora(adapter)
     family = family_of_adapter(adapter)
     tensors = {}
     columns = {}
@@ -57,9 +69,13 @@ def save_adapter(adapter, folder, *, base_model="minilora", allow_untrained=Fals
     strengths = {}
     for their_name, names in family.module_table(adapter.pairs).items():
         pairs = {name: adapter.pairs[name] for name in names}
-        A, B, its_columns = join(their_name, family.our_modules(their_name), pairs)
+        parts = family.our_modules(their_name)
+        A, B, its_columns = join(their_name, parts, pairs)
         tensors[f"{PREFIX}{their_name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{their_name}.lora_B.weight"] = B
+        if is_dora:
+            magnitude = join_magnitudes(their_name, parts, pairs)
+            tensors[f"{PREFIX}{their_name}.{MAGNITUDE}"] = magnitude
         strengths[their_name] = (len(A), pairs[names[0]].scaling)
         columns |= its_columns
     base_modules = {name.rpartition(".")[0] for name in adapter.base_fingerprint or {}}
@@ -70,10 +86,22 @@ def save_adapter(adapter, folder, *, base_model="minilora", allow_untrained=Fals
         fan_in_fan_out=family.transposed,
         base_model=base_model,
         all_modules=family.module_table(base_modules),
+        use_dora=is_dora,
     )
     # What is written must be readable: a scaling that is not positive is refused here.
     read_config("save_adapter", fields)
     save_folder(folder, TENSORS, tensors, CONFIG, fields, _metadata(adapter, columns))
+
+
+def _is_dora(adapter):
+    """Are the pairs of `adapter` DoRA's? Raises ValueError if they are of several kinds."""
+    kinds = {type(pair) for pair in adapter.pairs.values()}
+    if kinds <= {LoRAPair}:
+        return False
+    if kinds == {DoRAPair}:
+        return True
+    names = ", ".join(sorted(kind.__name__ for kind in kinds))
+    raise ValueError(f"save_adapter: a file holds pairs of LoRA or of DoRA, this adapter {names}")
 
 
 def _check_trained(adapter):
@@ -194,6 +222,11 @@ def _read_pairs(file, module, names, like):
     A = file.factors[module]["lora_A"]
     B = file.factors[module]["lora_B"]
     pieces = take_apart(module, A, B, names, file.columns)
+    if file.is_dora:
+        # The parts of a c_attn are rows of it, each of which has its own length.
+        magnitudes = dict(
+            zip(names, np.split(file.factors[module][MAGNITUDE], len(names)), strict=True)
+        )
     # Parts with the same rows of A share one Tensor: the engine sums its gradient.
     shared = {}
     for start, stop in dict.fromkeys(span for span, _ in pieces.values()):
@@ -201,7 +234,11 @@ def _read_pairs(file, module, names, like):
     pairs = {}
     for name, (span, rows) in pieces.items():
         scaling = _scaling(file, module, name, r=len(shared[span].data))
-        pairs[name] = LoRAPair(shared[span], tensor(rows), scaling)
+        if file.is_dora:
+            magnitude = tensor(magnitudes[name])
+            pairs[name] = DoRAPair(shared[span], tensor(rows), scaling, magnitude)
+        else:
+            pairs[name] = LoRAPair(shared[span], tensor(rows), scaling)
     return pairs
 
 
@@ -270,7 +307,9 @@ def receipt(folder, file, used, stored, differing):
             kind += " -> " + ", ".join(name.rpartition(".")[2] for name in names)
         r = file.config.r_of(module)
         kinds[f"{kind}: r={r}, scaling {file.config.scaling_of(module):g}"] += 1
-    lines = [f"{folder}: {2 * len(used)} tensors, all used"]
+    n_tensors = sum(len(file.factors[module]) for module in used)
+    method = ", DoRA" if file.is_dora else ""
+    lines = [f"{folder}: {n_tensors} tensors, all used{method}"]
     lines += [f"  {n} x {kind}" for kind, n in kinds.items()]
     if file.fingerprint is None:
         lines.append("  base: UNVERIFIED, the file does not say which base it was trained on")

@@ -17,7 +17,12 @@ _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 # Not so where the start was taken out of the base's weights: the factors belong to what was left.
 STARTS_IN_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_SUPPORTED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _STARTS}
+_SUPPORTED = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": _STARTS,
+    "use_dora": (True, False, None),
+}
 _READ = (
     *_REQUIRED, "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
     "layers_to_transform", "layers_pattern", "exclude_modules",
@@ -73,7 +78,7 @@ def _is_neutral(value):
     return value is None or value is False or value in ({}, [])
 
 
-def written_fields(config, strengths, *, fan_in_fan_out, base_model, all_modules):
+def written_fields(config, strengths, *, fan_in_fan_out, base_model, all_modules, use_dora=False):
     """The fields of `adapter_config.json` for an adapter.
 
     `config` is how it was made, `strengths` {module: (r, scaling)}. `all_modules` are those of the
@@ -89,7 +94,7 @@ def written_fields(config, strengths, *, fan_in_fan_out, base_model, all_modules
     r, alpha = max(counts, key=counts.get)
     # The first match counts, so that the key of x.y must not come before that of z.x.y.
     longest_first = sorted(strengths, key=lambda module: -len(module))
-    return {
+    fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -106,6 +111,9 @@ def written_fields(config, strengths, *, fan_in_fan_out, base_model, all_modules
         "init_lora_weights": True,
         "modules_to_save": None,
     }
+    if use_dora:
+        fields["use_dora"] = True
+    return fields
 
 
 def alpha_for(scaling, r, use_rslora):

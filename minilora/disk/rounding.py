@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..backend import to_numpy
 from ..lora import LoRALinear, merge
+from ..nn import AdaptedLayer
 from ..packed import PackedTensor
 from ..quant import KINDS, quantized
 from ..tensor import Tensor
@@ -46,12 +47,12 @@ def rounding_report(model, dtype, merged=None):
     if merged is None:
         merged = merge(model)
     plain = dict(merged.named_modules())
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, AdaptedLayer)}
     report = []
     with tqdm(layers.items(), desc="rounding", unit="layer", delay=1, leave=False) as bar:
         for name, layer in bar:
             weight = to_numpy(layer.linear.weight.data)
-            update = to_numpy(layer.pair.astype(np.float64).delta())
+            update = to_numpy(_exact_update(layer))
             total = to_numpy(plain[name].weight.data)
             if dtype in _LOWER_KINDS:
                 stored = _requantised(name, total, dtype)
@@ -63,6 +64,14 @@ def rounding_report(model, dtype, merged=None):
                     base = weight.astype(stored.dtype)
             report.append(_measured(name, weight.astype(np.float64), update, stored, base))
     return report
+
+
+def _exact_update(layer):
+    """What merging an adapted layer adds to its weight, in float64."""
+    if isinstance(layer, LoRALinear):
+        return layer.pair.astype(np.float64).delta()
+    wide = layer.astype(np.float64)
+    return wide.merged().weight.data - wide.linear.weight.data
 
 
 def _requantised(name, weight, kind):
@@ -125,7 +134,7 @@ def _what_is_done(model, quantize):
     """What happens to weights of few bits, as lines."""
     kinds = Counter()
     for _, layer in model.named_modules():
-        if isinstance(layer, LoRALinear) and isinstance(layer.linear.weight, PackedTensor):
+        if isinstance(layer, AdaptedLayer) and isinstance(layer.linear.weight, PackedTensor):
             kinds[layer.linear.weight.kind] += 1
     lines = [
         f"widened {n} weights from {kind} before the updates are added" for kind, n in kinds.items()

@@ -87,7 +87,7 @@ def test_factors_whose_start_was_taken_out_of_the_base_are_refused_with_the_way_
 
 FOREIGN = {
     "peft_type": ["LOHA", "lora", 7], "bias": ["all", "lora_only", None],
-    "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", None], "use_dora": [True],
+    "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", None], "use_dora": ["yes"],
     "lora_bias": [True], "modules_to_save": [["ln_f"], ["lm_head"]], "target_parameters": [["x"]],
     "layer_replication": [[[0, 2]]], "trainable_token_indices": [[1], {"wte": [1]}], "use_qalora": [True],
     "use_bdlora": [{"a": 1}], "alora_invocation_tokens": [[1]], "ensure_weight_tying": [True],
