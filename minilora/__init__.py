@@ -33,6 +33,7 @@ _PUBLIC = {
     "prompt": ["init_prompt"],
     "generate": ["generate", "generate_tokens"],
     "stack": ["stack"],
+    "compose": ["combine", "compress", "extract", "spectrum"],
     "count": ["parameter_report"],
     "disk.models": ["load_gpt2", "load_model", "save_gpt2", "save_model"],
     "disk.peft": ["init_peft_adapter", "load_adapter", "save_adapter"],

@@ -125,6 +125,13 @@ def is_expression(text):
     return True
 
 
+def as_pattern(name):
+    """An expression for the module `name`: the name itself where that is safe and so readable."""
+    if re.fullmatch(r"[\w.]+", name):
+        return name
+    return re.escape(name)
+
+
 def _first_match(patterns, name, default):
     for expression, value in patterns.items():
         if re.match(rf"(.*\.)?({expression})$", name):

@@ -19,7 +19,7 @@ FLOORS = {
     "book": ["backend", "graph", "tensor", "functional", "packed", "lean", "structure", "mistakes", "differences",
              "verdict", "subject", "compare", "directions", "gradcheck", "nn", "quant", "optim", "decoder", "gpt",
              "llama", "lora_config", "fits", "lora", "method", "dora", "ia3", "bias_only", "bottleneck",
-             "prefix", "prompt", "generate", "stack", "architectures", "count"],
+             "prefix", "prompt", "generate", "stack", "low_rank", "compose", "architectures", "count"],
     "disk": ["characters", "checks", "lfs", "tensor_file", "folder", "family", "gpt2", "rotary_fields", "llama", "own",
              "bases", "gguf_file", "gguf_fields", "gguf_vocabulary", "gguf", "gguf_companions", "base_files", "models",
              "c_attn", "peft_config", "adapter_file", "peft", "loaders", "rounding", "template_sizes",

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 
 from ..lora import linear_names
-from ..lora_config import LoRAConfig, find_targets, is_expression
+from ..lora_config import LoRAConfig, as_pattern, find_targets, is_expression
 from .checks import errors_name, listed
 from .models import families_of
 
@@ -243,13 +243,6 @@ def config_in_our_names(config, chosen, table):
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
     )
-
-
-def as_pattern(name):
-    """An expression for the module `name`: the name itself where that is safe and so readable."""
-    if re.fullmatch(r"[\w.]+", name):
-        return name
-    return re.escape(name)
 
 
 def endings(chosen, modules):

@@ -32,10 +32,14 @@ from strategies import (
 )
 
 from minilora import (
+    GPT,
     Adapter,
     LoRAConfig,
     Tensor,
     attach,
+    combine,
+    compress,
+    extract,
     init_adapter,
     init_peft_adapter,
     load_adapter,
@@ -402,6 +406,50 @@ def test_the_most_common_rank_and_strength_are_the_default_and_the_rest_is_named
     config, _, _ = written(adapter, tmp_path)
     assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (2, 4, {})
     assert config["rank_pattern"] == {f"transformer.h.{i}.attn.c_proj": 1 for i in (0, 1)}
+
+
+def shared_and_apart(base):
+    """Two adapters for a GPT-2: PEFT's, whose q, k and v share a lora_A, and one with two of them, each with its own."""
+    one = init_peft_adapter(base, LoRAConfig(3, 4, ["c_attn", "mlp.c_fc"], dropout=0.1), np.random.default_rng(0))
+    for pair in one.pairs.values():
+        pair.lora_B.data[:] = np.random.default_rng(1).standard_normal(pair.lora_B.shape)
+    two = trained_adapter(base, 2, r=2, alpha=3, target_modules=["q_proj", "v_proj", "h.1.mlp.down_proj"],
+                          rank_pattern={"v_proj": 1}, use_rslora=True)  # fmt: skip
+    return one, two
+
+
+COMPOSED = {
+    "a sum": lambda base, one, two: combine([one, two], [0.7, -0.3]),
+    "a sum with itself": lambda base, one, two: combine([one, one], [1, 1]),
+    "one, compressed": lambda base, one, two: compress(one, 2).adapter,
+    "a sum, compressed": lambda base, one, two: compress(combine([two, one], [2, -1]), 2).adapter,
+    "extracted": lambda base, one, two: extract(base, merge(attach(base, combine([one, two], [1, 1]))), 2).adapter,
+}
+
+
+@pytest.mark.parametrize("make", COMPOSED.values(), ids=COMPOSED)
+@pytest.mark.parametrize("base", [small_gpt(), small_llama()], ids=["gpt2", "llama"])
+def test_what_is_computed_of_adapters_comes_back_the_same_with_the_note_and_without_it(tmp_path, base, make):
+    if isinstance(base, GPT):
+        one, two = shared_and_apart(base)
+    else:
+        one = trained_adapter(base, r=3, target_modules=["q_proj", "up_proj"], dropout=0.1)
+        two = trained_adapter(base, r=2, alpha=3, target_modules=["q_proj", "1.mlp.down_proj"])
+    adapter = make(base, one, two)
+    save_adapter(adapter, tmp_path)
+    again = load_adapter(tmp_path, base)
+    assert bits(again) == bits(adapter) and again.config == adapter.config
+    assert all(again.pairs[name].scaling == pair.scaling == 1 for name, pair in adapter.pairs.items())
+    assert len(again.parameters()) == len(adapter.parameters()), "what shared a lora_A shares it again"
+    # As other programs read it: r and alpha of each module say the scaling.
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["lora_alpha"] == config["r"] and config["alpha_pattern"] == config["rank_pattern"]
+    strip(tmp_path)
+    others = load_adapter(tmp_path, base)
+    for name, pair in others.pairs.items():
+        assert pair.scaling == 1
+        delta = adapter.pairs[name].delta() if name in adapter.pairs else np.zeros_like(pair.delta())
+        assert np.allclose(pair.delta(), delta, rtol=0, atol=1e-5)
 
 
 def test_patterns_survive_that_peft_sorts_their_keys(tmp_path):
