@@ -409,7 +409,7 @@ def test_the_most_common_rank_and_strength_are_the_default_and_the_rest_is_named
 
 
 def shared_and_apart(base):
-    """Two adapters for a GPT-2: PEFT's, whose q, k and v share a lora_A, and one with two of them, each with its own."""
+    """Two adapters for a GPT-2: one as PEFT makes it, whose q, k and v share a lora_A, and one whose q and v do not."""
     one = init_peft_adapter(base, LoRAConfig(3, 4, ["c_attn", "mlp.c_fc"], dropout=0.1), np.random.default_rng(0))
     for pair in one.pairs.values():
         pair.lora_B.data[:] = np.random.default_rng(1).standard_normal(pair.lora_B.shape)
