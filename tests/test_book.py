@@ -28,7 +28,7 @@ FLOORS = {
     "training": ["corpus", "batches", "text_files", "datasets", "parts", "threads", "loop", "checkpoint", "progress",
                  "finetune_config", "learned", "run_log", "finetune"],
     "cli": ["ctrl_c", "messages", "parser", "keyboard", "folders", "questions", "text_stream", "generation",
-            "commands", "comparison", "chat", "inspect", "asking", "demo_tables", "demo_run", "demo",
+            "commands", "comparison", "plot", "chat", "inspect", "asking", "demo_tables", "demo_run", "demo",
             "demo_base", "options", "table", "main"],
 }
 ORDER = [name if floor == "book" else f"{floor}.{name}" for floor, names in FLOORS.items() for name in names]
@@ -40,7 +40,8 @@ GUESTS = {"disk.tensor_file": {"safetensors", "ml_dtypes"}, "disk.tokenizer": {"
           "disk.vocabulary": {"tokenizers"}, "disk.template_sandbox": {"jinja2"},
           "disk.template_sizes": {"jinja2"},
           "training.datasets": {"tqdm"}, "training.loop": {"tqdm"}, "training.threads": {"threadpoolctl"},
-          "cli.comparison": {"tqdm"}, "cli.generation": {"tqdm"}, "disk.quantized": {"tqdm"}}  # fmt: skip
+          "cli.comparison": {"tqdm"}, "cli.plot": {"matplotlib"}, "cli.generation": {"tqdm"},
+          "disk.quantized": {"tqdm"}}  # fmt: skip
 
 
 def dotted(path):

@@ -70,13 +70,13 @@ def compare(
 
 
 def _load_all(base, files, length, too_long, log):
-    """The Text or Rows of each file. An option for texts is for the texts, and for rows alike."""
+    """The Text or Rows of each file: `length` is for the texts, `too_long` for the others."""
     tokenizer = load_tokenizer(base)
     context = load_model_config(base).block_size
     is_text = {file: Path(file).suffix == ".txt" for file in files}
     data = []
     for file in files:
-        # With files of one kind, load_data says which of the options is not for it.
+        # With files of one kind, load_data refuses the option of the other.
         of_texts = length if is_text[file] or not any(is_text.values()) else None
         of_rows = too_long if not is_text[file] or all(is_text.values()) else None
         data.append(load_data(file, tokenizer, context, of_texts, too_long=of_rows, log=log))

@@ -22,6 +22,7 @@ COMMAND_SYNONYMS = {
     "chat": ("talk", "converse", "conversation", "assistant"),
     "merge": ("fuse", "fold", "export", "merge-and-unload"),
     "inspect": ("show", "info", "describe", "ls", "list"),
+    "plot": ("draw", "graph", "curve", "curves", "chart", "picture"),
     "compare": ("eval", "evaluate", "perplexity", "test", "loss", "diff"),
     "demo": ("example", "start", "try", "ask"),
 }

@@ -354,6 +354,13 @@ def inspect_options(parser):
     add("--base", metavar="BASE", help="the adapter's base, if it is not where the adapter says")
 
 
+def plot_options(parser):
+    """Add the options of `minilora plot`."""
+    add = parser.add_argument
+    add("logs", metavar="LOG", nargs="+", help="a .jsonl of finetune --log, or several")
+    add("--out", metavar="FILE", help="the picture (default: the first log's name, as a .png)")
+
+
 def compare_options(parser):
     """Add the options of `minilora compare`."""
     add = parser.add_argument

