@@ -15,9 +15,9 @@ from minilora.cli.ctrl_c import one_line_on_ctrl_c
 one_line_on_ctrl_c()
 
 import argparse
-import itertools
 
 import numpy as np
+from course import permissions
 
 from minilora import (
     Adam,
@@ -59,63 +59,26 @@ else:
     base = demo.pretrain(size, load_corpus(), np, rng, print, parts=parts, threads=threads)
 
 # 2. Four tasks over the same inputs. The prompt does not say which one is meant.
-permissions = list(itertools.product([0, 1], repeat=9))
-
-
-def triples(bits):
-    """The bits of the user, of the group and of others."""
-    return [bits[0:3], bits[3:6], bits[6:9]]
-
-
-def letters(triple, blank):
-    return "".join(c if bit else blank for c, bit in zip("rwx", triple, strict=True))
-
-
-def octal(bits):
-    return "".join(str(4 * r + 2 * w + x) for r, w, x in triples(bits))
-
-
-def umask(bits):
-    return octal([1 - bit for bit in bits])
-
-
-def binary(bits):
-    return "".join(str(bit) for bit in bits)
-
-
-def symbolic(bits):
-    who = zip("ugo", triples(bits), strict=True)
-    return ",".join(f"{name}={letters(triple, '')}" for name, triple in who)
-
-
-def prompt(bits):
-    return "".join(letters(triple, "-") for triple in triples(bits)) + " is "
-
-
-tasks = {"octal": octal, "umask": umask, "binary": binary, "symbolic": symbolic}
+trained_on, never_seen = permissions.split(rng)
 
 
 def questions(task, which):
     """(prompt, answer) of each of these permissions, as token ids."""
-    return characters.encode_pairs([(prompt(bits), task(bits) + "\n") for bits in which])
+    return characters.encode_pairs(permissions.questions(task, which))
 
-
-order = rng.permutation(len(permissions))
-trained_on = [permissions[i] for i in order[:384]]
-never_seen = [permissions[i] for i in order[384:]]
 
 # 3. Train one adapter per task. The base is shared and never written: its fingerprint is compared
 # at the end.
 before = base.fingerprint()
 steps = 10 if args.quick else 200
 adapters = {}
-for name, task in tasks.items():
+for name in permissions.TASKS:
     config = LoRAConfig(r=4, alpha=8, target_modules="all-linear")
     adapters[name] = init_adapter(base, config, rng)
     train(
         attach(base, adapters[name]),
         Adam(adapters[name].parameters(), betas=(0.9, 0.95)),
-        row_batches(answer_rows(questions(task, trained_on)), 32, rng),
+        row_batches(answer_rows(questions(name, trained_on)), 32, rng),
         steps,
         schedule=lambda step: warmup_cosine(step, steps, peak=1e-2, warmup=10),
         label=name,
@@ -129,10 +92,10 @@ models = {"none": base}
 for name, adapter in adapters.items():
     models[name] = attach(base, adapter)
 n = 16 if args.quick else len(never_seen)
-print(f"{f'exact answers, % of {n}':<26}" + "".join(f"{name:>10}" for name in tasks))
+print(f"{f'exact answers, % of {n}':<26}" + "".join(f"{name:>10}" for name in permissions.TASKS))
 for name, model in models.items():
     cells = []
-    for task in tasks.values():
+    for task in permissions.TASKS:
         percent = 100 * np.mean(exact_match(model, questions(task, never_seen[:n])))
         cells.append(f"{percent:>10.0f}")
     print(f"{'adapter: ' + name:<26}" + "".join(cells))
@@ -140,11 +103,11 @@ for name, model in models.items():
 # 5. The same prompt, four times in one batch: every row goes through its own adapter.
 example = never_seen[0]
 together = attach(base, stack(list(adapters.values())))
-ids = np.stack([characters.encode(prompt(example))] * len(adapters))
+ids = np.stack([characters.encode(permissions.prompt(example))] * len(adapters))
 # Token 0 is the line break, which ends an answer.
 rows = generate(together, ids, 18, stop=0)
 print("\none batch, one prompt     answer              right answer")
-for (name, task), row in zip(tasks.items(), rows, strict=True):
+for (name, task), row in zip(permissions.TASKS.items(), rows, strict=True):
     answer = characters.decode(row[ids.shape[1] :]).split("\n")[0]
     print(f"{'row with ' + name:<26}{answer:<20}{task(example)}")
 n_numbers = parameter_report(adapters["octal"]).total

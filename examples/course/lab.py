@@ -46,15 +46,16 @@ SYSTEM = "Answer in a few words."
 class Base(NamedTuple):
     """A trained model, and how texts become its token ids.
 
-    encode(text) -> ids (N,); decode(ids) -> text; `asking`, a Lines or Chat, puts questions to it,
-    or is None if its tokenizer has no chat template. A window of its texts has `length` tokens, and
-    a batch `batch` windows.
+    encode(text) -> ids (N,); decode(ids) -> text; pair(prompt, answer) -> the ids of both.
+    `asking`, a Lines or Chat, puts questions to it, or is None if its tokenizer has no chat
+    template. A window of its texts has `length` tokens, and a batch `batch` windows.
     """
 
     name: str
     model: Module
     encode: Callable
     decode: Callable
+    pair: Callable
     asking: object
     length: int
     batch: int
@@ -135,14 +136,16 @@ class Run:
         if self.base_name == TINY:
             model = self._tiny_base()
             encode = characters.encode
-            return Base(TINY, model, encode, characters.decode, Lines(), 128, 8)
+            pair = lambda prompt, answer: (encode(prompt), encode(answer))
+            return Base(TINY, model, encode, characters.decode, pair, Lines(), 128, 8)
         path = find_sources(self.base_name)
         tokenizer = load_tokenizer(path)
         asking = None if tokenizer.template is None else Chat(tokenizer, SYSTEM)
         model = quant.widen(load_model(path, self.xp))
         name = self.base_name if self.base_name == "smollm2" else path.stem
         length = min(128, model.config.block_size)
-        return Base(name, model, tokenizer.encode_text, tokenizer.decode, asking, length, 2)
+        codec = (tokenizer.encode_text, tokenizer.decode, tokenizer.encode_pair)
+        return Base(name, model, *codec, asking, length, 2)
 
     def _tiny_base(self):
         corpus = load_corpus()

@@ -82,5 +82,6 @@ def bars(axes, names, lists, form="{:.0f}", **style):
     drawn = axes.barh(places, means, xerr=ranges, capsize=4, ecolor=INK, **style)
     axes.bar_label(drawn, fmt=form, padding=3, fontsize=11)
     axes.set_yticks(places, names)
-    axes.invert_yaxis()
+    # Axes may share their names: to invert them twice would undo it.
+    axes.yaxis.set_inverted(True)
     axes.grid(axis="y", visible=False)
