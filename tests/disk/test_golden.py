@@ -14,8 +14,11 @@ from strategies import bits, same_adapter
 from minilora import Adam, attach, load_adapter, load_gpt2, load_model, lora_config, merge, save_adapter, save_gpt2
 from minilora.disk import adapter_file, base_files, models, peft
 from minilora.disk.gpt2 import GPT2
+from minilora.dora import DoRAPair, row_norms
 from minilora.graph import no_grad
+from minilora.lora import LoRALinear
 from minilora.lora_config import LoRAConfig
+from minilora.tensor import Tensor
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/expected.npz"))
@@ -71,6 +74,8 @@ def in_the_files_form(adapter, pick):
                 assert len({id(pair.lora_A) for pair in pairs}) == 1
                 found[f"{key}.lora_A.weight"] = pick(pairs[0].lora_A)
                 found[f"{key}.lora_B.weight"] = np.concatenate([pick(pair.lora_B) for pair in pairs])
+                if isinstance(pairs[0], DoRAPair):
+                    found[f"{key}.lora_magnitude_vector"] = np.concatenate([pick(pair.magnitude) for pair in pairs])
     return found
 
 
@@ -92,7 +97,7 @@ def test_in_float32_they_do_so_within_a_margin(case):
 
 
 def test_every_folder_has_its_expectations_and_there_are_enough_of_them():
-    assert len(CASES) == 15 and len(ADAPTED) == 10 and LEARNED == ["all_linear", "c_attn"]
+    assert len(CASES) == 16 and len(ADAPTED) == 11 and LEARNED == ["all_linear", "c_attn", "dora"]
     assert all(np.abs(frozen(case)["adapted_logits"] - frozen(case)["base_logits"]).max() > 0.01 for case in ADAPTED)
 
 
@@ -111,17 +116,18 @@ def test_the_loss_and_the_gradients_are_the_frozen_ones(case):
         assert np.abs(theirs[key]).max() > 1e-4
 
 
-def test_twenty_steps_of_adam_follow_the_frozen_ones():
-    expected, base = frozen("c_attn"), base_of("c_attn")
-    adapter = load_adapter(GOLDEN / "c_attn" / "adapter", base)
+@pytest.mark.parametrize("case, n_tensors", [("c_attn", 4), ("dora", 24)])
+def test_twenty_steps_of_adam_follow_the_frozen_ones(case, n_tensors):
+    expected, base = frozen(case), base_of(case)
+    adapter = load_adapter(GOLDEN / case / "adapter", base)
     start = {key: value.copy() for key, value in in_the_files_form(adapter, lambda t: t.data).items()}
     model, adam = attach(base, adapter), Adam(adapter.parameters(), lr=1e-2, weight_decay=0.01)
     for _ in range(20):
         adam.zero_grad()
         model.loss(expected["ids"][:, :-1], expected["ids"][:, 1:]).backward()
         adam.step()
-    ours, theirs = in_the_files_form(adapter, lambda t: t.data), numbers("c_attn", "adamw:")
-    assert ours.keys() == theirs.keys() and len(theirs) == 4
+    ours, theirs = in_the_files_form(adapter, lambda t: t.data), numbers(case, "adamw:")
+    assert ours.keys() == theirs.keys() and len(theirs) == n_tensors
     for key in theirs:
         close(ours[key], theirs[key], 1e-9)
         assert np.abs(ours[key] - start[key]).max() > 0.05
@@ -318,6 +324,14 @@ BUGS = {  # what is wrong: (a case that must notice, how to plant it)
     "layer_norm_epsilon ignored": ("inner", lambda m: reading(m, lambda config, _: config.pop("layer_norm_epsilon"))),
     "n_head guessed": ("inner", lambda m: reading(m, lambda config, _: config.update(n_head=2))),
     "n_inner ignored": ("inner", lambda m: reading(m, lambda config, _: config.pop("n_inner"))),
+    "a DoRA taken for LoRA": ("dora", lambda m: m.setattr(
+        DoRAPair, "beside", lambda pair, linear, dropout: LoRALinear(linear, pair, dropout))),
+    "a magnitude that counts for nothing": ("dora", lambda m: m.setattr(
+        DoRAPair, "row_norms", lambda pair, weight: pair.magnitude.data)),
+    "the norms of W alone": ("dora", lambda m: m.setattr(
+        DoRAPair, "row_norms", lambda pair, weight: row_norms(weight))),
+    "the lengths of the rows in another order": ("dora", lambda m: m.setattr(
+        peft, "DoRAPair", lambda A, B, scaling, m: DoRAPair(A, B, scaling, Tensor(m.data[::-1].copy())))),
     "biases left out": ("c_attn", lambda m: reading(m, lambda config, tensors: tensors.update(
         {n: 0 * t for n, t in tensors.items() if n.endswith("c_attn.bias")}))),
 }  # fmt: skip

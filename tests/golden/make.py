@@ -62,7 +62,9 @@ def save_adapter(case, ids, name="adapter", **lora):
     model = get_peft_model(base, LoraConfig(**lora)).eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
-            if "lora_" in key:
+            if "magnitude" in key:
+                weight.mul_(1 + 0.2 * torch.randn(weight.shape))
+            elif "lora_" in key:
                 weight.copy_(0.3 * torch.randn(weight.shape))
     config = model.peft_config["default"]
     config.base_model_name_or_path = "tiny-gpt2"  # else the path of this machine
@@ -132,7 +134,9 @@ def expected(case, ids):
 def trained(case, ids, steps):
     """The loss, its gradients, and where the adapter is after some steps of AdamW, each under its key in the file."""
     model = load_adapted(case, is_trainable=True)
-    weights = {k.replace(".default.", "."): p for k, p in model.named_parameters() if p.requires_grad}
+    # In the model a magnitude is the weight of a module, in the file it is not called so.
+    name_in_file = lambda key: key.replace(".default.", ".").replace("vector.weight", "vector")
+    weights = {name_in_file(k): p for k, p in model.named_parameters() if p.requires_grad}
     assert weights.keys() == load_file(case / "adapter" / "adapter_model.safetensors").keys()
     adam = torch.optim.AdamW(weights.values(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, foreach=False)
     loss = loss_of(model, ids)
@@ -257,6 +261,7 @@ CASES = {
     "sharded": plain(sharded="3KB"),
     "inner": plain(tiny(n_inner=20, layer_norm_epsilon=1e-3, n_head=4), target_modules="all-linear", r=2, lora_alpha=4),
     "bare": plain(kind=GPT2Model, target_modules=["c_attn", "mlp.c_fc"], r=2, lora_alpha=4),
+    "dora": plain(target_modules=ALL_FOUR, r=2, lora_alpha=3, use_dora=True, rank_pattern={"mlp.c_proj": 3}, steps=20),
     "exclude": plain(target_modules=["c_attn", "c_proj", "c_fc"], exclude_modules=["mlp.c_proj"], r=2, lora_alpha=4),
 }
 
