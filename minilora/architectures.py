@@ -7,7 +7,11 @@ model was published with; GPT-3's is table 2.1 of its paper.
 from .gpt import GPT, GPTConfig
 from .llama import Llama, LlamaConfig
 from .lora import Adapter, LoRAPair, target_ranks
-from .nn import normal_or_zeros
+from .nn import LinearLayer, in_place_of_all, normal_or_zeros
+from .packed import PackedTensor, layout_of
+
+# Layers take memory, though their numbers do not.
+MOST_LAYERS = 10_000
 
 
 def _gpt2(n_layer, n_head, n_embd):
@@ -104,8 +108,13 @@ def blank(config, dtype="float32"):
     """A model of this shape that takes no memory: in each tensor one number stands for all.
 
     It is there to be counted, not to compute. Shapes: as `GPT` and `Llama`.
-    Raises: TypeError if `config` is neither a GPTConfig nor a LlamaConfig.
+    Raises: TypeError if `config` is neither a GPTConfig nor a LlamaConfig; ValueError for more
+    layers than any model has.
     """
+    if isinstance(config, (GPTConfig, LlamaConfig)) and config.n_layer > MOST_LAYERS:
+        raise ValueError(
+            f"blank: a model of {config.n_layer:,} layers; at most {MOST_LAYERS:,} are counted"
+        )
     if isinstance(config, GPTConfig):
         return GPT(config, None, dtype)
     if isinstance(config, LlamaConfig):
@@ -114,6 +123,23 @@ def blank(config, dtype="float32"):
         f"blank: expected a GPTConfig or a LlamaConfig, got {type(config).__name__}; "
         "PRESETS has those of known models"
     )
+
+
+def blank_quantized(model, kind="NF4"):
+    """A copy of a plain model as `quantize` would make it, whose packed weights take no memory.
+
+    Raises: ValueError for a kind that there is not, or whose blocks do not fill the rows.
+    """
+    packed = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LinearLayer):
+            packed[f"{name}.weight"] = _blank_packed(kind, module.weight.shape)
+    return model.rebuild(lambda name, x: packed.get(name))
+
+
+def _blank_packed(kind, shape):
+    arrays = [in_place_of_all(0, *layout) for layout in layout_of(kind, shape)]
+    return PackedTensor(kind, shape, *arrays)
 
 
 def blank_adapter(model, config):

@@ -77,7 +77,7 @@ def rms_norm(x, weight, eps=1e-6):
     rstd += eps
     rstd **= -0.5  # (..., 1)
     y = X * rstd
-    can_divide = isinstance(weight, StoredTensor) and weight.once(_no_number_is_tiny)
+    can_divide = isinstance(weight, StoredTensor) and weight.once(no_number_is_tiny)
     kept = None if can_divide else y.copy()
     y *= w  # (..., C)
     normed = lambda: y / w if kept is None else kept
@@ -94,7 +94,7 @@ def rms_norm(x, weight, eps=1e-6):
     return record(y, (x, dx), (weight, lambda dy: dy * normed()))
 
 
-def _no_number_is_tiny(w):
+def no_number_is_tiny(w):
     """Is no number of `w` zero, or so small that what was multiplied by it has lost digits?"""
     return bool(abs(w).min() > TINY)
 

@@ -221,7 +221,7 @@ def normal_or_zeros(rng, std, shape, dtype):
     there.
     """
     if rng is None:
-        return Tensor(_in_place_of_all(0, shape, dtype), requires_grad=True)
+        return Tensor(in_place_of_all(0, shape, dtype), requires_grad=True)
     values = check_rng(rng).standard_normal(shape) * std
     return Tensor(values.astype(dtype), requires_grad=True)
 
@@ -232,11 +232,11 @@ def constant(value, rng, shape, dtype):
     Without `rng` one number stands in the place of all, as in `normal_or_zeros`.
     """
     if rng is None:
-        return Tensor(_in_place_of_all(value, shape, dtype), requires_grad=True)
+        return Tensor(in_place_of_all(value, shape, dtype), requires_grad=True)
     return Tensor(np.full(shape, value, dtype), requires_grad=True)
 
 
-def _in_place_of_all(value, shape, dtype):
+def in_place_of_all(value, shape, dtype):
     """An array that takes the memory of one number, and that nobody may write."""
     return np.broadcast_to(np.array(value, dtype), shape)
 

@@ -68,7 +68,7 @@ class Packed:
         # at the same weight, and the largest, the head, would be there twice.
         self.held_values = lambda: None
         layout = [(array.shape, array.dtype.name) for array in arrays]
-        expected = _layout(kind, self.shape)
+        expected = layout_of(kind, self.shape)
         if layout != expected:
             raise ValueError(f"a {kind} of {self.shape} is stored in {expected}, got {layout}")
 
@@ -151,8 +151,11 @@ class Packed:
         return y
 
 
-def _layout(kind, shape):
-    """[(shape, dtype name)] of the arrays that store a weight of `shape`."""
+def layout_of(kind, shape):
+    """[(shape, dtype name)] of the arrays that store a weight of `shape`.
+
+    Raises: ValueError for an unknown kind, or rows that its blocks do not fill.
+    """
     if kind in HALVES:
         return [(shape, "uint16")]
     if kind in BLOCKS and len(shape) == 2:

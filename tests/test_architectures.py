@@ -1,6 +1,7 @@
 """The shapes of well-known models: each total against the one that is published, and no memory for any."""
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,3 +69,5 @@ def test_the_numbers_of_an_adapter_on_a_known_model(name, r, targets, expected):
 def test_what_has_no_shape_is_refused():
     with pytest.raises(TypeError, match="expected a GPTConfig or a LlamaConfig, got str"):
         blank("gpt2")
+    with pytest.raises(ValueError, match="a model of 1,000,000 layers; at most 10,000 are counted"):
+        blank(replace(PRESETS["gpt2"], n_layer=10**6))
