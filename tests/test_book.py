@@ -27,7 +27,7 @@ FLOORS = {
              "template_sandbox", "chat_template", "vocabulary", "conversation", "token_stream", "tokenizer",
              "quantized"],
     "training": ["corpus", "batches", "text_files", "datasets", "parts", "threads", "loop", "checkpoint", "progress",
-                 "finetune_config", "learned", "run_log", "finetune"],
+                 "finetune_config", "learned", "run_log", "steps", "finetune"],
     "cli": ["ctrl_c", "messages", "parser", "keyboard", "folders", "questions", "text_stream", "generation",
             "commands", "comparison", "plot", "chat", "inspect", "asking", "demo_tables", "demo_run", "demo",
             "demo_base", "options", "table", "main"],

@@ -8,12 +8,9 @@ the seed, and what came after the last checkpoint is computed again.
 import contextlib
 import hashlib
 import json
-import math
 import shutil
-import time
 from collections import namedtuple
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +21,15 @@ from ..disk.folder import check_unused
 from ..disk.models import load_model
 from ..disk.quantized import quantized_base
 from ..disk.tokenizer import load_tokenizer
-from ..optim import Adam, warmup_cosine
+from ..optim import Adam
 from .checkpoint import REMOVED, Checkpoint, is_checkpoint
 from .datasets import load_data
 from .learned import LearnedAdapter, LearnedModel, report_full
-from .loop import Interrupted, bars_aside, heldout_loss, train
+from .loop import Interrupted
 from .parts import check_parts
 from .progress import Progress, peak_memory
 from .run_log import RunLog, check_place, cut_back, run_digest
+from .steps import Steps, keep
 
 # What a run gives: the Adapter, or with `full` the model; the loss of each step; the held-out loss
 # before, and that of what is given (None if nothing is held out); and, with `eval_every`, the
@@ -43,8 +41,6 @@ CHECKPOINT = "checkpoint"
 # These settings may change when a run goes on: where things lie, and how often they are saved. The
 # model and the data themselves may not, so their fingerprints are compared.
 MAY_CHANGE = ("base", "data", "out", "save_every", "log_file")
-
-LONGEST_WARMUP = 100
 
 # What a run works with: `learned` a LearnedAdapter or a LearnedModel, `batches` from the first on,
 # `heldout` a Text, Rows or None, `identity` what must be the same when it goes on.
@@ -75,13 +71,12 @@ def finetune(config, xp=np, *, parts=1, threads=1, resume=False, log=print, quie
     progress = _begin(run, resume, log)
     with _resumable(run):
         # From here on there is something to resume.
-        _keep(run, progress, is_due=True)
+        keep(run, progress, is_due=True)
         with _open_log(run) as run_log:
-            if progress.before is None:
-                progress.before = _measure(run, "held-out loss before", quiet)
-                _log_evaluation(run_log, progress, progress.before)
-            _train(run, progress, run_log, parts, threads, log, quiet)
-            after = _take_best(run, progress, run_log, quiet)
+            steps = Steps(run, progress, run_log, log, quiet)
+            steps.measure_before()
+            steps.take(parts, threads)
+            after = steps.take_best()
         run.learned.save(config.out)
         run.checkpoint.remove()
     _report(run, progress, after, log)
@@ -102,34 +97,11 @@ def _begin(run, resume, log):
     return progress
 
 
-def _keep(run, progress, is_due):
-    """After a whole step: have what is needed to go on from here in memory, or, if due, in files.
-
-    A copy of a whole model in memory, after each step, would cost more than it is worth.
-    """
-    if not run.learned.is_large:
-        run.checkpoint.take_snapshot(progress.as_json())
-        if is_due:
-            run.checkpoint.save()
-    elif is_due:
-        run.checkpoint.save_current(progress.as_json())
-
-
 def _open_log(run):
     """A context: the RunLog of the run, or None if it has none."""
     if run.config.log_file is None:
         return contextlib.nullcontext()
     return RunLog(run.config.log_file, run_digest(run.identity))
-
-
-def _log_evaluation(run_log, progress, loss):
-    if run_log is not None and loss is not None:
-        run_log.write(
-            step=len(progress.losses),
-            eval_loss=loss,
-            tokens=progress.tokens,
-            seconds=progress.seconds,
-        )
 
 
 def _check_out(out, resume):
@@ -234,102 +206,6 @@ def _resumable(run):
             f"interrupted after step {checkpoint.saved_steps()} of {run.config.steps}, which is "
             f"kept in {checkpoint.folder}; to go on, give the same command with --resume"
         ) from None
-
-
-def _train(run, progress, run_log, parts, threads, log, quiet):
-    """The steps that are left. After each it is kept, and every few it is saved and measured."""
-    config = run.config
-    warmup = min(LONGEST_WARMUP, config.steps // 10)
-    if _is_hopeless(run, progress):
-        # It was killed after its last evaluation.
-        return
-    # Evaluations do not count: the clock starts again after them.
-    clock = time.perf_counter()
-
-    def rate(step):
-        return warmup_cosine(step, config.steps, config.lr, warmup)
-
-    def after_step(n_done, loss):
-        nonlocal clock
-        progress.losses.append(loss)
-        progress.seconds += time.perf_counter() - clock
-        is_last = n_done == config.steps
-        if run_log is not None:
-            run_log.write(
-                step=n_done,
-                loss=loss,
-                lr=rate(n_done - 1),
-                tokens=progress.tokens,
-                seconds=progress.seconds,
-            )
-        if config.eval_every is not None and (n_done % config.eval_every == 0 or is_last):
-            _evaluate(run, progress, run_log, log, quiet)
-        is_last = is_last or _is_hopeless(run, progress)
-        is_due = is_last or n_done % config.save_every == 0
-        if is_due and run_log is not None:
-            # No checkpoint may be ahead of the log.
-            run_log.sync()
-        _keep(run, progress, is_due)
-        clock = time.perf_counter()
-        return is_last
-
-    train(
-        run.learned.model,
-        run.adam,
-        progress.count_tokens(islice(run.batches, run.adam.steps, None)),
-        config.steps,
-        schedule=rate,
-        seed=config.seed,
-        parts=parts,
-        threads=threads,
-        start=run.adam.steps,
-        on_step=after_step,
-        label="training",
-        quiet=quiet,
-    )
-
-
-def _is_hopeless(run, progress):
-    """Have so many evaluations in a row brought no improvement that the run is to end?"""
-    patience = run.config.patience
-    return patience is not None and progress.evaluations_since_best() >= patience
-
-
-def _evaluate(run, progress, run_log, log, quiet):
-    """Measure the held-out loss between two steps. What is best so far is kept aside."""
-    step = len(progress.losses)
-    loss = _measure(run, "held-out loss", quiet)
-    if not math.isfinite(loss):
-        raise ValueError(f"the held-out loss is {loss} after step {step}; lower the learning rate")
-    progress.evaluations.append([step, loss])
-    _log_evaluation(run_log, progress, loss)
-    verdict = "the lowest so far"
-    best_step, _ = progress.best()
-    if best_step == step:
-        run.checkpoint.mark_best()
-    else:
-        verdict = f"no better than after step {best_step}"
-    with bars_aside():
-        log(f"step {step}: held-out loss {loss:.4f}, {verdict}")
-
-
-def _take_best(run, progress, run_log, quiet):
-    """Have the module as it is to be saved; returns its held-out loss, None if it has none."""
-    if run.config.eval_every is None:
-        after = _measure(run, "held-out loss after", quiet)
-        _log_evaluation(run_log, progress, after)
-        return after
-    run.checkpoint.take_back_best()
-    _, after = progress.best()
-    return after
-
-
-def _measure(run, label, quiet):
-    """The held-out loss, or None if nothing is held out."""
-    if run.heldout is None:
-        return None
-    batches = run.heldout.epoch(run.config.batch)
-    return heldout_loss(run.learned.model, batches, label=None if quiet else label)
 
 
 def _report(run, progress, after, log):

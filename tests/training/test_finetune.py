@@ -24,12 +24,13 @@ from minilora.disk.folder import UNFINISHED
 from minilora.functional import IGNORE
 from minilora.optim import warmup_cosine
 from minilora.quant import quantize, stored_as
-from minilora.training import finetune
+from minilora.training import finetune, steps
 from minilora.training.checkpoint import Checkpoint, is_checkpoint
 from minilora.training.finetune_config import FineTuneConfig
 from minilora.training.learned import training_bytes
 from minilora.training.loop import Interrupted, train
 from minilora.training.parts import PartWorkers, part_rng
+from minilora.training.run_log import RunLog
 
 PAIRS = [(f"Q: {i}?\nA: ", "one two three four five six seven eight".split()[i]) for i in range(8)]
 TEXT = "to be or not to be, that is the question: " * 8
@@ -401,13 +402,13 @@ def test_a_run_goes_on_in_as_many_parts_as_it_began_with(inputs, tmp_path):
 
 def test_there_are_no_more_parts_than_rows(inputs, tmp_path, monkeypatch):
     """And each part has its share of BLAS's threads among those that there are."""
-    settings, real = [], finetune.train
+    settings, real = [], steps.train
 
     def spied(*arguments, parts, threads, **options):
         settings.append((parts, threads))
         return real(*arguments, parts=parts, threads=threads, **options)
 
-    monkeypatch.setattr(finetune, "train", spied)
+    monkeypatch.setattr(steps, "train", spied)
     for batch in (1, 2, 4):
         run(config_for(inputs, tmp_path / str(batch), batch=batch, eval_split=0.0), parts=3, threads=3)
     assert settings == [(1, 1), (2, 2), (3, 3)]
@@ -563,7 +564,7 @@ def scripted(monkeypatch, *losses):
         measured.append({name: p.data.tobytes() for name, p in model.named_parameters() if p.requires_grad})
         return losses[len(measured) - 1]
 
-    monkeypatch.setattr(finetune, "heldout_loss", heldout_loss)
+    monkeypatch.setattr(steps, "heldout_loss", heldout_loss)
     return measured
 
 
@@ -609,7 +610,7 @@ def test_the_loss_it_reports_is_that_of_what_it_saves(inputs, tmp_path):
     model = attach(base, load_adapter(tmp_path / "out", base, say=lambda receipt: None))
     data = finetune.load_data(config.data, finetune.load_tokenizer(inputs / "base"), 32)
     _, heldout = data.split(0.5, np.random.default_rng(config.seed).spawn(3)[0])
-    assert finetune.heldout_loss(model, heldout.epoch(2)) == result.after == min(measured)
+    assert steps.heldout_loss(model, heldout.epoch(2)) == result.after == min(measured)
 
 
 def test_a_held_out_loss_that_is_no_number_ends_the_run_at_the_last_step_that_was_saved(inputs, tmp_path, monkeypatch):
@@ -654,6 +655,39 @@ def test_a_log_has_a_line_for_each_step_and_each_evaluation(restless_run, inputs
     assert evaluations == [(0, result.before), *map(tuple, result.evaluations)]
     tokens = [0, *(line["tokens"] for line in steps)]
     assert all(later > earlier for earlier, later in pairwise(tokens))
+
+
+def test_no_checkpoint_is_ahead_of_the_log_on_the_disk(inputs, tmp_path, monkeypatch):
+    """A kill leaves what was written, but a power cut leaves what was synced."""
+    order = []
+    for owner, name in ((RunLog, "write"), (RunLog, "sync"), (Checkpoint, "save")):
+        true_function = getattr(owner, name)
+        spy = lambda self, name=name, true=true_function, **fields: (order.append(name), true(self, **fields))
+        monkeypatch.setattr(owner, name, spy)
+    run(restless(inputs, tmp_path / "out", patience=None, steps=4, save_every=2))
+    first, *saves = "".join(name[0] if name != "save" else "S" for name in order).split("S")
+    # Two lines a step, and after each save the log had been synced; at the end there is nothing to add.
+    assert (first, saves) == ("", ["w" + "ww" * 2 + "s", "ww" * 2 + "s", "s"])
+
+
+def test_the_seconds_of_a_log_are_those_of_the_steps_alone(inputs, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: now[0])
+    true_step = Adam.step
+
+    def step(self, lr):
+        now[0] += 1
+        true_step(self, lr)
+
+    def heldout_loss(model, batches, label=None):
+        now[0] += 100
+        return 3.0
+
+    monkeypatch.setattr(Adam, "step", step)
+    monkeypatch.setattr(steps, "heldout_loss", heldout_loss)
+    run(restless(inputs, tmp_path / "out", patience=None, steps=3))
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["seconds"] for record in records] == [0, 1, 1, 2, 2, 3, 3]
 
 
 def test_a_run_without_evaluations_logs_the_two_losses_that_it_measures(inputs, tmp_path):
@@ -897,15 +931,15 @@ def dropout_begins_anew(patch):
 
 
 def one_batch_is_left_out(patch):
-    patch.setattr(finetune, "islice", lambda batches, start, end: islice(batches, start + 1, end))
+    patch.setattr(steps, "islice", lambda batches, start, end: islice(batches, start + 1, end))
 
 
 def one_batch_comes_twice(patch):
-    patch.setattr(finetune, "islice", lambda batches, start, end: islice(batches, start - 1, end))
+    patch.setattr(steps, "islice", lambda batches, start, end: islice(batches, start - 1, end))
 
 
 def the_batches_begin_anew(patch):
-    patch.setattr(finetune, "islice", lambda batches, start, end: batches)
+    patch.setattr(steps, "islice", lambda batches, start, end: batches)
 
 
 def adam_forgets_its_moments(patch):
@@ -947,7 +981,7 @@ def test_an_error_leaves_the_last_checkpoint(inputs, whole, tmp_path, monkeypatc
         return warmup_cosine(n_done, *more) if n_done < step else np.nan
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "warmup_cosine", not_a_number_from_a_step_on)
+        patch.setattr(steps, "warmup_cosine", not_a_number_from_a_step_on)
         with pytest.raises(ValueError, match="learning rate must be finite.* To start again with other settings"):
             run(config)
     assert same(run(config, resume=True), result)
