@@ -25,7 +25,13 @@ from course.lab import print_table
 
 HERE = Path(__file__).parent
 # In the order of the course.
-LABS = ["rank", "targets", "forgetting", "security_qa"]
+LABS = [
+    "rank",
+    "targets",
+    "forgetting",
+    "security_qa",
+    "four_domains",
+]
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("labs", nargs="*", metavar="LAB", help=f"default: {' '.join(LABS)}")

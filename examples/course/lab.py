@@ -219,15 +219,16 @@ class Run:
             "seeds": self.seeds,
             "seconds": round(seconds, 1),
             "machine": machine(),
-            "columns": {key: title for key, (title, _) in columns.items()},
+            "columns": columns,
             "rows": rows,
             **more,
         }
         self.out.mkdir(parents=True, exist_ok=True)
         file = self.out / f"{name}.json"
-        file.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
+        file.write_text(text, encoding="utf-8")
         print(f"\n{setting}\n{seconds:.0f} s; kept in {file}")
-        drawn = picture.save(self.out / f"{name}.png", draw)
+        drawn = picture.save(self.out / f"{name}.png", draw, text)
         print(f"drawn in {drawn}" if drawn else f"no picture: {picture.MISSING}")
 
 

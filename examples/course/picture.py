@@ -1,5 +1,9 @@
 """The look of the course's pictures: a light ground that dark pages can show too. Knows no lab."""
 
+import hashlib
+import re
+from pathlib import Path
+
 # How to get what draws.
 COMMAND = "pip install -e '.[plot]'"
 MISSING = f"that needs matplotlib: {COMMAND}"
@@ -37,9 +41,21 @@ STYLE = {
 }
 
 
-def save(file, draw):
+def digest(text):
+    """16 hex digits of the SHA-256 of the text of a result, which tell whose picture this is."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def drawn_from(file):
+    """The digest that the picture `file` holds of the result it was drawn from; None without."""
+    found = re.search(rb"tEXtSource\x00result ([0-9a-f]{16})", Path(file).read_bytes())
+    return found and found[1].decode()
+
+
+def save(file, draw, text):
     """Let `draw(figure)` fill a figure, and write it to `file`, a .png.
 
+    `text` is that of the result that is drawn; the file holds its digest.
     Returns the file, or None where matplotlib is not installed.
     """
     try:
@@ -54,7 +70,8 @@ def save(file, draw):
         figure = Figure(figsize=SIZE, layout="constrained")
         draw(figure)
         # Without a date or a version in it, the same numbers make the same file.
-        figure.savefig(file, metadata={"Software": None})
+        metadata = {"Software": None, "Source": f"result {digest(text)}"}
+        figure.savefig(file, metadata=metadata)
     return file
 
 
