@@ -17,7 +17,7 @@ one_line_on_ctrl_c()
 import argparse
 import json
 
-from course import claims, pages
+from course import claims, pages, results
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("ids", nargs="*", metavar="ID", help="claims to show in full, such as A6")
@@ -26,7 +26,7 @@ parser.add_argument(
 )
 parser.add_argument("--seed", type=int, default=0, help="no number here depends on it")
 parser.add_argument(
-    "--write", action="store_true", help="write CLAIMS.md, and the map in README.md"
+    "--write", action="store_true", help="write CLAIMS.md, and the map and the tables in README.md"
 )
 args = parser.parse_args()
 
@@ -66,6 +66,6 @@ if args.write:
     pages.CLAIMS_PAGE.write_text(pages.claims_page(data, outcomes), encoding="utf-8")
     sections = json.loads(pages.SECTIONS.read_text(encoding="utf-8"))
     page = pages.MAP_PAGE.read_text(encoding="utf-8")
-    page = pages.with_map(page, pages.sections_map(sections))
+    page = results.with_tables(pages.with_map(page, pages.sections_map(sections)))
     pages.MAP_PAGE.write_text(page, encoding="utf-8")
-    print(f"\nwritten: {pages.CLAIMS_PAGE.name}, and the map in {pages.MAP_PAGE.name}")
+    print(f"\nwritten: {pages.CLAIMS_PAGE.name}, and map and tables in {pages.MAP_PAGE.name}")
