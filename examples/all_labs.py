@@ -26,7 +26,12 @@ from course.lab import print_table
 HERE = Path(__file__).parent
 # In the order of the course.
 LABS = [
+    "environment",
+    "lora_math",
+    "alpha",
     "rank",
+    "spectrum",
+    "intrinsic",
     "targets",
     "forgetting",
     "security_qa",

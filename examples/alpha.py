@@ -1,4 +1,4 @@
-"""What is alpha for? A first step of LoRA at rank 1 to 64, scaled in four ways, by SGD and Adam.
+"""What is alpha for? A first step of LoRA at rank 1 to 64, scaled in four ways, by SGD or Adam.
 
 You learn that with alpha / r a first step by Adam lowers the loss equally at every rank, and with
 alpha / √r one by SGD; that "alpha = 2r" is no scaling at all, written in a longer way; and what
@@ -81,8 +81,8 @@ for optimizer in RATES:
         rows.append(row)
 
 # %% The axis of the initial width. A (r, in) reads `in` numbers, so its own are drawn from ±1/√in,
-# and x Aᵀ is as large in a wide layer as in a narrow one. Drawn from ±1/√r, by a code that takes the
-# other axis of A for its fan-in, x Aᵀ grows with the width.
+# and x Aᵀ is as large in a wide layer as in a narrow one. Drawn from ±1/√r, which takes the other
+# axis of A for its fan-in, x Aᵀ grows with the width.
 widths = [64, 256, 1024, 4096]
 trap = {}
 for axis in ("in", "r"):
