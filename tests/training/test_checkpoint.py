@@ -86,6 +86,53 @@ def test_what_is_saved_is_the_state_at_the_last_snapshot(tmp_path):
     assert state_of(adapter, adam) == state
 
 
+def test_the_best_is_a_copy_that_is_restored_and_can_be_taken_back(tmp_path):
+    adapter, adam = adapter_and_adam(seed=1, steps=1)
+    checkpoint = Checkpoint(tmp_path, IDENTITY, adapter, adam)
+    checkpoint.mark_best()
+    best = contents(adapter)
+    adam.step()
+    checkpoint.take_snapshot(PROGRESS)
+    checkpoint.save()
+    other, other_adam = adapter_and_adam(seed=2)
+    restored = Checkpoint(tmp_path, IDENTITY, other, other_adam)
+    restored.mark_best()
+    restored.restore()
+    assert contents(other) == contents(adapter) != best
+    restored.take_back_best()
+    assert contents(other) == best
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_best_that_is_absent_or_that_nobody_expects_is_refused(tmp_path, marked):
+    adapter, adam = adapter_and_adam(seed=1)
+    checkpoint = Checkpoint(tmp_path, IDENTITY, adapter, adam)
+    if marked:
+        checkpoint.mark_best()
+    checkpoint.take_snapshot(PROGRESS)
+    checkpoint.save()
+    other, other_adam = adapter_and_adam(seed=2)
+    before = state_of(other, other_adam)
+    restored = Checkpoint(tmp_path, IDENTITY, other, other_adam)
+    if not marked:
+        restored.mark_best()
+    with pytest.raises(ValueError, match="is damaged: 8 arrays do not fit: h.0.attn.q_proj.lora_A"):
+        restored.restore()
+    assert state_of(other, other_adam) == before
+
+
+def test_a_large_state_is_saved_as_it_is_and_leaves_no_snapshot(tmp_path):
+    adapter, adam = adapter_and_adam(seed=1, steps=1)
+    checkpoint = Checkpoint(tmp_path, IDENTITY, adapter, adam)
+    checkpoint.save_current(PROGRESS)
+    state = state_of(adapter, adam)
+    adam.step()
+    assert checkpoint.snapshot is None
+    assert checkpoint.saved_steps() == 1
+    assert checkpoint.restore() == PROGRESS
+    assert state_of(adapter, adam) == state
+
+
 def test_where_nothing_was_saved_the_folder_is_named(tmp_path):
     assert not is_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match=TENSORS):
