@@ -41,7 +41,7 @@ GUESTS = {"disk.tensor_file": {"safetensors", "ml_dtypes"}, "disk.tokenizer": {"
           "disk.vocabulary": {"tokenizers"}, "disk.template_sandbox": {"jinja2"},
           "disk.template_sizes": {"jinja2"},
           "training.datasets": {"tqdm"}, "training.loop": {"tqdm"}, "training.threads": {"threadpoolctl"},
-          "cli.comparison": {"tqdm"}, "cli.plot": {"matplotlib"}, "cli.generation": {"tqdm"},
+          "cli.commands": {"tqdm"}, "cli.comparison": {"tqdm"}, "cli.plot": {"matplotlib"}, "cli.generation": {"tqdm"},
           "disk.quantized": {"tqdm"}}  # fmt: skip
 
 

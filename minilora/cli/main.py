@@ -21,6 +21,8 @@ COMMAND_SYNONYMS = {
     "generate": ("run", "sample", "infer", "complete", "predict", "prompt"),
     "chat": ("talk", "converse", "conversation", "assistant"),
     "merge": ("fuse", "fold", "export", "merge-and-unload"),
+    "combine": ("add", "sum", "mix", "blend", "average", "compress"),
+    "extract": ("subtract", "extract-lora", "delta"),
     "inspect": ("show", "info", "describe", "ls", "list"),
     "plot": ("draw", "graph", "curve", "curves", "chart", "picture"),
     "compare": ("eval", "evaluate", "perplexity", "test", "loss", "diff"),

@@ -8,6 +8,7 @@ from .parser import (
     Names,
     number_from_zero,
     positive_number,
+    real_number,
     share_above_zero,
     share_below_one,
     whole_number,
@@ -50,9 +51,33 @@ def _add_other_precision(parser):
     )
 
 
-def _add_adapters(parser, help_text):
+def _add_adapters(parser, help_text, required=False):
     parser.add_argument(
-        "--adapter", nargs="+", action="extend", default=[], metavar="DIR", help=help_text
+        "--adapter",
+        nargs="+",
+        action="extend",
+        default=None if required else [],
+        required=required,
+        metavar="DIR",
+        help=help_text,
+    )
+
+
+def _add_weights(parser):
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        action="extend",
+        type=real_number,
+        metavar="W",
+        help="one for each adapter, in their order, also negative ones: the updates are added with "
+        "these weights",
+    )
+
+
+def _add_adapter_out(parser):
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="a new folder for the adapter, in PEFT's format"
     )
 
 
@@ -325,7 +350,8 @@ def merge_options(parser):
 
     add = parser.add_argument
     _add_base(parser)
-    add("--adapter", required=True, metavar="DIR", help="the adapter's folder, in PEFT's format")
+    _add_adapters(parser, "in PEFT's format; several are added, with --weights", required=True)
+    _add_weights(parser)
     add(
         "--out",
         required=True,
@@ -345,6 +371,42 @@ def merge_options(parser):
     )
     _add_quantize(parser, "quantise the merged weights again, and write the values they then have")
     _add_other_precision(parser)
+
+
+def combine_options(parser):
+    """Add the options of `minilora combine`."""
+    _add_base(parser)
+    _add_adapters(parser, "the adapters to add, in PEFT's format, all of this base", required=True)
+    _add_weights(parser)
+    parser.add_argument(
+        "--r",
+        type=whole_number(1),
+        help="compress the sum to this rank, the best of its size (default: the sum of the ranks)",
+    )
+    _add_adapter_out(parser)
+    _add_other_precision(parser)
+
+
+def extract_options(parser):
+    """Add the options of `minilora extract`."""
+    _add_base(parser)
+    parser.add_argument(
+        "--tuned",
+        required=True,
+        metavar="MODEL",
+        help="the model that full fine-tuning made of the base: what --base takes",
+    )
+    parser.add_argument(
+        "--r", required=True, type=whole_number(1), help="rank of the adapter, at most"
+    )
+    parser.add_argument(
+        "--target",
+        nargs="+",
+        action=Names,
+        metavar="NAME",
+        help="modules whose change is extracted, as for finetune; default all-linear",
+    )
+    _add_adapter_out(parser)
 
 
 def inspect_options(parser):

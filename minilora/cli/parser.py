@@ -78,6 +78,8 @@ FLAG_SYNONYMS = {
     "threads": ("num-threads", "n-threads", "workers", "num-workers", "jobs"),
     "top-k": ("topk",),
     "top-p": ("topp", "nucleus"),
+    "tuned": ("finetuned", "fine-tuned", "finetuned-model", "tuned-model", "target-model"),
+    "weights": ("scales", "coefficients", "adapter-weights", "ratios"),
 }
 
 
@@ -93,6 +95,8 @@ class CommandParser(argparse.ArgumentParser):
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        # Before Python 3.14 -0.3 is a number, and -1e-3 is taken for a flag.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def add_argument(self, *names, **options):
         """As argparse's; the names of the flags are noted."""
@@ -216,6 +220,14 @@ def share_above_zero(text):
     value = _real_number(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text!r}")
+    return value
+
+
+def real_number(text):
+    """The type of an argument: a finite number."""
+    value = _real_number(text)
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
     return value
 
 

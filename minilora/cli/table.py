@@ -282,7 +282,27 @@ def _run_chat(args):
     )
 
 
+def _weights(args):
+    """A weight for each adapter, None for one that is taken as it is. Other numbers are refused."""
+    n = len(args.adapter)
+    if args.weights is None:
+        if n > 1:
+            args.refuse(
+                f"argument --weights: {n} adapters are added, so give a weight for each, say "
+                f"--weights {' '.join(['1'] * n)}"
+            )
+        return None
+    if len(args.weights) != n:
+        args.refuse(
+            f"argument --weights: {len(args.weights)} for {n} adapters; give one for each, in "
+            "their order"
+        )
+    return args.weights
+
+
 def _run_merge(args):
+    weights = _weights(args)
+
     from . import commands
 
     commands.merge_folders(
@@ -292,9 +312,33 @@ def _run_merge(args):
         log,
         dtype=args.dtype,
         allow_rounding=args.allow_rounding,
+        weights=weights,
         quantize=args.quantize,
         other_precision=args.other_precision,
     )
+
+
+def _run_combine(args):
+    weights = _weights(args)
+
+    from . import commands
+
+    commands.combine_folders(
+        args.base,
+        args.adapter,
+        [1.0] if weights is None else weights,
+        args.out,
+        log,
+        r=args.r,
+        other_precision=args.other_precision,
+    )
+
+
+def _run_extract(args):
+    from . import commands
+
+    target = "all-linear" if args.target in (None, ["all-linear"]) else args.target
+    commands.extract_folders(args.base, args.tuned, args.out, log, r=args.r, target=target)
 
 
 def _run_inspect(args):
@@ -353,10 +397,22 @@ COMMANDS = {
         _run_chat,
     ),
     "merge": Command(
-        "write a model with an adapter merged into it, as a plain model",
+        "write a model with one or several adapters merged into it",
         f"--base {BASE} --adapter {ADAPTER} --out merged",
         options.merge_options,
         _run_merge,
+    ),
+    "combine": Command(
+        "add adapters with weights, and compress them, to one adapter",
+        f"--base {BASE} --adapter {ADAPTER} my-adapter --weights 0.7 -0.3 --r 4 --out combined",
+        options.combine_options,
+        _run_combine,
+    ),
+    "extract": Command(
+        "make an adapter of what full fine-tuning did to a model",
+        f"--base {BASE} --tuned merged --r 8 --out extracted",
+        options.extract_options,
+        _run_extract,
     ),
     "inspect": Command(
         "tell what is in a folder, a model or an adapter",

@@ -223,6 +223,23 @@ def module_table(base, their_modules):
     )
 
 
+def our_targets(model, target_modules):
+    """The names of our modules that `target_modules` selects, by the names of files or by ours.
+
+    Raises: ValueError that lists both, if it matches none of the one nor of the other.
+    """
+    linears = linear_names(model)
+    table = families_of(model)[0].module_table(linears)
+    try:
+        chosen = find_targets(list(table), target_modules)
+    except ValueError as error:
+        try:
+            return find_targets(linears, target_modules)
+        except ValueError as our_error:
+            raise ValueError(f"{error}; or, by minilora's names: {our_error}") from None
+    return [name for module in chosen for name in table[module]]
+
+
 def config_in_our_names(config, chosen, table):
     """`config`, which is in the names of a file, for our modules in the modules `chosen`."""
     module_of = {name: module for module in chosen for name in table[module]}

@@ -8,7 +8,7 @@ from program import PAIRS, TEXT, finish, start
 from strategies import trained_adapter
 
 from minilora import GPT, GPTConfig, save_adapter, save_model
-from minilora.cli import comparison, generation
+from minilora.cli import commands, comparison, generation
 from minilora.cli.main import main
 
 
@@ -41,7 +41,7 @@ def run(folder, monkeypatch, capsys):
         return tqdm(*given, **more, disable=True)
 
     monkeypatch.chdir(folder)
-    for module in (comparison, generation):
+    for module in (commands, comparison, generation):
         monkeypatch.setattr(module, "tqdm", bar)
 
     def run(*arguments):

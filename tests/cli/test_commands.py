@@ -621,6 +621,9 @@ def test_compare_measures_nothing_before_all_of_it_fits(run, monkeypatch):
 generating = "generate --base base --prompt hi "
 tuning = "finetune --base base --data t.txt --out new --alpha 4 --length 8 "
 fully = "finetune --base base --data t.txt --out new --full --length 8 "
+adding = "merge --base base --adapter one two --out new "
+combining = "combine --base base --out new --adapter "
+extracting = "extract --base base --tuned other --out new "
 REFUSED = [
     ("generate --base nowhere --prompt hi", 1, "nowhere does not exist"),
     ("generate --base t.txt --prompt hi", 1, "t.txt is a file"),
@@ -680,6 +683,32 @@ REFUSED = [
     ("merge --base base --adapter one --out q.jsonl", 1, "q.jsonl is a file"),
     ("merge --base base --adapter base --out new", 1, "base holds a model, where an adapter"),
     ("merge --base base --adapter one --out new --dtype int8", 2, "--dtype: invalid choice: 'int8'"),
+    ("merge --base base --out new", 2, "required: --adapter"),
+    (adding + "", 2, "--weights: 2 adapters are added, so give a weight for each, say --weights 1 1;"),
+    (adding + "--weights 1", 2, "--weights: 1 for 2 adapters; give one for each, in their order"),
+    (adding + "--weights 1 2 3", 2, "--weights: 3 for 2 adapters"),
+    (adding + "--weights 1 x", 2, "--weights: must be a finite number, got 'x'"),
+    (adding + "--weights=nan 1", 2, "--weights: must be a finite number, got 'nan'"),
+    (adding + "--weights", 2, "--weights: expected at least one"),
+    (adding + "--weights 1 1e39", 1, "outgrows float32 with the weights 1e+39"),
+    (adding + "--weights 1 1 --out base", 1, "base is not empty"),
+    ("merge --base other --adapter one two --weights 1 1 --out new", 1, "made for"),
+    (combining + "one two", 2, "--weights: 2 adapters are added, so give a weight for each, say --weights 1 1;"),
+    (combining + "one two --weights -1", 2, "--weights: 1 for 2 adapters"),
+    (combining + "one --weights -1 -2", 2, "--weights: 2 for 1 adapters"),
+    (combining + "one --r 0", 2, "--r: must be a whole number of at least 1, got '0'"),
+    (combining + "one --out base", 1, "base is not empty"),
+    (combining + "base", 1, "base holds a model, where an adapter"),
+    (combining + "one --weights 0", 1, "every lora_B is zero"),
+    ("combine --base one --adapter one --out new", 1, "one holds an adapter, where a model"),
+    ("combine --base other --adapter one --out new", 1, "made for"),
+    (extracting + "--r 0", 2, "--r: must be a whole number of at least 1, got '0'"),
+    (extracting, 2, "required: --r"),
+    (extracting + "--r 1 --out one", 1, "one is not empty"),
+    (extracting + "--r 1 --tuned one", 1, "one holds an adapter, where a model"),
+    (extracting + "--r 1 --tuned nowhere", 1, "nowhere does not exist"),
+    (extracting + "--r 1 --tuned base", 1, "none of the 66 targeted linears changed"),
+    (extracting + "--r 1 --target ,", 2, "--target: there is no name in ','"),
     ("inspect nowhere", 1, "nowhere does not exist"),
     ("inspect base --base base", 1, "a model, which has no base"),
     ("compare one base --data t.txt", 1, "one holds an adapter, where a model"),

@@ -207,7 +207,8 @@ def test_the_old_spelling_of_the_demo_is_answered_with_the_new_one(old, new, cap
     "word, name",
     [("train", "finetune"), ("fine-tune", "finetune"), ("Finetune", "finetune"), ("gen", "generate"),
      ("talk", "chat"), ("complete", "generate"),
-     ("eval", "compare"), ("mege", "merge"), ("info", "inspect"), ("dmeo", "demo")],
+     ("eval", "compare"), ("mege", "merge"),
+     ("add", "combine"), ("mix", "combine"), ("subtract", "extract"), ("info", "inspect"), ("dmeo", "demo")],
 )  # fmt: skip
 def test_an_unknown_command_is_answered_with_the_nearest(word, name, capsys):
     assert main([word, "--alpha", "3"]) == 2

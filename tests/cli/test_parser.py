@@ -55,6 +55,10 @@ def refused(parser, *words):
         ("generate", "--model", "--base"),
         ("merge", "--output", "--out"),
         ("merge", "--precision", "--dtype"),
+        ("merge", "--coefficients", "--weights"),
+        ("combine", "--rank", "--r"),
+        ("extract", "--finetuned", "--tuned"),
+        ("extract", "--target-modules", "--target"),
         ("compare", "--batch-size", "--batch"),
         ("demo", "--question", "--ask"),
         ("demo", "-q", "--quick"),
@@ -106,6 +110,17 @@ def parser():
 ])  # fmt: skip
 def test_a_text_that_begins_with_a_dash_is_no_flag(parser, words, prompt):
     assert parser.parse_args(words).prompt == prompt
+
+
+@pytest.mark.parametrize("words, weights", [
+    (["0.7", "-0.3"], [0.7, -0.3]), (["-1", "-.5"], [-1, -0.5]), (["-1e-3", "2E+1"], [-0.001, 20]),
+    (["-0", "+1"], [0, 1]),
+], ids=str)  # fmt: skip
+def test_a_negative_number_is_no_flag_however_it_is_written(words, weights):
+    line = ["--base", "b", "--adapter", "x", "y", "--out", "o"]
+    for order in ([*line, "--weights", *words], ["--weights", *words, *line]):
+        assert parser_of("merge").parse_args(order).weights == weights
+    assert parser_of("merge").parse_args([*line, f"--weights={words[1]}", "--dtype", "float32"]).weights == weights[1:]
 
 
 def test_behind_two_dashes_there_are_no_flags():
