@@ -185,16 +185,26 @@ def test_a_merge_that_is_not_finite_is_refused(method):
 
 @every_base
 @every_method
-def test_with_a_cache_and_prompts_of_several_lengths_text_is_that_of_each_prompt_alone_without_a_cache(method, base):
+def test_a_prompt_that_is_filled_up_on_the_left_is_read_as_it_is_alone(method, base):
+    """Also when it goes on, through the cache."""
     plain = BASES[base]()
     model = attach(plain, learned(new(method, plain)))
+    padded = np.array([[0, 0, 1], [2, 6, 3], [0, 4, 5]])
+    cache = model.new_cache(4, np.array([2, 0, 1]))
+    with no_grad():
+        last = [model(ids, cache=cache).data[:, -1] for ids in (padded, np.array([[6], [1], [2]]))]
+    for row, prompt in enumerate([[1, 6], [2, 6, 3, 1], [4, 5, 2]]):
+        alone = outputs(model, np.array([prompt]))[0]
+        assert close(last[0][row], alone[-2]) and close(last[1][row], alone[-1])
+
+
+@every_method
+def test_texts_from_prompts_of_several_lengths_are_those_of_each_alone(method):
+    plain = tiny_llama(attention_bias=True)
+    model = attach(plain, learned(new(method, plain)))
     prompts = [np.array([1]), np.array([2, 6, 3]), np.array([4, 5])]
-    texts = generate(model, prompts, 2)
-    for prompt, text in zip(prompts, texts, strict=True):
-        expected = prompt
-        for _ in range(2):
-            expected = np.append(expected, outputs(model, expected[None])[0, -1].argmax())
-        assert np.array_equal(text, expected)
+    for prompt, text in zip(prompts, generate(model, prompts, 3), strict=True):
+        assert np.array_equal(text, generate(model, prompt[None], 3)[0])
 
 
 @every_base
