@@ -165,7 +165,9 @@ def lab(results, name, *path):
     kept = json.loads(file.read_text(encoding="utf-8"))
     if kept.get("quick"):
         raise ValueError(f"{file.name}: a quick run shows that it runs, and measures nothing")
-    value = {**kept, **{row["name"]: row for row in kept["rows"]}}
+    # A row has its name in the first column.
+    label = next(iter(kept["columns"]))
+    value = {**kept, **{row[label]: row for row in kept["rows"]}}
     for key in path:
         value = value[key]
     if not isinstance(value, list):

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from minilora import Adam, LoRAConfig, Tensor, attach, init_adapter, save_adapter
-from minilora.architectures import PRESETS, blank
+from minilora.architectures import PRESETS, blank, blank_adapter
 from minilora.count import adapter_parameters, n_parameters
 from minilora.lora import LoRAPair, linear_names
 from minilora.nn import Linear
+from minilora.step_cost import step_flops
 
 __all__ = [
     "adam_bytes", "adapter", "adapter_file", "attaching_changes", "bytes_each", "kinds", "lines_of",
@@ -100,20 +101,12 @@ def state_bytes():
 
 
 def step_work(name, r=None, targets="all", batch=1, length=512):
-    """Floating-point operations of a training step of a preset model: LoRA of rank r, or full.
-
-    Those of the matrix products of linear layers, head and adapters; attention's own are left out.
-    """
+    """Floating-point operations of a training step of a preset model: LoRA of rank r, or full."""
     model = blank(PRESETS[name])
-    modules = dict(model.named_modules())
-    tokens = batch * length
-    frozen = matrix(model.config.vocab_size, width(name))
-    frozen += sum(modules[each].weight.size for each in linear_names(model))
-    # A product of the forward pass, 2 operations a number and token; one for the gradient of its
-    # input; and, where the weight is trained, one for the weight's.
-    if r is None:
-        return 6 * tokens * frozen
-    return 4 * tokens * frozen + 6 * tokens * adapter(name, r, targets)
+    if r is not None:
+        config = LoRAConfig(r=r, alpha=r, target_modules=_target_modules(targets))
+        model = attach(model, blank_adapter(model, config), check_base=False)
+    return step_flops(model, batch, length)
 
 
 def lines_of(file, name):
