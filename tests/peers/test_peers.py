@@ -19,6 +19,9 @@ from minilora import (
     LoRAConfig,
     Tensor,
     attach,
+    combine,
+    compress,
+    extract,
     generate,
     init_adapter,
     init_peft_adapter,
@@ -259,7 +262,60 @@ def test_a_block_in_the_wrong_rows_is_noticed(tmp_path, rng, monkeypatch):
         check_trained_here(tmp_path, rng, *TRAINED["q and v"])
 
 
-# 3. Checkpoints.
+# 3. Computed of adapters: sums, compressed ones and extracted ones, used there and beside PEFT's own.
+
+
+def two_of_peft(tmp_path, rng):
+    """(the folder of a base, those of two adapters by PEFT, of other targets, ranks and strengths)."""
+    base = make_gpt2(tmp_path / "base", rng)
+    one = make_peft(base, tmp_path / "one", rng, r=3, lora_alpha=5, target_modules=["c_attn", "mlp.c_fc"])
+    two = make_peft(base, tmp_path / "two", rng, r=2, lora_alpha=3, target_modules=["c_attn"], use_rslora=True)
+    return base, one, two
+
+
+def check_composed(tmp_path, rng, ours_of, peft_of):
+    """What `ours_of` makes of two adapters, and what PEFT does, compute the same there; ours also here."""
+    base, *folders = two_of_peft(tmp_path, rng)
+    model, ids = ours(base), some_ids(rng)
+    composed = ours_of(model, *(load_adapter(folder, model, **QUIET) for folder in folders))
+    save_adapter(composed, tmp_path / "composed")
+    there = adapted(base, tmp_path / "composed")
+    different(logits(there, ids), logits(model, ids))
+    same_numbers(logits(there, ids), logits(attach(model, composed), ids), 1e-10)
+    both = adapted(base, folders[0])
+    both.load_adapter(folders[1], "two")
+    peft_of(both, adapters=["default", "two"])
+    both.set_adapter("theirs")
+    same_numbers(logits(there, ids), logits(both, ids), 1e-10)
+
+
+WEIGHTS = [0.75, -0.25]
+by_peft = lambda kind, **how: lambda model, adapters: model.add_weighted_adapter(
+    adapters, WEIGHTS, "theirs", combination_type=kind, **how
+)
+
+
+@pytest.mark.parametrize("ours_of, peft_of", [
+    (lambda model, one, two: combine([one, two], WEIGHTS), by_peft("cat")),
+    (lambda model, one, two: compress(combine([one, two], WEIGHTS), 2).adapter, by_peft("svd", svd_rank=2)),
+    # Merging and taking the base away again is the long way round, to 1e-15.
+    (lambda model, one, two: extract(model, merge(attach(model, combine([one, two], WEIGHTS))), 8).adapter,
+     by_peft("svd", svd_rank=8)),
+], ids=["combine", "compress", "extract"])  # fmt: skip
+def test_a_sum_a_compressed_sum_and_an_extracted_one_are_those_of_peft(tmp_path, rng, ours_of, peft_of):
+    check_composed(tmp_path, rng, ours_of, peft_of)
+
+
+def test_what_is_no_sum_is_noticed(tmp_path, rng):
+    """PEFT's "linear" adds the factors apart, which is another matrix; and one module of rank 1 too few."""
+    with pytest.raises(AssertionError, match="logits: differ by"):
+        check_composed(tmp_path, rng, lambda model, one, two: combine([one, two], [-0.25, 0.75]), by_peft("cat"))
+    other_rank = lambda model, one, two: compress(combine([one, two], WEIGHTS), 1).adapter
+    with pytest.raises(AssertionError, match="logits: differ by"):
+        check_composed(tmp_path / "rank", rng, other_rank, by_peft("svd", svd_rank=2))
+
+
+# 4. Checkpoints.
 
 CHECKPOINTS = {
     "plain": {},
@@ -355,7 +411,7 @@ def test_rounding_down_is_noticed(tmp_path, rng, monkeypatch):
         check_rounding(tmp_path, rng, torch.float16)
 
 
-# 4. Gradients.
+# 5. Gradients.
 
 GRADIENTS = {"c_attn": ["c_attn"], "all-linear": "all-linear", "attn.c_proj": ["attn.c_proj"]}
 
@@ -421,7 +477,7 @@ def test_a_tied_head_without_its_gradient_is_noticed(tmp_path, rng, monkeypatch)
         check_base_gradients(tmp_path, rng)
 
 
-# 5. Adam.
+# 6. Adam.
 
 
 def check_adam(tmp_path, rng, weight_decay, whole):
@@ -470,7 +526,7 @@ def test_weight_decay_in_the_gradient_is_noticed(tmp_path, rng, monkeypatch):
         check_adam(tmp_path, rng, 0.1, whole=False)
 
 
-# 6. Generation.
+# 7. Generation.
 
 
 def check_generation(tmp_path, rng, stop=None):
@@ -507,7 +563,7 @@ def test_a_cache_that_loses_its_place_is_noticed(tmp_path, rng, monkeypatch):
         check_generation(tmp_path, rng)
 
 
-# 7. The square trap: attn.c_proj is (C, C), and no shape tells which way round it is.
+# 8. The square trap: attn.c_proj is (C, C), and no shape tells which way round it is.
 
 
 def check_square(tmp_path, rng):
@@ -544,7 +600,7 @@ def test_a_square_update_the_wrong_way_round_is_noticed(tmp_path, rng, monkeypat
         check_square(tmp_path, rng)
 
 
-# 8. What PEFT opens without a word, and computes something else with. load_adapter refuses each, and names it.
+# 9. What PEFT opens without a word, and computes something else with. load_adapter refuses each, and names it.
 
 
 def two_module_adapter(tmp_path, rng):
