@@ -24,6 +24,7 @@ COMMAND_SYNONYMS = {
     "combine": ("add", "sum", "mix", "blend", "average", "compress"),
     "extract": ("subtract", "extract-lora", "delta"),
     "inspect": ("show", "info", "describe", "ls", "list"),
+    "count": ("size", "memory", "vram", "params", "parameters", "flops", "estimate", "cost"),
     "plot": ("draw", "graph", "curve", "curves", "chart", "picture"),
     "compare": ("eval", "evaluate", "perplexity", "test", "loss", "diff"),
     "demo": ("example", "start", "try", "ask"),

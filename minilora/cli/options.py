@@ -6,6 +6,7 @@ program and of most commands loads not even NumPy.
 
 from .parser import (
     Names,
+    dtype_name,
     number_from_zero,
     positive_number,
     real_number,
@@ -119,6 +120,18 @@ def _add_backend(parser):
         choices=["numpy", "cupy"],
         default="numpy",
         help="cupy runs on an NVIDIA GPU",
+    )
+
+
+def _add_dtype(parser, help_text):
+    from ..disk.tensor_file import DTYPES
+
+    parser.add_argument(
+        "--dtype",
+        type=dtype_name,
+        choices=DTYPES,
+        default="float32",
+        help=f"{help_text} (default %(default)s); bf16, fp16, fp32 and fp64 are understood",
     )
 
 
@@ -346,8 +359,6 @@ def chat_options(parser):
 
 def merge_options(parser):
     """Add the options of `minilora merge`."""
-    from ..disk.tensor_file import DTYPES
-
     add = parser.add_argument
     _add_base(parser)
     _add_adapters(parser, "in PEFT's format; several are added, with --weights", required=True)
@@ -358,12 +369,7 @@ def merge_options(parser):
         metavar="DIR",
         help="a new folder for the merged model: its base's layout, transformers' for a .gguf file",
     )
-    add(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help="what weights are stored in (default %(default)s)",
-    )
+    _add_dtype(parser, "what weights are stored in")
     add(
         "--allow-rounding",
         action="store_true",
@@ -414,6 +420,40 @@ def inspect_options(parser):
     add = parser.add_argument
     add("folder", metavar="DIR", help="an adapter's folder, a model's, or a .gguf file")
     add("--base", metavar="BASE", help="the adapter's base, if it is not where the adapter says")
+
+
+def count_options(parser):
+    """Add the options of `minilora count`."""
+    from ..training.finetune_config import FineTuneConfig
+
+    add = parser.add_argument
+    add(
+        "--base",
+        required=True,
+        metavar="BASE",
+        help="a known model (gpt2, llama-3.1-8b, qwen2.5-7b, ...; a wrong name lists them), a "
+        "model's folder, a config.json, a .gguf file, or smollm2: its shape alone is read",
+    )
+    add(
+        "--r",
+        nargs="+",
+        type=whole_number(1),
+        default=[FineTuneConfig.r],
+        help=f"rank of the update, or several to compare (default {FineTuneConfig.r})",
+    )
+    add("--target", nargs="+", action=Names, metavar="NAME", help="as for finetune")
+    _add_dtype(parser, "of weights, gradients and activations")
+    add(
+        "--batch",
+        type=whole_number(1),
+        default=FineTuneConfig.batch,
+        help="rows in a step (default %(default)s)",
+    )
+    add(
+        "--length",
+        type=whole_number(1),
+        help="tokens in a row (default 256, or the model's context if shorter)",
+    )
 
 
 def plot_options(parser):

@@ -83,6 +83,15 @@ FLAG_SYNONYMS = {
 }
 
 
+# {a dtype: what it is called for short}
+_SHORT_DTYPES = {
+    "float16": ("fp16", "f16", "half"),
+    "bfloat16": ("bf16",),
+    "float32": ("fp32", "f32", "float", "single"),
+    "float64": ("fp64", "f64", "double"),
+}
+
+
 class CommandParser(argparse.ArgumentParser):
     """The arguments of a command. An error ends the program with one line and exit code 2."""
 
@@ -189,6 +198,18 @@ def whole_number(least):
         )
 
     return read
+
+
+def dtype_name(text):
+    """The type of an argument: a dtype, whose short name becomes the long one: bf16 is bfloat16.
+
+    What is neither stays as it is, for `choices` to refuse.
+    """
+    word = text.lower()
+    for name, short_names in _SHORT_DTYPES.items():
+        if word == name or word in short_names:
+            return name
+    return text
 
 
 def positive_number(text):

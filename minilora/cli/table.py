@@ -347,6 +347,15 @@ def _run_inspect(args):
     inspect(args.folder, args.base, log)
 
 
+def _run_count(args):
+    from .counting import CountJob, count
+
+    target = args.target
+    if target is None or target == ["all-linear"]:
+        target = "all-linear"
+    count(CountJob(args.base, args.r, target, args.dtype, args.batch, args.length), log)
+
+
 def _run_plot(args):
     from .plot import plot
 
@@ -419,6 +428,12 @@ COMMANDS = {
         f"{ADAPTER} --base {BASE}",
         options.inspect_options,
         _run_inspect,
+    ),
+    "count": Command(
+        "tell what training a model takes, in full and with LoRA, without the model",
+        "--base llama-3.1-8b --r 16 --target q_proj,k_proj,v_proj,o_proj --dtype bf16",
+        options.count_options,
+        _run_count,
     ),
     "plot": Command(
         "draw the losses in the logs that finetune --log wrote",

@@ -5,6 +5,7 @@ A GGUF file is read as the folder that transformers would have of it. Knows no k
 
 from pathlib import Path
 
+from .checks import json_object
 from .folder import load_config, load_folder
 
 TENSORS = "model.safetensors"
@@ -24,16 +25,23 @@ def is_gguf(base):
     return Path(base).suffix.lower() == ".gguf" and not Path(base).is_dir()
 
 
+def is_json(base):
+    """Is `base` a file of fields alone, a config.json, by its name, and no folder?"""
+    return Path(base).suffix.lower() == ".json" and not Path(base).is_dir()
+
+
 def fields_file(base):
     """The path of the file that the fields of `base` are in."""
-    return Path(base) if is_gguf(base) else Path(base) / CONFIG
+    return Path(base) if is_gguf(base) or is_json(base) else Path(base) / CONFIG
 
 
 def load_fields(base):
-    """The fields of `config.json` in a folder, or those that a GGUF file would have there.
+    """The fields of a `config.json`, in a folder or alone, or those a GGUF file would have there.
 
     Raises: as `load_config` and `load_gguf`.
     """
+    if is_json(base):
+        return json_object(base, Path(base).read_bytes())
     if is_gguf(base):
         from .gguf import gguf_fields
 

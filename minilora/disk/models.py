@@ -103,6 +103,8 @@ def load_model(base, xp=np):
 def load_model_config(base):
     """The configuration of the model in `base`, read from its fields alone, without its tensors.
 
+    `base` may also be a config.json.
+
     Raises: as `load_model`, but for what only the tensors tell.
     """
     fields = load_fields(base)

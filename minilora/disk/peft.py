@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..architectures import blank_adapter
 from ..backend import to_device, to_numpy
 from ..dora import DoRAPair
 from ..fits import check_fits, other_precisions
@@ -273,18 +274,32 @@ def init_peft_adapter(model, config, rng, *, allow_large_r=False):
     other models, and if the names are this library's own (`q_proj`), this is `init_adapter`.
     Shapes: as `init_adapter`. Raises: as `init_adapter`. Source: PEFT 0.21, `get_peft_model`.
     """
+    make = lambda ours: init_adapter(model, ours, rng, allow_large_r=allow_large_r)
+    return _in_their_names(model, config, make)
+
+
+def blank_peft_adapter(model, config):
+    """An adapter as `init_peft_adapter` makes it, whose matrices take no memory: to be counted.
+
+    Shapes: as `init_adapter`. Raises: as `init_adapter`.
+    """
+    return _in_their_names(model, config, lambda ours: blank_adapter(model, ours))
+
+
+def _in_their_names(model, config, make):
+    """What `make(config in our names)` gives, with the lora_A's shared that are one in files."""
     family = families_of(model)[0]
     table = family.module_table(linear_names(model))
     try:
         chosen = find_targets(list(table), config.target_modules)
     except ValueError as error:
         try:
-            return init_adapter(model, config, rng, allow_large_r=allow_large_r)
+            return make(config)
         except ValueError as our_error:
             raise ValueError(f"{error}; or, by minilora's names: {our_error}") from None
     check_patterns(config, chosen)
     ours = config_in_our_names(config, chosen, table)
-    adapter = init_adapter(model, ours, rng, allow_large_r=allow_large_r)
+    adapter = make(ours)
     pairs = {}
     for module in chosen:
         shared_A = adapter.pairs[table[module][0]].lora_A
