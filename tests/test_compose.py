@@ -265,6 +265,7 @@ def broken(number):
     ([ONE, learned(new_adapter(tiny_mlp(6, 5, 4, seed=1)))], [1, 1], ValueError,
      ["adapters 1 and 2 belong to different bases", "2 of 4 tensors differ", "layers.0.weight first",
       "check_base=False"]),
+    ([learned(new_adapter(tiny_mlp(6, 5))), ONE], [1, 1], ValueError, ["2 of 4 tensors differ, layers.1.weight first"]),
     ([changed(ONE), changed(learned(new_adapter(tiny_mlp(6, 7, 4))))], [1, 1], ValueError,
      ["layers.0 is (5, 6)", "(7, 6) for another"]),
     ([changed(ONE), changed(learned(new_adapter(tiny_mlp(6, 5, 4, dtype="float64"))))], [1, 1], TypeError,
@@ -463,6 +464,18 @@ def test_pairs_that_share_an_A_are_compressed_as_one_matrix_and_share_one_again(
     assert math.isclose(math.hypot(*(e.absolute for e in errors.values())), tail(whole, 2), rel_tol=1e-12)
     for name, delta in deltas(adapter).items():
         assert math.isclose(errors[name].absolute, np.linalg.norm(delta - small.pairs[name].delta()), rel_tol=1e-12)
+
+
+def test_pairs_and_errors_keep_the_order_of_the_adapter():
+    base = small_gpt()
+    adapter = learned(new_adapter(base, 3))
+    names = list(adapter.pairs)
+    last = adapter.pairs[names[-3]]
+    shared = LoRAPair(adapter.pairs[names[0]].lora_A, last.lora_B, last.scaling)
+    adapter.pairs[names[-3]] = shared
+    small, errors, _ = compress(adapter, 2)
+    assert list(small.pairs) == list(errors) == list(small.config.target_modules) == names
+    assert small.pairs[names[0]].lora_A is small.pairs[names[-3]].lora_A
 
 
 def test_the_matrix_of_a_large_pair_is_never_formed():

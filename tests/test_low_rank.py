@@ -98,6 +98,15 @@ def test_what_has_the_rank_already_stays_as_it_is():
     assert not np.shares_memory(new_A, A) and not np.shares_memory(new_B, B)
 
 
+def test_the_two_factors_share_the_size_of_each_direction():
+    rng = np.random.default_rng(0)
+    A, B = rng.standard_normal((4, 6)), 1e5 * rng.standard_normal((5, 4))
+    new_A, new_B, *_ = best_of_product(3, A, B, "float64")
+    for factors in ((new_A, new_B), best_of_rank(3, B @ A, "float64")):
+        sizes = [np.linalg.norm(factors[0], axis=1), np.linalg.norm(factors[1], axis=0)]
+        assert np.allclose(*sizes) and np.allclose(sizes[0] ** 2, singular_values(A, B)[:3])
+
+
 def test_columns_of_one_factor_may_be_huge_if_the_rows_of_the_other_make_up_for_it():
     rng = np.random.default_rng(1)
     A, B = rng.standard_normal((3, 6)), rng.standard_normal((5, 3))
@@ -120,5 +129,6 @@ def test_a_product_that_does_not_fit_in_memory_is_never_formed():
 @pytest.mark.parametrize("difference, size, expected", [
     (3.0, 4.0, (3, 0.75)), (0.0, 0.0, (0, 0)), (0.0, 2.0, (0, 0)), (1.5, 0.0, (1.5, math.inf)),
 ])  # fmt: skip
-def test_a_distance_is_relative_to_what_there_was(difference, size, expected):
-    assert distance(np.float64(difference), np.float64(size)) == expected
+def test_a_distance_is_relative_to_what_there_was_and_divides_by_no_zero(difference, size, expected):
+    with np.errstate(all="raise"):
+        assert distance(np.float64(difference), np.float64(size)) == expected
