@@ -67,7 +67,7 @@ def combine_folders(base, adapters, weights, out, log, *, r=None, other_precisio
     """Write the weighted sum of the adapters in the folders `adapters` to `out`, as an adapter.
 
     `base` is what `find_base` takes, and theirs. The sum is exact; with `r` it is compressed to
-    that rank, and what this loses is told. `other_precision` is as for `load_adapter`: adapters of
+    that rank, and the loss is printed. `other_precision` is as for `load_adapter`: adapters of
     one base in several precisions give one that does not say which is its own.
     Raises: ValueError if `out` is not empty, or as `combine`, `compress` and `save_adapter`.
     """
@@ -142,7 +142,7 @@ def _log_lost(result, log):
 
 
 def _log_shares(title, distances, log):
-    """Print {name: Distance} as a table: the mean and the worst of each kind, and of all."""
+    """Print {name: Distance} as a table: the mean and the worst of each kind."""
     kinds = {}
     for name, distance in distances.items():
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(distance.relative)
