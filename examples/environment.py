@@ -28,7 +28,7 @@ from minilora.gradcheck import GradientError
 from minilora.training.corpus import load_corpus
 from minilora.training.threads import cores
 
-run = lab.begin(__file__, __doc__)
+run = lab.begin(__file__, __doc__, with_base=False)
 # What each extra of setup.cfg brings, and the command in a clone.
 EXTRAS = {
     "test": ["pytest", "hypothesis", "ruff", "setuptools"],

@@ -25,7 +25,7 @@ from minilora.compose import extract
 from minilora.lora import LoRALinear, LoRAPair, linear_names
 from minilora.nn import Linear
 
-run = lab.begin(__file__, __doc__)
+run = lab.begin(__file__, __doc__, with_base=False, backends=["numpy"])
 
 # %% How many numbers. W (out, in) has out·in, and A and B together r (in + out): fewer only below
 # the rank at which both are equal.

@@ -128,35 +128,60 @@ def test_an_example_is_written_as_the_book_is(path, rule):
 
 
 @pytest.mark.parametrize("name", ["gradients", "lora_layer"])
-def test_one_seed_prints_one_table(name, tmp_path):
-    example = ROOT / "examples" / f"{name}.py"
-    first, second, other = (run(example, tmp_path, "--quick", "--seed", seed).stdout for seed in "112")
-    assert first == second
-    assert first != other
+def test_one_seed_gives_one_table(name, labs, tmp_path):
+    rows = {"1": labs(name)[1]["rows"]}
+    for seed, folder in [("1", tmp_path / "again"), ("2", tmp_path)]:
+        run(ROOT / "examples" / f"{name}.py", tmp_path, "--quick", "--seed", seed, "--out", str(folder))
+        kept = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        assert (kept["rows"] == rows["1"]) == (seed == "1")
 
 
-def test_the_planted_bugs_pass_with_ones_and_are_found_by_the_checker(tmp_path):
-    lines = run(ROOT / "examples" / "gradients.py", tmp_path, "--quick").stdout.splitlines()
-    verdicts = [(line.split("  ")[0], "passes" in line, "WRONG" in line) for line in lines[1:4]]
+def test_the_planted_bugs_pass_with_ones_and_are_found_by_the_checker(labs):
+    _, kept = labs("gradients")
+    verdicts = [(row["name"], row["with_ones"], row["verdict"].split()[0]) for row in kept["rows"][:3]]
     assert verdicts == [
-        ("layer norm, three terms", True, False),
-        ("layer norm, third term missing", True, True),
-        ("softmax, dx = 0", True, True),
+        ("layer norm, three terms", "passes", "right:"),
+        ("layer norm, third term missing", "passes", "WRONG"),
+        ("softmax, dx = 0", "passes", "WRONG"),
     ]
+    assert [row["error"][0] > 1e-6 for row in kept["rows"]] == [False, True, True, False]
 
 
-def test_swapping_asks_every_adapter_for_every_task(tmp_path):
-    out = run(ROOT / "examples" / "swap.py", tmp_path, "--quick").stdout
-    out = out[out.index("exact answers") :]
-    header, *rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()[:6]]
+def test_the_layer_of_fifteen_lines_changes_nothing_at_first_and_its_numbers_are_counted(labs):
+    _, kept = labs("lora_layer")
+    value = {row["name"].split(",")[0]: row["value"][0] for row in kept["rows"]}
+    assert value["fifteen lines against the library"] == value["logits after attaching"] == 0
+    assert value["largest |dL/dA| before the first step"] == 0 < value["largest |dL/dB| before the first step"]
+    totals = [row["value"][0] for row in kept["rows"] if row["name"].startswith("numbers trained")]
+    assert totals[0] == totals[1] == 512
+    # B moves at the first step, A at the second.
+    assert kept["moved"]["A"][0] == 0 < min(kept["moved"]["A"][1], kept["moved"]["B"][0])
+
+
+def test_merging_stays_within_its_bound_and_only_subtraction_changes_weights(labs):
+    _, kept = labs("merge")
+    row = {row["name"]: row for row in kept["rows"]}
+    assert row["whole numbers: nothing is rounded"]["gap"] == [0]
+    real = row["real numbers: gap, and bound"]
+    assert 0 < real["gap"][0] <= real["allowed"][0]
+    assert row["un-merged by subtraction"]["changed"][0] > row["un-merged by subtraction"]["first"][0] > 0
+    assert row["W kept, merged beside it"]["changed"] == [0]
+
+
+def test_swapping_asks_every_adapter_for_every_task(labs):
+    result, kept = labs("swap")
     tasks = ["octal", "umask", "binary", "symbolic"]
-    assert header == ["exact answers, % of 16", *tasks]
-    assert [row[0] for row in rows] == [f"adapter: {name}" for name in ["none", *tasks]]
-    assert all(len(row) == 5 and all(0 <= int(percent) <= 100 for percent in row[1:]) for row in rows)
-    octal, umask, binary, symbolic = [re.split(r"\s+", line)[-1] for line in out.splitlines()[8:12]]
+    assert [row["name"] for row in kept["rows"]] == ["none", *tasks]
+    assert all(0 <= row[task][0] <= 100 for row in kept["rows"] for task in tasks)
+    octal, umask, binary, symbolic = [line["right"] for line in kept["one_batch"]]
     assert int(octal, 8) + int(umask, 8) == 0o777 and int(binary, 2) == int(octal, 8)
     assert sum({"r": 4, "w": 2, "x": 1}[c] for c in symbolic if c in "rwx") == sum(map(int, octal))
-    assert re.search(r"each adapter: [\d,]+ numbers; base changed by all this: False", out)
+    assert re.search(r"each adapter: [\d,]+ numbers; base changed by all this: False", result.stdout)
+
+
+def test_a_lab_that_needs_no_base_takes_none(tmp_path):
+    result = run(ROOT / "examples" / "lora_math.py", tmp_path, "--base", "smollm2")
+    assert result.returncode == 2 and "argument --base: invalid choice: 'smollm2'" in result.stderr
 
 
 def test_the_environment_names_what_each_extra_brings():

@@ -79,21 +79,28 @@ def random_twin(model, seed):
     return twin.to_device(model.parameters()[0].xp).frozen()
 
 
-def begin(file, doc):
-    """The Run of the lab whose source is `file` and whose docstring is `doc`."""
-    return Run(Path(file).stem, doc, _arguments(doc))
+def begin(file, doc, *, with_base=True, backends=("numpy", "cupy")):
+    """The Run of the lab whose source is `file` and whose docstring is `doc`.
+
+    A lab that asks for no base, or computes on the host alone, says so: it takes no other.
+    """
+    return Run(Path(file).stem, doc, _arguments(doc, with_base, backends))
 
 
-def _arguments(doc):
+def _arguments(doc, with_base, backends):
     """The options that every lab has."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="a smaller base and a few steps: it learns little")
     add("--seed", type=int, default=0, help="the first seed (default 0)")
     add("--seeds", type=int, default=1, metavar="N", help="how many seeds (default 1)")
-    add("--backend", choices=["numpy", "cupy"], default="numpy")
-    add("--base", default=TINY, help="a model's folder, a .gguf file, or smollm2; default: the "
-        "GPT of minilora demo, trained once and kept in the folder of --out")  # fmt: skip
+    add("--backend", choices=backends, default="numpy")
+    bases = None if with_base else [TINY]
+    help = (
+        "a model's folder, a .gguf file, or smollm2; default: the GPT of minilora demo, trained once "
+        "and kept in the folder of --out"
+    )
+    add("--base", default=TINY, choices=bases, help=help)
     add("--out", default="minilora-labs", metavar="DIR", help="default: minilora-labs")
     # In a notebook the command line is the notebook's own.
     args = parser.parse_args([] if "ipykernel" in sys.modules else None)
@@ -249,7 +256,7 @@ def shown(value, form):
     if not isinstance(value, list):
         return format(value, form)
     mean = format(float(np.mean(value)), form)
-    if len(value) == 1:
+    if min(value) == max(value):
         return mean
     return f"{mean} ({format(min(value), form)} .. {format(max(value), form)})"
 
