@@ -96,11 +96,11 @@ def _arguments(doc, with_base, backends):
     add("--seeds", type=int, default=1, metavar="N", help="how many seeds (default 1)")
     add("--backend", choices=backends, default="numpy")
     bases = None if with_base else [TINY]
-    help = (
-        "a model's folder, a .gguf file, or smollm2; default: the GPT of minilora demo, trained once "
+    what = (
+        "a model's folder, a .gguf file, or smollm2; default: the GPT of the demo, trained once "
         "and kept in the folder of --out"
     )
-    add("--base", default=TINY, choices=bases, help=help)
+    add("--base", default=TINY, choices=bases, help=what)
     add("--out", default="minilora-labs", metavar="DIR", help="default: minilora-labs")
     # In a notebook the command line is the notebook's own.
     args = parser.parse_args([] if "ipykernel" in sys.modules else None)
