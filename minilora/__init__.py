@@ -37,6 +37,7 @@ _PUBLIC = {
     "count": ["parameter_report"],
     "disk.models": ["load_gpt2", "load_model", "save_gpt2", "save_model"],
     "disk.peft": ["init_peft_adapter", "load_adapter", "save_adapter"],
+    "disk.method_file": ["load_method", "save_method"],
     "disk.rounding": ["rounding_report", "save_merged"],
 }
 _FILE_OF = {name: file for file, names in _PUBLIC.items() for name in names}

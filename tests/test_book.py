@@ -23,7 +23,7 @@ FLOORS = {
              "step_cost", "memory"],
     "disk": ["characters", "checks", "lfs", "tensor_file", "folder", "family", "gpt2", "rotary_fields", "llama", "own",
              "bases", "gguf_file", "gguf_fields", "gguf_vocabulary", "gguf", "gguf_companions", "base_files", "models",
-             "c_attn", "peft_config", "adapter_file", "peft", "loaders", "rounding", "template_sizes",
+             "c_attn", "peft_config", "adapter_file", "peft", "method_file", "loaders", "rounding", "template_sizes",
              "template_sandbox", "chat_template", "vocabulary", "conversation", "token_stream", "tokenizer",
              "quantized"],
     "training": ["corpus", "batches", "text_files", "datasets", "parts", "threads", "loop", "checkpoint", "progress",

@@ -47,8 +47,16 @@ def families_of(model):
 
 def family_of_adapter(adapter):
     """The family in whose names an adapter is saved: its base's, as far as names can tell."""
+    return family_of(adapter.pairs, adapter.base_fingerprint)
+
+
+def family_of(modules, tensors=None):
+    """The family of a model with these `modules`, as far as names can tell; all names are ours.
+
+    `tensors` are the names of the model's tensors, None if they are not known.
+    """
     for family in FAMILIES:
-        if family.owns(adapter.pairs, adapter.base_fingerprint):
+        if family.owns(modules, tensors):
             return family
     return FAMILIES[-1]
 

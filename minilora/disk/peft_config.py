@@ -41,6 +41,11 @@ def read_config(where, fields):
     Raises: ValueError that names the field: absent without a safe default, or set to what is not
     implemented here.
     """
+    if fields.get("peft_type") in ("IA3", "PROMPT_TUNING"):
+        raise ValueError(
+            f"{where}: peft_type={fields['peft_type']!r} is not supported here, only 'LORA'; "
+            "use load_method"
+        )
     missing = [key for key in _REQUIRED if fields.get(key) is None]
     if missing:
         raise ValueError(
@@ -57,7 +62,7 @@ def read_config(where, fields):
             if value not in _SUPPORTED[key]:
                 only = _SUPPORTED[key][0]
                 raise ValueError(f"{where}: {key}={value!r} is not supported, only {only!r}")
-        elif key not in _READ and key not in _HARMLESS and not _is_neutral(value):
+        elif key not in _READ and key not in _HARMLESS and not is_neutral(value):
             raise ValueError(
                 f"{where}: {key}={value!r} changes what the adapter computes and is not supported"
             )
@@ -73,7 +78,7 @@ def read_config(where, fields):
         )
 
 
-def _is_neutral(value):
+def is_neutral(value):
     """Does a field of this value ask for nothing? 0 and "" may mean something."""
     return value is None or value is False or value in ({}, [])
 
