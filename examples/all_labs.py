@@ -31,6 +31,7 @@ LABS = [
     "lora_layer",
     "gradients",
     "alpha",
+    "cost",
     "rank",
     "spectrum",
     "intrinsic",

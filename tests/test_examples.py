@@ -179,6 +179,18 @@ def test_swapping_asks_every_adapter_for_every_task(labs):
     assert re.search(r"each adapter: [\d,]+ numbers; base changed by all this: False", result.stdout)
 
 
+def test_the_bytes_of_a_step_are_those_that_its_shapes_predict(labs):
+    _, kept = labs("cost")
+    rows = {row["name"].removeprefix("tiny: "): row for row in kept["rows"]}
+    for row in rows.values():
+        # Python's own objects are counted too: no more than 60 kB.
+        for phase in ("weights", "moments", "activations", "gradients"):
+            assert 0 <= row[f"measured_{phase}"] - row[f"predicted_{phase}"] < 60, (row["name"], phase)
+        assert row["predicted"] < row["measured"] < row["peak"]
+    assert rows["LoRA on q, v"]["predicted_activations"] < rows["full"]["predicted_activations"]
+    assert rows["LoRA on q, v"]["gflop"] < rows["LoRA on all"]["gflop"] < rows["full"]["gflop"]
+
+
 def test_a_lab_that_needs_no_base_takes_none(tmp_path):
     result = run(ROOT / "examples" / "lora_math.py", tmp_path, "--base", "smollm2")
     assert result.returncode == 2 and "argument --base: invalid choice: 'smollm2'" in result.stderr
