@@ -15,6 +15,7 @@ import pytest
 from ops import Op
 
 import minilora
+from minilora.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "examples" / "results"
@@ -182,6 +183,13 @@ def test_the_incidents_that_it_shows_are_those_that_are_kept():
             assert re.search(row, shown)
     exact = kept["unseen forms"]["after"]["exact"]
     assert f"{exact:.0f} % are exact" in joined(PAGES["demo.md"])
+
+
+def test_what_count_says_is_what_it_prints(capsys):
+    (shown,) = [code for _, code in blocks(PAGES["llm.md"]) if code.startswith("$ minilora count")]
+    command, _, printed_then = shown.partition("\n")
+    assert main(shlex.split(command)[2:]) == 0
+    assert capsys.readouterr() == (printed_then, "")
 
 
 # The tables of time and memory, made again from what was measured.
