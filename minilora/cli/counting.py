@@ -33,7 +33,7 @@ _PARTS = {
 _NOT_COUNTED = (
     "Activations: what minilora keeps for backward, with no layer dropping out. Not counted: "
     "temporary arrays (scores of a block of queries, logits of some rows, a weight while it is "
-    "widened, gradients on their way), the program and the data."
+    "widened, gradients on their way), on a small model as much again; the program and the data."
 )
 
 
