@@ -36,7 +36,7 @@ _PUBLIC = {
     "compose": ["combine", "compress", "extract", "spectrum"],
     "count": ["parameter_report"],
     "disk.models": ["load_gpt2", "load_model", "save_gpt2", "save_model"],
-    "disk.peft": ["init_peft_adapter", "load_adapter", "save_adapter"],
+    "disk.peft": ["init_peft_adapter", "init_peft_dora", "load_adapter", "save_adapter"],
     "disk.method_file": ["load_method", "save_method"],
     "disk.rounding": ["rounding_report", "save_merged"],
 }

@@ -232,6 +232,12 @@ def finetune_options(parser):
         "this library's (q_proj, v_proj, ...); default all-linear",
     )
     add(
+        "--dora",
+        action="store_true",
+        default=None,
+        help="DoRA: beside LoRA's update also a length for each row of the weight",
+    )
+    add(
         "--full",
         action="store_true",
         help="no adapter: train every weight of a copy of the base, and write a model; takes four "

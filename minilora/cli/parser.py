@@ -28,6 +28,7 @@ FLAG_SYNONYMS = {
     "cut-prompt": ("truncate", "truncation"),
     "data": ("dataset", "data-path", "dataset-path", "train-data", "train-file", "file", "text"),
     "dropout": ("lora-dropout",),
+    "dora": ("use-dora",),
     "dtype": ("precision", "torch-dtype"),
     "eval-every": (
         "eval-steps",

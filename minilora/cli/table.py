@@ -131,7 +131,7 @@ def _demo_folder(args, command, out):
 
 
 # What finetune is given of an adapter.
-ADAPTER_FLAGS = ("alpha", "r", "target", "dropout")
+ADAPTER_FLAGS = ("alpha", "r", "target", "dropout", "dora")
 
 
 def _adapter_settings(args):

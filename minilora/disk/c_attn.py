@@ -50,11 +50,11 @@ def join(their_name, parts, pairs):
     return A, B, columns
 
 
-def join_magnitudes(their_name, parts, pairs):
-    """The magnitude (out,) of the module `their_name` in a file, for DoRA's `pairs`; as `join`.
+def check_all_parts(their_name, parts, pairs):
+    """Raise ValueError unless each of `parts`, our modules in `their_name`, is among `pairs`.
 
-    Raises: ValueError unless every part has a pair: without the base nobody knows the norms of the
-    rows of the others.
+    A file of DoRA has a magnitude for each row of a module. Without the base nobody knows what that
+    is where nothing was learned.
     """
     absent = [name for name in parts if name not in pairs]
     if absent:
@@ -62,6 +62,14 @@ def join_magnitudes(their_name, parts, pairs):
             f"{their_name} has one magnitude for all its rows, but {', '.join(absent)} has no pair "
             "to say its own: adapt all of its parts, or use LoRA"
         )
+
+
+def join_magnitudes(their_name, parts, pairs):
+    """The magnitude (out,) of the module `their_name` in a file, for DoRA's `pairs`; as `join`.
+
+    Raises: as `check_all_parts`.
+    """
+    check_all_parts(their_name, parts, pairs)
     return np.concatenate([to_numpy(pairs[name].magnitude.data) for name in parts])
 
 

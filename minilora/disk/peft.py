@@ -15,7 +15,7 @@ import numpy as np
 
 from ..architectures import blank_adapter
 from ..backend import to_device, to_numpy
-from ..dora import DoRAPair
+from ..dora import DoRAPair, with_magnitudes
 from ..fits import check_fits, other_precisions
 from ..lora import Adapter, LoRAPair, init_adapter, linear_names
 from ..lora_config import check_patterns, find_targets
@@ -31,7 +31,7 @@ from .adapter_file import (
     TENSORS,
     read_adapter,
 )
-from .c_attn import join, join_magnitudes, take_apart
+from .c_attn import check_all_parts, join, join_magnitudes, take_apart
 from .checks import check_same_tensors, errors_name, listed
 from .folder import save_folder
 from .models import families_of, family_of_adapter
@@ -307,6 +307,20 @@ def _in_their_names(model, config, make):
             pair = adapter.pairs[name]
             pairs[name] = LoRAPair(shared_A, pair.lora_B, pair.scaling)
     return Adapter(ours, pairs, adapter.base_fingerprint, adapter.base_stored)
+
+
+def init_peft_dora(model, config, rng, *, allow_large_r=False):
+    """A new DoRA adapter as PEFT would make it, which a file can hold; see `init_peft_adapter`.
+
+    Shapes: as `init_dora`. Source: PEFT 0.21, `get_peft_model` with use_dora=True.
+    Raises: as `init_peft_adapter` and `init_dora`; ValueError if only some parts of a c_attn are
+    adapted.
+    """
+    adapter = init_peft_adapter(model, config, rng, allow_large_r=allow_large_r)
+    family = families_of(model)[0]
+    for their_name in family.module_table(adapter.pairs):
+        check_all_parts(their_name, family.our_modules(their_name), adapter.pairs)
+    return with_magnitudes("init_peft_dora", model, adapter)
 
 
 def receipt(folder, file, used, stored, differing):

@@ -18,17 +18,17 @@ class FineTuneConfig:
     base: what `find_base` takes: a folder, a .gguf file, or smollm2. data: a .txt file, or .jsonl
     with a row on each line: a prompt and an answer, an instruction and an output, messages, or a
     text. out: the folder for the adapter. alpha (which has no default), r, target, dropout: those
-    of LoRAConfig. full: train every weight of a copy of the base instead, and write a model. lr:
-    the peak of the learning rate, after a warm-up and before a cosine. steps: how many, of `batch`
-    rows each. seed: of everything random. eval_split: the share that is held out to measure the
-    loss on. length: tokens in a window of a text (None: 256, or the model's context if that is
-    shorter). save_every: steps between two checkpoints. quantize: what the base's linear weights
-    are packed as once it is loaded, "nf4", or None: as they are stored. too_long: what becomes of
-    rows longer than the context: "cut" at their ends, "drop" left out, None refused. eval_every:
-    steps between two measurements of the held-out loss, of which the best decides what is kept
-    (None: before and after, and the last step is kept). patience: after how many measurements
-    without improvement the run ends (None: never before `steps`). log_file: a .jsonl for a line on
-    each step.
+    of LoRAConfig. dora: learn a magnitude for each row as well. full: train every weight of a copy
+    of the base instead, and write a model. lr: the peak of the learning rate, after a warm-up and
+    before a cosine. steps: how many, of `batch` rows each. seed: of everything random. eval_split:
+    the share that is held out to measure the loss on. length: tokens in a window of a text (None:
+    256, or the model's context if that is shorter). save_every: steps between two checkpoints.
+    quantize: what the base's linear weights are packed as once it is loaded, "nf4", or None: as
+    they are stored. too_long: what becomes of rows longer than the context: "cut" at their ends,
+    "drop" left out, None refused. eval_every: steps between two measurements of the held-out loss,
+    of which the best decides what is kept (None: before and after, and the last step is kept).
+    patience: after how many measurements without improvement the run ends (None: never before
+    `steps`). log_file: a .jsonl for a line on each step.
     Raises: ConfigError (a ValueError) that names the field, what it must be, and its value.
     """
 
@@ -45,6 +45,7 @@ class FineTuneConfig:
     eval_split: float = 0.0
     length: int | None = None
     dropout: float = 0.0
+    dora: bool = False
     save_every: int = 50
     quantize: str | None = None
     too_long: str | None = None
@@ -75,8 +76,9 @@ class FineTuneConfig:
             self._refuse("eval_every", "None with an eval_split of 0, which holds nothing out")
         if self.patience is not None and self.eval_every is None:
             self._refuse("patience", "None without eval_every, whose evaluations it counts")
-        if type(self.full) is not bool:
-            self._refuse("full", "True or False")
+        for field in ("dora", "full"):
+            if type(getattr(self, field)) is not bool:
+                self._refuse(field, "True or False")
         if self.full:
             self._check_full()
             return
@@ -88,7 +90,7 @@ class FineTuneConfig:
 
     def _check_full(self):
         """Full fine-tuning has no adapter that something could be said of, and no packed weight."""
-        for field in ("alpha", "r", "target", "dropout", "quantize"):
+        for field in ("alpha", "r", "target", "dropout", "dora", "quantize"):
             default = getattr(type(self), field)
             if getattr(self, field) != default:
                 self._refuse(field, f"{default!r}, its default, with full=True: it is of adapters")

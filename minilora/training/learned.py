@@ -19,12 +19,14 @@ class LearnedAdapter:
     file = peft.TENSORS
 
     def __init__(self, base, config, rng):
-        self.module = peft.init_peft_adapter(base, config.lora_config(), rng)
+        init = peft.init_peft_dora if config.dora else peft.init_peft_adapter
+        self.module = init(base, config.lora_config(), rng)
         self.model = attach(base, self.module, check_base=False)
         self.fingerprint = self.module.base_fingerprint
         self.base = str(config.base)
         sizes = parameter_report(self.model)
-        self.summary = f"adapter r={config.r}, alpha={config.alpha:g}: {sizes}"
+        kind = "DoRA adapter" if config.dora else "adapter"
+        self.summary = f"{kind} r={config.r}, alpha={config.alpha:g}: {sizes}"
 
     def save(self, folder):
         """Write the adapter into `folder`, in PEFT's format."""

@@ -671,6 +671,7 @@ REFUSED = [
     (tuning + "--patience 0 --eval-every 1", 2, "--patience: must be a whole number of at least 1"),
     (tuning + "--full", 2, "--alpha: it is of adapters, and --full trains every weight"),
     (fully + "--r 8", 2, "--r: it is of adapters"),
+    (fully + "--dora", 2, "--dora: it is of adapters"),
     (fully + "--dropout 0", 2, "--dropout: it is of adapters"),
     (fully + "--target all-linear", 2, "--target: it is of adapters"),
     (fully + "--quantize nf4", 2, "--quantize: it is of adapters"),

@@ -14,6 +14,7 @@ from minilora import (
     attach,
     init_dora,
     init_peft_adapter,
+    init_peft_dora,
     load_adapter,
     load_gpt2,
     merge,
@@ -22,7 +23,7 @@ from minilora import (
 )
 from minilora.disk import peft
 from minilora.disk.rounding import rounding_report
-from minilora.dora import DoRAPair, with_magnitudes
+from minilora.dora import DoRAPair
 from minilora.graph import no_grad
 from minilora.lora import LoRAPair
 
@@ -45,8 +46,7 @@ def learned(adapter):
 
 def fused(base):
     """On a GPT-2, c_attn's three parts share one lora_A, as in PEFT."""
-    config = LoRAConfig(2, 3, ["c_attn", "mlp.c_proj"])
-    return with_magnitudes("init_dora", base, init_peft_adapter(base, config, rng()))
+    return init_peft_dora(base, LoRAConfig(2, 3, ["c_attn", "mlp.c_proj"]), rng())
 
 
 # {name: (base, how its adapter is made)}
@@ -156,6 +156,16 @@ def test_a_part_of_c_attn_without_a_magnitude_is_refused_because_its_rows_have_o
     with pytest.raises(ValueError, match=r"c_attn has one magnitude for all its rows, but h\.0\.attn\..*adapt all"):
         save_adapter(adapter, tmp_path / "new")
     assert not (tmp_path / "new").exists() and bits(adapter) == before
+
+
+def test_one_as_peft_would_make_it_can_be_saved_and_what_could_not_be_is_refused_before_it_is_trained():
+    base = tiny_gpt(dtype="float32")
+    with pytest.raises(ValueError, match=r"c_attn has one magnitude .*h\.0\.attn\.k_proj has no pair"):
+        init_peft_dora(base, LoRAConfig(2, 3, ["q_proj", "v_proj"]), rng())
+    assert len(init_peft_dora(base, LoRAConfig(2, 3, ["c_attn"]), rng()).pairs) == 6
+    # Where the parts are modules of their own, each may be adapted alone.
+    for other in (tiny_gpt("rope", dtype="float32"), small_llama()):
+        assert len(init_peft_dora(other, LoRAConfig(2, 3, ["q_proj", "v_proj"]), rng()).pairs) == 4
 
 
 def test_pairs_of_two_kinds_are_refused(tmp_path):

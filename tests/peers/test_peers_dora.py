@@ -12,13 +12,13 @@ from minilora import (
     LoRAConfig,
     attach,
     init_dora,
-    init_peft_adapter,
+    init_peft_dora,
     load_adapter,
     load_model,
     merge,
     save_adapter,
 )
-from minilora.dora import DoRAPair, with_magnitudes
+from minilora.dora import DoRAPair
 from minilora.quant import widen
 from minilora.tensor import Tensor
 
@@ -148,12 +148,8 @@ def trained(base, adapter, rng, steps=3):
     return adapter
 
 
-def with_one_A(base, config, rng):
-    return with_magnitudes("init_dora", base, init_peft_adapter(base, config, rng))
-
-
 @pytest.mark.parametrize("kind, make, config", [
-    ("gpt2", with_one_A, LoRAConfig(2, 5, ["c_attn", "mlp.c_proj"])),
+    ("gpt2", init_peft_dora, LoRAConfig(2, 5, ["c_attn", "mlp.c_proj"])),
     ("gpt2", init_dora, LoRAConfig(2, 3, "all-linear")),
     ("llama", init_dora, LoRAConfig(2, 3, "all-linear", use_rslora=True, rank_pattern={"q_proj": 3})),
 ], ids=["c_attn as PEFT has it", "an A for each part", "llama"])  # fmt: skip
@@ -174,7 +170,7 @@ def test_a_new_one_starts_where_peft_starts(tmp_path, rng):
     folder = make_base("gpt2", tmp_path / "base", rng)
     fresh = peft.get_peft_model(theirs(folder), peft.LoraConfig(
         task_type="CAUSAL_LM", use_dora=True, fan_in_fan_out=True, r=2, lora_alpha=2, target_modules=["c_attn"]))
-    adapter = with_one_A(ours(folder), LoRAConfig(2, 2, ["c_attn"]), rng)
+    adapter = init_peft_dora(ours(folder), LoRAConfig(2, 2, ["c_attn"]), rng)
     save_adapter(adapter, tmp_path / "new", allow_untrained=True)
     key = "base_model.model.transformer.h.1.attn.c_attn.lora_magnitude_vector"
     same_numbers(files_of(tmp_path / "new")[key], peft.get_peft_model_state_dict(fresh)[key], 1e-14, "magnitudes")

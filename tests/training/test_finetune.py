@@ -22,6 +22,7 @@ from strategies import character_gpt, contents, seeds, small_gpt, small_llama
 from minilora import GPT, Adam, attach, generate, load_adapter, load_model, save_model
 from minilora.disk.characters import decode, encode
 from minilora.disk.folder import UNFINISHED
+from minilora.dora import DoRAPair
 from minilora.functional import IGNORE
 from minilora.optim import warmup_cosine
 from minilora.quant import quantize, stored_as
@@ -795,6 +796,22 @@ def test_the_log_may_lie_in_the_folder_of_the_adapter(inputs, tmp_path):
 
 
 # All of a model.
+
+
+def test_dora_is_trained_saved_and_resumed_as_lora_is(inputs, tmp_path):
+    config = config_for(inputs, tmp_path / "whole", dora=True, target="all-linear")
+    result, report = run_and_report(config)
+    assert "DoRA adapter r=2, alpha=4: " in report
+    pairs = result.adapter.pairs.values()
+    assert all(type(pair) is DoRAPair and pair.magnitude.data.any() for pair in pairs)
+    base = load_model(inputs / "base")
+    saved = load_adapter(tmp_path / "whole", base, say=lambda receipt: None)
+    assert contents(saved) == contents(result.adapter)
+    stopped = replace(config, out=str(tmp_path / "stopped"))
+    stop(stopped)
+    with pytest.raises(ValueError, match="settings dora: True in the checkpoint, False now"):
+        run(replace(stopped, dora=False), resume=True)
+    assert same(run(stopped, resume=True), result)
 
 
 def full(inputs, out, **changes):

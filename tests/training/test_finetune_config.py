@@ -33,6 +33,7 @@ PATHS = {"base": "b", "data": "d", "out": "o"}
     ("patience", 0, "a whole number of at least 1, or None"),
     ("patience", 2, "None without eval_every, whose evaluations it counts"),
     ("full", 1, "True or False"),
+    ("dora", "yes", "True or False"),
 ])  # fmt: skip
 def test_a_setting_out_of_range_is_named_with_its_value_and_what_it_must_be(field, value, need):
     with pytest.raises(ConfigError) as refusal:
