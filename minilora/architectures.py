@@ -109,20 +109,25 @@ def blank(config, dtype="float32"):
 
     It is there to be counted, not to compute. Shapes: as `GPT` and `Llama`.
     Raises: TypeError if `config` is neither a GPTConfig nor a LlamaConfig; ValueError for more
-    layers than any model has.
+    layers than any model has, or shapes that no array can have.
     """
-    if isinstance(config, (GPTConfig, LlamaConfig)) and config.n_layer > MOST_LAYERS:
+    if isinstance(config, GPTConfig):
+        kind = GPT
+    elif isinstance(config, LlamaConfig):
+        kind = Llama
+    else:
+        raise TypeError(
+            f"blank: expected a GPTConfig or a LlamaConfig, got {type(config).__name__}; "
+            "PRESETS has those of known models"
+        )
+    if config.n_layer > MOST_LAYERS:
         raise ValueError(
             f"blank: a model of {config.n_layer:,} layers; at most {MOST_LAYERS:,} are counted"
         )
-    if isinstance(config, GPTConfig):
-        return GPT(config, None, dtype)
-    if isinstance(config, LlamaConfig):
-        return Llama(config, None, dtype)
-    raise TypeError(
-        f"blank: expected a GPTConfig or a LlamaConfig, got {type(config).__name__}; "
-        "PRESETS has those of known models"
-    )
+    try:
+        return kind(config, None, dtype)
+    except ValueError as error:
+        raise ValueError(f"blank: no array has the shapes of {config} ({error})") from None
 
 
 def blank_quantized(model, kind="NF4"):

@@ -71,3 +71,5 @@ def test_what_has_no_shape_is_refused():
         blank("gpt2")
     with pytest.raises(ValueError, match="a model of 1,000,000 layers; at most 10,000 are counted"):
         blank(replace(PRESETS["gpt2"], n_layer=10**6))
+    with pytest.raises(ValueError, match="no array has the shapes of GPTConfig.*vocab_size=1000000000000000000000"):
+        blank(replace(PRESETS["gpt2"], vocab_size=10**21))

