@@ -58,10 +58,11 @@ def test_the_numbers_of_the_model_that_tutorials_talk_of(counted):
     assert "4 x 256 = 1,024 tokens a step" in "\n".join(counted("--base", "llama-3.1-8b", *settings))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "fp16", "float64"])
-def test_each_cell_is_what_the_library_counts(counted, dtype):
-    lines = counted("--base", "minilora-demo", "--r", 4, "--target", "q_proj", "--dtype", dtype, "--batch", 3)
-    full = blank(PRESETS["minilora-demo"])
+@pytest.mark.parametrize("name, dtype", [("minilora-demo", "float32"), ("minilora-demo", "fp16"),
+                                         ("smollm2-135m", "float64")])  # fmt: skip
+def test_each_cell_is_what_the_library_counts(counted, name, dtype):
+    lines = counted("--base", name, "--length", 128, "--r", 4, "--target", "q_proj", "--dtype", dtype, "--batch", 3)
+    full = blank(PRESETS[name])
     base = full.map_tensors(lambda t: StoredTensor(t.data))
     adapter = blank_adapter(base, LoRAConfig(r=4, alpha=4, target_modules=["q_proj"]))
     ways = [full, attach(base, adapter, check_base=False), attach(blank_quantized(base), adapter, check_base=False)]
