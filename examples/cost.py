@@ -124,7 +124,7 @@ for seed in run.seeds:
 
 # %%
 def draw(figure):
-    """Of each model: stacked bytes on the left, predicted and measured; milliseconds on the right."""
+    """Of each model: stacked bytes, predicted and measured; beside them milliseconds."""
     panels = figure.subplots(len(models), 2, squeeze=False, width_ratios=[3, 2])
     for (left, right), size in zip(panels, models, strict=True):
         chosen = [row for row in rows if row["size"] == size]
