@@ -59,14 +59,19 @@ for name in args.labs:
 options = ["--seed", str(args.seed), "--seeds", str(args.seeds), "--out", args.out]
 if args.quick:
     options.append("--quick")
-if args.base:
-    options += ["--base", args.base]
+
+
+def has_base(name):
+    """Does this lab ask for a base? Some have only matrices of their own."""
+    return "with_base=False" not in (HERE / f"{name}.py").read_text(encoding="utf-8")
 
 
 def run(name):
     """Run one lab: {its name, seconds, exit status}. What it prints comes in one piece."""
     began = time.perf_counter()
     command = [sys.executable, str(HERE / f"{name}.py"), *options]
+    if args.base and has_base(name):
+        command += ["--base", args.base]
     # Several bars at once would write over one another.
     lab = subprocess.run(command, capture_output=True, text=True)
     seconds = time.perf_counter() - began
@@ -78,10 +83,12 @@ def run(name):
 
 names = args.labs or LABS
 began = time.perf_counter()
-# The first lab makes the base, for all others.
-rows = [run(names[0])]
+# The first lab that needs the base makes it, for all others.
+needs_base = [has_base(name) for name in names]
+n_before = needs_base.index(True) + 1 if any(needs_base) else 0
+rows = [run(name) for name in names[:n_before]]
 with ThreadPoolExecutor(args.jobs) as pool:
-    rows += pool.map(run, names[1:])
+    rows += pool.map(run, names[n_before:])
 total = time.perf_counter() - began
 rows.append({"lab": "all of them", "seconds": total, "status": ""})
 print()

@@ -26,7 +26,11 @@ by_name = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.ste
 
 
 # What an example is given beside --quick and --seed, once the file is there.
-ARGUMENTS = {"incident_json": ["--base", "tiny.gguf"]}
+ARGUMENTS = {
+    "incident_json": ["--base", "tiny.gguf"],
+    # Two labs that have no base: of another one nothing is said to them, who would refuse it.
+    "all_labs": ["lora_math", "gradients", "--base", "smollm2"],
+}
 
 
 def is_lab(example):
@@ -35,7 +39,7 @@ def is_lab(example):
 
 def run(example, folder, *arguments):
     if example.stem in ARGUMENTS:
-        if not (folder / "tiny.gguf").exists():
+        if "tiny.gguf" in ARGUMENTS[example.stem] and not (folder / "tiny.gguf").exists():
             write_chat_base(folder / "tiny.gguf")
         arguments = [*ARGUMENTS[example.stem], *arguments]
     return subprocess.run(
@@ -105,6 +109,11 @@ def test_a_lab_keeps_its_table_and_draws_a_picture(example, labs):
         assert drawn.name == f"{example.stem}.png"
     else:
         assert "no picture: " in result.stdout
+
+
+def test_the_command_for_all_labs_runs_each_of_them():
+    listed = defined_in(ROOT / "examples" / "all_labs.py", "LABS")["LABS"]
+    assert sorted(listed) == [example.stem for example in EXAMPLES if is_lab(example)]
 
 
 @by_name
