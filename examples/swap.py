@@ -40,32 +40,41 @@ def questions(task, strings):
     return [base.pair(*question) for question in permissions.questions(task, strings)]
 
 
-def trained_adapters(strings, rng):
-    """{task: an adapter that was trained on it}. The base is shared, and never written."""
-    adapters = {}
-    for task in permissions.TASKS:
-        config = LoRAConfig(r=4, alpha=8, target_modules="all-linear")
-        adapters[task] = init_adapter(base.model, config, rng)
-        model = attach(base.model, adapters[task])
-        batches = row_batches(answer_rows(questions(task, strings)), batch, rng)
-        run.train(model, adapters[task].parameters(), batches, steps, lr, task)
-    return adapters
+def trained_adapter(model, task, strings, rng):
+    """An adapter for `model` that was trained on a task. `model` is shared, and never written."""
+    config = LoRAConfig(r=4, alpha=8, target_modules="all-linear")
+    adapter = init_adapter(model, config, rng)
+    batches = row_batches(answer_rows(questions(task, strings)), batch, rng)
+    run.train(attach(model, adapter), adapter.parameters(), batches, steps, lr, task)
+    return adapter
+
+
+def percent_right(model, task, strings):
+    """How many exact answers `model` gives to a task, in percent."""
+    return 100 * float(np.mean(exact_match(model, questions(task, strings[:n_asked]))))
 
 
 # %% The matrix: each adapter (row) asked for each task (column), on strings never seen. To swap
 # adapters is to look up another model.
 rows = [{"name": "none"}, *({"name": task} for task in permissions.TASKS)]
+random_base = []
 for seed in run.seeds:
     rng = np.random.default_rng(seed)
     trained_on, never_seen = permissions.split(rng)
-    adapters = trained_adapters(trained_on, rng)
+    adapters = {}
+    for task in permissions.TASKS:
+        adapters[task] = trained_adapter(base.model, task, trained_on, rng)
     models = {"none": base.model}
     for name, adapter in adapters.items():
         models[name] = attach(base.model, adapter)
     for row in rows:
         for task in permissions.TASKS:
-            right = exact_match(models[row["name"]], questions(task, never_seen[:n_asked]))
-            row.setdefault(task, []).append(100 * float(np.mean(right)))
+            right = percent_right(models[row["name"]], task, never_seen)
+            row.setdefault(task, []).append(right)
+    # Is a trained base needed at all? A rule as simple as this one is learned without one, too.
+    random = lab.random_twin(base.model, seed)
+    adapter = trained_adapter(random, "octal", trained_on, rng)
+    random_base.append(percent_right(attach(random, adapter), "octal", never_seen))
 
 # %% Of the last seed, the same prompt four times in one batch: every row goes through its own
 # adapter.
@@ -83,7 +92,8 @@ for task, row in zip(adapters, generate(together, ids, 18, stop=stop), strict=Tr
     print(f"{'row with ' + task:<26}{answer:<20}{one_batch[-1]['right']}")
 n_numbers = parameter_report(adapters["octal"]).total
 changed = base.model.fingerprint() != fingerprint
-print(f"each adapter: {n_numbers:,} numbers; base changed by all this: {changed}\n")
+print(f"each adapter: {n_numbers:,} numbers; base changed by all this: {changed}")
+print(f"octal, learned on a random base: {lab.shown(random_base, '.0f')} % right\n")
 
 
 # %%
@@ -110,7 +120,7 @@ setting = (
     f"linear, lr {lr:g}; exact answers to one prompt, in percent of {n_asked} strings never seen."
 )
 more = {"one_batch": one_batch, "numbers": n_numbers, "base_changed": changed}
-run.finish(setting, columns, rows, draw, **more)
+run.finish(setting, columns, rows, draw, random_base=random_base, **more)
 
 # %% Exercises, each with its answer in README.md of this folder.
 # 1. In minilora/stack.py, `rows[i] = pair` gives row i its adapter. Write `rows[-1 - i] = pair`:
