@@ -36,10 +36,14 @@ LABS = [
     "spectrum",
     "intrinsic",
     "targets",
+    "methods",
     "merge",
     "swap",
     "forgetting",
+    "compose",
+    "quantised",
     "security_qa",
+    "troubleshooting",
     "four_domains",
 ]
 
