@@ -73,6 +73,12 @@ def check_same_layout(who, arrays, expected):
         raise ValueError(f"{who}: {len(differing)} arrays do not fit: {'; '.join(lines)}")
 
 
+def _picks_once(index):
+    """Is `index` made of integers, slices, None and ...? Then no element is picked twice."""
+    items = index if isinstance(index, tuple) else (index,)
+    return all(type(item) in (int, slice, type(None), type(...)) for item in items)
+
+
 def _check_broadcast(op, a, b, but_last=0):
     """Raise ValueError unless shapes `a` and `b` broadcast, but for their `but_last` last axes."""
     leading_a = a[: max(0, len(a) - but_last)]
@@ -397,8 +403,11 @@ class Tensor:
 
         def dself(dy):
             dx = xp.zeros(shape, dy.dtype)
-            # An element picked twice gets both gradients; `dx[index] += dy` would keep one of them.
-            xp.add.at(dx, index, dy)
+            if _picks_once(index):
+                dx[index] = dy
+            else:
+                # An element picked twice gets both gradients; `dx[index] += dy` would keep one.
+                xp.add.at(dx, index, dy)
             return dx
 
         return record(xp.asarray(self.data[index]), (self, dself))
