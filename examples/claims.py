@@ -54,12 +54,12 @@ for name in args.ids:
 # %% All of them, counted.
 if not args.ids:
     counts = pages.count(outcomes.values())
-    print("{:<64}".format("claims") + "".join(f"{verdict:>15}" for verdict in counts))
+    print("{:<64}".format("claims") + "".join(f"{verdict:>18}" for verdict in counts))
     for letter, title in data["tutorials"].items():
         of_it = [outcome for name, outcome in outcomes.items() if name[0] == letter]
-        cells = "".join(f"{n:>15}" for n in pages.count(of_it, counts).values())
+        cells = "".join(f"{n:>18}" for n in pages.count(of_it, counts).values())
         print(f"{letter}. {title:<61}{cells}")
-    print("{:<64}".format("all") + "".join(f"{n:>15}" for n in counts.values()))
+    print("{:<64}".format("all") + "".join(f"{n:>18}" for n in counts.values()))
 
 # %% The page and the map, from the same data.
 if args.write:

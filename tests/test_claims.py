@@ -311,6 +311,11 @@ def test_a_lab_or_command_that_a_row_names_exists(name):
     assert exists(name)
 
 
+def test_the_claims_are_counted_where_the_page_is_named():
+    assert f"| {len(CLAIMS)} claims of five tutorials:" in pages.MAP_PAGE.read_text(encoding="utf-8")
+    assert set(DATA["begin_with"]) <= set(CLAIMS)
+
+
 def test_every_claim_that_can_be_checked_is_shown_by_something():
     assert [name for name, claim in CLAIMS.items() if claim.get("readings") and not pages.shown_by(claim)] == []
 

@@ -18,7 +18,8 @@ END = "<!-- end of the map -->"
 INTRODUCTION = """# What five tutorials claim, and what is true
 
 Five public tutorials teach LoRA. Each of their sentences that makes a claim was read again, beside
-the number that this library gives: {n_claims} claims, {counts}.
+the number that this library gives: {n_claims} claims, {counts}. What stands in
+quotation marks is theirs, shortened by dots; the rest is told in our words.
 
 Nobody writes a verdict by hand. A claim is read in each way in which it can be meant, or part by
 part. **True** says that every reading holds, **false** that none does, **imprecise** that some do,
@@ -60,6 +61,12 @@ def claims_page(data, outcomes):
         of_it = [o for name, o in outcomes.items() if name[0] == letter]
         cells = [str(n) for n in count(of_it, counts).values()]
         lines.append(f"| {letter}. {title} | " + " | ".join(cells) + " |")
+    lines += ["", "## To begin with", "", BEGIN_WITH]
+    by_id = {claim["id"]: claim for claim in data["claims"]}
+    for name in data["begin_with"]:
+        outcome = outcomes[name]
+        says = _says(by_id[name])
+        lines.append(f"* {name}, {says}, is {outcome.verdict}: {outcome.text}.")
     for letter, title in data["tutorials"].items():
         lines += ["", f"## {letter}. {title}", ""]
         lines += ["| | it says | by this code | verdict | shown by |", "|---|---|---|---|---|"]
@@ -78,6 +85,7 @@ def claims_page(data, outcomes):
     return "\n".join(lines) + "\n"
 
 
+BEGIN_WITH = "Some rows that matter to whoever writes such a layer, and some that surprised us:\n"
 QUICK_CHECKS = (
     "Its lesson ends with seven questions. Their answers, in our words and with our numbers:\n"
 )
@@ -99,8 +107,13 @@ def _row(claim, outcome):
         link = _link(shown)
         if link not in links:
             links.append(link)
-    cells = [claim["id"], f"“{claim['quote']}”", outcome.text, verdict, ", ".join(links)]
+    cells = [claim["id"], _says(claim), outcome.text, verdict, ", ".join(links)]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _says(claim):
+    """The sentence of a claim: in quotation marks, unless it is told in other words."""
+    return claim["quote"] if claim.get("in_our_words") else f"“{claim['quote']}”"
 
 
 def shown_by(claim):
