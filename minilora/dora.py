@@ -47,7 +47,7 @@ class DoRALinear(AdaptedLayer):
     """y = x W'ᵀ + b: x (..., in) -> (..., out). W' is not made: the outputs are scaled.
 
     Called with a generator, it drops out elements of what the update reads, at the rate `dropout`.
-    The update is then all that DoRA adds to the layer, as in PEFT: (W' - W) x.
+    The update is then all that DoRA adds to the layer, as in PEFT: W' - W.
     """
 
     transparent = ("linear", "pair")
@@ -65,6 +65,7 @@ class DoRALinear(AdaptedLayer):
         read = F.dropout(x, self.dropout, rng)
         rows = Linear(weight)(read)  # x Wᵀ, without the bias
         if read is x:
+            # One product with W serves the base and the update.
             y = (rows + pair(x)) * scale
             return y if self.linear.bias is None else y + self.linear.bias
         return self.linear(x, rng) + rows * (scale - 1) + pair(read) * scale
