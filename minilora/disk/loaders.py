@@ -27,6 +27,9 @@ def peft_objections(fields, shapes):
     objections = []
     if fields.get("peft_type") != "LORA":
         objections.append(f"peft_type is {fields.get('peft_type')!r}, not 'LORA'")
+    if fields.get("peft_type") in ("IA3", "PROMPT_TUNING"):
+        # Another method, of which the rules below say nothing.
+        return objections
     for key in ("r", "lora_alpha"):
         if key not in fields:
             objections.append(f"no {key}: PEFT silently takes 8")
