@@ -284,7 +284,7 @@ def test_a_test_that_a_row_names_exists(name):
 
 
 # Labs and commands that are announced and not there yet.
-COMING = {"compose", "methods", "quantised", "troubleshooting", "minilora playground"}
+COMING = {"minilora playground"}
 
 
 def is_coming(answer):
