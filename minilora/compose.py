@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .backend import to_device, to_numpy
-from .lora import Adapter, LoRAPair, adapted_names, linear_names
+from .lora import Adapter, LoRAPair, adapted_names, check_plain, linear_names
 from .lora_config import LoRAConfig, as_pattern, find_targets
 from .low_rank import best_of_product, best_of_rank, distance, product_norm, singular_values
 from .quant import stored_as
@@ -298,12 +298,7 @@ def _check_plain(who, adapter):
             f"{who}: expected an Adapter, got {type(adapter).__name__}; of a stack give the "
             "adapters in it"
         )
-    for name, pair in adapter.pairs.items():
-        if type(pair) is not LoRAPair:
-            raise ValueError(
-                f"{who}: {name} has a {type(pair).__name__}, whose update is not a product of two "
-                "factors; only plain LoRA is added and compressed, so merge it instead"
-            )
+    check_plain(who, adapter)
 
 
 def _check_finite(who, adapter):

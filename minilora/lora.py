@@ -247,6 +247,6 @@ def check_plain(who, adapter):
     for name, pair in adapter.pairs.items():
         if type(pair) is not LoRAPair:
             raise ValueError(
-                f"{who}: {name} carries {type(pair).__name__}, whose update is not scaling · B A; "
-                "merge it into its base, or use it alone"
+                f"{who}: {name} has a {type(pair).__name__}, whose update is not a product of two "
+                "factors; only plain LoRA is added, compressed and stacked, so merge it instead"
             )
