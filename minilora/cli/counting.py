@@ -63,7 +63,7 @@ def count(job, log):
     config = shape_of(job.base)
     length = job.length or min(LENGTH, config.block_size)
     full = blank(config)
-    ways = [_Ways(full, job, length, r) for r in job.ranks]
+    ways = [Ways(full, job, length, r) for r in job.ranks]
     total = parameter_report(full).total
     log(f"{job.base}: {total:,} parameters")
     log(f"  {families_of(full)[0].describe(config)}")
@@ -75,8 +75,12 @@ def count(job, log):
         _log_flops(ways[0], total, job.batch * length, log)
 
 
-class _Ways:
-    """What the three ways to train `full`, a model without numbers, take; LoRA has rank `r`."""
+class Ways:
+    """What the three ways to train `full`, a model without numbers, take; LoRA has rank `r`.
+
+    report: the ParameterReport of LoRA; memory: {"full", "LoRA", "QLoRA": TrainingBytes}; steps:
+    {"full", "LoRA": StepCost}.
+    """
 
     def __init__(self, full, job, length, r):
         # As a loader gives it: frozen.

@@ -25,6 +25,7 @@ COMMAND_SYNONYMS = {
     "extract": ("subtract", "extract-lora", "delta"),
     "inspect": ("show", "info", "describe", "ls", "list"),
     "count": ("size", "memory", "vram", "params", "parameters", "flops", "estimate", "cost"),
+    "playground": ("play", "page", "html", "web", "browser", "widget", "quiz"),
     "plot": ("draw", "graph", "curve", "curves", "chart", "picture"),
     "compare": ("eval", "evaluate", "perplexity", "test", "loss", "diff"),
     "demo": ("example", "start", "try", "ask"),
@@ -95,8 +96,8 @@ def short_help():
     lines = [f"minilora {__version__}: LoRA from scratch in NumPy, with no deep-learning framework"]
     lines.append("")
     for name, command in COMMANDS.items():
-        lines.append(f"  {name:<9} {command.summary}")
-        lines.append(f"            minilora {name} {command.example}")
+        lines.append(f"  {name:<10} {command.summary}")
+        lines.append(f"             minilora {name} {command.example}")
     lines += [
         "",
         "The demo takes about a minute, with --quick a few seconds, and no network.",

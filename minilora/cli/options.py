@@ -462,6 +462,19 @@ def count_options(parser):
     )
 
 
+def playground_options(parser):
+    """Add the options of `minilora playground`."""
+    add = parser.add_argument
+    add("--html", required=True, metavar="FILE", help="the page: one file, new or to be made anew")
+    add(
+        "--measured",
+        nargs="+",
+        metavar="FILE",
+        help="what examples/rank.py has measured, which the page shows (default: the results in "
+        "the repository, if this is a clone of it)",
+    )
+
+
 def plot_options(parser):
     """Add the options of `minilora plot`."""
     add = parser.add_argument

@@ -39,6 +39,7 @@ FLAG_SYNONYMS = {
     ),
     "eval-split": ("val-split", "validation-split", "test-size", "val-size", "heldout", "holdout"),
     "full": ("full-finetuning", "full-fine-tuning", "no-lora", "finetuning-type"),
+    "html": ("page", "output", "website"),
     "length": (
         "max-length",
         "max-seq-length",
@@ -51,6 +52,7 @@ FLAG_SYNONYMS = {
     "log": ("log-file", "logging-dir", "logfile", "metrics", "history", "report-to"),
     "lr": ("learning-rate", "rate"),
     "max-new-tokens": ("max-tokens", "num-tokens", "n-predict", "max-length", "length", "tokens"),
+    "measured": ("results", "measurements"),
     "num-samples": ("samples", "n", "num-return-sequences"),
     "out": ("output", "output-dir", "output-path", "out-dir", "save-path", "save-dir"),
     "patience": ("early-stopping-patience", "early-stopping", "early-stop"),

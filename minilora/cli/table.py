@@ -356,6 +356,12 @@ def _run_count(args):
     count(CountJob(args.base, args.r, target, args.dtype, args.batch, args.length), log)
 
 
+def _run_playground(args):
+    from .playground import write_playground
+
+    write_playground(args.html, args.measured, log)
+
+
 def _run_plot(args):
     from .plot import plot
 
@@ -434,6 +440,12 @@ COMMANDS = {
         "--base llama-3.1-8b --r 16 --target q_proj,k_proj,v_proj,o_proj --dtype bf16",
         options.count_options,
         _run_count,
+    ),
+    "playground": Command(
+        "write a page that counts, decomposes and trains in a browser, without a network",
+        "--html playground.html",
+        options.playground_options,
+        _run_playground,
     ),
     "plot": Command(
         "draw the losses in the logs that finetune --log wrote",

@@ -150,8 +150,8 @@ def test_the_bare_program_prints_what_it_is_and_an_example_of_each_command(capsy
     lines = bare.out.splitlines()
     assert len(lines) < 36 and "LoRA from scratch" in lines[0]
     for name, command in COMMANDS.items():
-        assert f"  {name:<9} {command.summary}" in lines
-        examples = [line for line in lines if line.startswith(f"            minilora {name} ")]
+        assert f"  {name:<10} {command.summary}" in lines
+        examples = [line for line in lines if line.startswith(f"             minilora {name} ")]
         assert len(examples) == 1
         # It is understood as it stands.
         words = shlex.split(examples[0])[2:]

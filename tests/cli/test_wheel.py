@@ -54,8 +54,10 @@ def run(installed, folder, *command):
 
 
 def test_every_file_of_the_package_is_in_the_wheel_and_nothing_else(wheel):
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "minilora").rglob("*.py")}
-    assert {"minilora/lora.py", "minilora/disk/peft.py", "minilora/training/loop.py", "minilora/cli/demo.py"} <= sources
+    files = [*(ROOT / "minilora").rglob("*.py"), *(ROOT / "minilora" / "cli" / "page").iterdir()]
+    sources = {path.relative_to(ROOT).as_posix() for path in files}
+    assert {"minilora/lora.py", "minilora/disk/peft.py", "minilora/training/loop.py", "minilora/cli/demo.py",
+            "minilora/cli/page/page.html"} <= sources
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
     assert names == sources
@@ -70,7 +72,7 @@ def test_the_wheel_brings_what_the_commands_need_and_no_extra_of_old(wheel):
     always = {line.split(">")[0].strip() for line in needed if "extra ==" not in line}
     assert always == {"numpy", "safetensors", "tokenizers", "gguf", "jinja2", "tqdm", "threadpoolctl", "ml_dtypes"}
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"test", "peers", "cuda12", "cuda13"}
+    assert extras == {"test", "peers", "plot", "cuda12", "cuda13"}
 
 
 def test_the_demo_runs_from_the_wheel_outside_the_clone(installed, tmp_path):
