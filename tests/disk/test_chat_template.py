@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from minilora.disk import template_sandbox
+from minilora.disk import template_sandbox, template_sizes
 from minilora.disk.chat_template import ChatTemplate, read_special_texts, read_template, special_texts
 
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello <é>"},
@@ -216,6 +216,9 @@ def test_a_template_that_fails_loops_or_calls_out_is_one_line(text, told, monkey
     if told.endswith("more than"):
         # What takes all the time there is may as well have less.
         monkeypatch.setattr(template_sandbox, "MOST_SECONDS", 1)
+    if "999999" not in text and "namespace(" in text:
+        # What doubles at each turn is refused some turns sooner.
+        monkeypatch.setattr(template_sizes, "LARGEST", 100_000)
     with pytest.raises(ValueError, match=f"^f.jinja: the chat template fails: .*({told})") as refusal:
         rendered(text)
     assert "\n" not in str(refusal.value)
@@ -284,8 +287,6 @@ def test_what_stays_small_is_what_jinja_makes_of_it(text, result):
 
 
 def test_a_search_that_returns_nothing_looks_at_the_clock(monkeypatch):
-    from minilora.disk import template_sandbox
-
     template = ChatTemplate("{{ range(9) | select('in', []) | list }}")
     steps = []
     monkeypatch.setattr(template_sandbox.Environment, "step", lambda environment, n=1: steps.append(n))
