@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections import namedtuple
 
 import numpy as np
@@ -23,14 +24,18 @@ ALL = {"trained": questions.TRAINED, "unseen": questions.UNSEEN, "never": questi
 Ran = namedtuple("Ran", "lines text out seen")
 
 
-@pytest.fixture
-def small(monkeypatch):
+def take_less(patch):
     """Fewer questions and a shorter text: everything is there, and a run takes a fraction of a second."""
     corpus = load_corpus()
     short = corpus._replace(train=corpus.train[:5000], heldout=corpus.heldout[:600])
-    monkeypatch.setattr(demo, "load_corpus", lambda: short)
+    patch.setattr(demo, "load_corpus", lambda: short)
     for name, few in (("TRAINED", 48), ("UNSEEN", 8), ("NEVER_TOLD", 4)):
-        monkeypatch.setattr(questions, name, getattr(questions, name)[:few])
+        patch.setattr(questions, name, getattr(questions, name)[:few])
+
+
+@pytest.fixture
+def small(monkeypatch):
+    take_less(monkeypatch)
 
 
 def run(out, seed=0, size=SIZE, **options):
@@ -38,6 +43,16 @@ def run(out, seed=0, size=SIZE, **options):
     lines = []
     demo.run(size, out, np, seed, log=lines.append, **options)
     return lines, "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """(the folder, what was printed) of a run on these, with the seed 1: to be copied, and to be compared with."""
+    with pytest.MonkeyPatch.context() as patch:
+        take_less(patch)
+        out = tmp_path_factory.mktemp("small")
+        _, text = run(out, seed=1)
+    return out, text
 
 
 def in_words(pairs):
@@ -151,8 +166,8 @@ def change_at_attaching(text):
     return float(re.search(r"Largest logit change: (\S+)", text)[1])
 
 
-def test_an_adapter_that_is_not_invisible_at_first_shows_in_the_third_step(small, tmp_path, monkeypatch):
-    assert change_at_attaching(run(tmp_path)[1]) == 0
+def test_an_adapter_that_is_not_invisible_at_first_shows_in_the_third_step(small, small_run, tmp_path, monkeypatch):
+    assert change_at_attaching(small_run[1]) == 0
     monkeypatch.setattr(demo, "init_adapter", lambda *arguments: learned(lora.init_adapter(*arguments)))
     assert change_at_attaching(run(tmp_path)[1]) > 0.01
 
@@ -177,8 +192,10 @@ def training_that_writes(model, *arguments, **options):
 @pytest.mark.parametrize("where, name, planted", [
     (demo, "attach", attach_that_writes), (demo, "merge", merge_that_writes), (demo, "train", training_that_writes),
 ], ids=["attach", "merge", "train"])  # fmt: skip
-def test_a_base_that_was_written_to_is_not_called_identical(small, tmp_path, monkeypatch, where, name, planted):
-    assert re.search(r"sha256 (\w{12}) before and \1 after: bit-identical$", run(tmp_path)[1], re.MULTILINE)
+def test_a_base_that_was_written_to_is_not_called_identical(
+    small, small_run, tmp_path, monkeypatch, where, name, planted
+):  # fmt: skip
+    assert re.search(r"sha256 (\w{12}) before and \1 after: bit-identical$", small_run[1], re.MULTILINE)
     monkeypatch.setattr(where, name, planted)
     shas = re.search(r"sha256 (\w{12}) before and (\w{12}) after: NOT IDENTICAL$", run(tmp_path)[1], re.MULTILINE)
     assert shas[1] != shas[2]
@@ -199,9 +216,9 @@ def interrupt(*arguments, **options):
     ("after_table", "step 5 of 5", "{out}/base (the pre-trained model); {out}/security (the adapter)"),
 ])
 def test_an_interrupted_run_names_what_it_kept_and_an_adapter_of_before_is_not_beside_another_base(
-    small, tmp_path, monkeypatch, at, step, kept
+    small, small_run, tmp_path, monkeypatch, at, step, kept
 ):  # fmt: skip
-    run(tmp_path, seed=1)
+    shutil.copytree(small_run[0], tmp_path, dirs_exist_ok=True)
     old = load_model(tmp_path / "base").fingerprint()
     monkeypatch.setattr(demo, at, interrupt)
     with pytest.raises(Interrupted) as stopped:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -229,6 +229,7 @@ CASES = [(parts, {}, ()) for parts in SUBSETS] + [
 
 @pytest.mark.parametrize("parts, ranks, shared", CASES, ids=[f"{''.join(p[0] for p in parts)} {ranks} {len(shared)}"
                                                              for parts, ranks, shared in CASES])  # fmt: skip
+@settings(max_examples=8)
 @given(x=integer_arrays((3, 8), dtype=np.float32), seed=seeds)
 def test_trained_apart_they_are_one_module_of_a_file_and_come_apart_again(parts, ranks, shared, x, seed):
     """Exactly as strong, on whole numbers, also to a program that reads no metadata; and to the bit back."""

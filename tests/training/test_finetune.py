@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 from dataclasses import replace
-from itertools import islice, pairwise, product
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -356,7 +356,7 @@ def threads_change_no_bit(inputs, folder, parts=3, threads=3, threads_later=2, s
     assert same(resumed, whole)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(seeds, st.integers(1, 3), st.integers(1, 4), st.data())
 def test_seed_and_parts_decide_every_bit_and_threads_none(inputs, tmp_path_factory, seed, parts, step, data):
     threads = data.draw(st.integers(1, parts))
@@ -364,7 +364,7 @@ def test_seed_and_parts_decide_every_bit_and_threads_none(inputs, tmp_path_facto
     threads_change_no_bit(inputs, tmp_path_factory.mktemp("run"), parts, threads, threads_later, seed, step)
 
 
-@pytest.mark.parametrize("threads, threads_later", list(product([1, 2, 3], repeat=2)))
+@pytest.mark.parametrize("threads, threads_later", [(1, 3), (2, 1), (2, 3), (3, 2), (3, 3)])
 def test_a_run_in_three_parts_goes_on_to_the_bit_on_any_number_of_threads(inputs, tmp_path, threads, threads_later):
     threads_change_no_bit(inputs, tmp_path, 3, threads, threads_later)
 
@@ -488,13 +488,13 @@ def exit_code_of_a_killed_run(config, resume, when):
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL to a process")
 def test_a_run_killed_at_any_moment_and_resumed_gives_the_same_bits(inputs, whole, tmp_path):
-    """Killed twice: at every other moment of its first life (odd for one kind, even for the other), then at random."""
+    """Killed twice: at every third moment of its first life (others for each kind), then at random."""
     kind, result, files = whole
     n_moments = count_moments(config_for(inputs, tmp_path / "count", kind))
     first = {"jsonl": 1, "txt": 2}[kind]
     rng = np.random.default_rng(0)
     codes = []
-    for when in range(first, n_moments + 1, 2):
+    for when in range(first, n_moments + 1, 3):
         out = tmp_path / str(when)
         config = config_for(inputs, out, kind)
         codes.append(exit_code_of_a_killed_run(config, False, when))
@@ -506,7 +506,7 @@ def test_a_run_killed_at_any_moment_and_resumed_gives_the_same_bits(inputs, whol
             assert same(run(config), result)
         assert saved(out) == files
     assert n_moments > 40
-    assert codes.count(-signal.SIGKILL) > n_moments / 2 + 10
+    assert codes.count(-signal.SIGKILL) > n_moments / 3 + 8
 
 
 def ctrl_c(*arguments, **options):
@@ -523,11 +523,12 @@ def interrupted_at(config, when):
 
 
 def test_ctrl_c_at_any_moment_keeps_the_last_whole_step_and_says_how_to_go_on(inputs, whole, tmp_path):
+    """At the odd moments of one kind, and at the even ones of the other."""
     kind, result, files = whole
     n_moments = count_moments(config_for(inputs, tmp_path / "count", kind, save_every=100))
     assert n_moments > 30
     steps_kept = set()
-    for when in range(1, n_moments + 1):
+    for when in range({"jsonl": 1, "txt": 2}[kind], n_moments + 1, 2):
         out = tmp_path / str(when)
         config = config_for(inputs, out, kind, save_every=100)
         interrupt = interrupted_at(config, when)
