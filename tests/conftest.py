@@ -18,6 +18,20 @@ settings.register_profile("ci", deadline=None, max_examples=15, print_blob=True,
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def pytest_collection_finish():
+    """The collector does not go through what the tests themselves are made of: it stays to the end."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk():
+    """No test of this process cuts the power: what was written is there, whether the disk has it yet or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 def cupy_or_skip():
     """The module `cupy`, or a skip that says what this machine lacks."""
     try:
