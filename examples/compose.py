@@ -6,7 +6,7 @@ the sum, for every weight between 0 and 1, and after compressing to a lower rank
 
     python examples/compose.py [--quick] [--seed 0] [--seeds 3] [--base smollm2]
 
-Takes about a minute and a half for each seed on two cores.
+Takes about a minute for each seed on two cores.
 """
 
 # Before the imports that take time: Ctrl-C ends this in one line.

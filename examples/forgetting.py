@@ -7,7 +7,7 @@ in its own adapter. The tasks are two of examples/swap.py: rwxr-x--- in octal, a
 
     python examples/forgetting.py [--quick] [--seed 0] [--seeds 3] [--base smollm2]
 
-Takes about a minute for each seed on two cores.
+Takes about half a minute for each seed on two cores.
 """
 
 # Before the imports that take time: Ctrl-C ends this in one line.

@@ -7,7 +7,7 @@ with differences. One budget on one small base: no ranking for other models.
 
     python examples/methods.py [--quick] [--seed 0] [--seeds 3] [--base smollm2]
 
-Takes about three minutes on two cores, and one more for each further seed.
+Takes about two minutes on two cores, and half a minute for each further seed.
 """
 
 # Before the imports that take time: Ctrl-C ends this in one line.
@@ -151,12 +151,13 @@ columns = {
 setting = (
     f"{steps} steps of {base.batch} x {base.length} tokens of Python source on the {base.name} "
     f"base (loss before: code {before:.3f}, docs {docs_before:.3f}), the rate of each the best of "
-    "three on another seed."
+    "three on another seed. For DoRA the norm of a row is a constant in the backward, so that of A "
+    "and B no gradient is compared."
 )
 run.finish(setting, columns, rows, draw, before=before, docs_before=docs_before)
 
 # %% Exercises, each with its answer in README.md of this folder.
 # 1. In minilora/ia3.py, `merged` also scales the bias where a factor is one of outputs. Leave it as
 #    it is: which tests fail? Does the line "merge (IA)³" above notice?
-# 2. Prefix and prompt want rates ten to thirty times those of LoRA. Give them 0.01: where do they
-#    land in the picture? Look at `init_prefix` and `init_adapter` for a reason.
+# 2. A prefix wants thirty times the rate of LoRA. Give it LoRA's, 0.01: where does it land in the
+#    picture? Look for a reason in what `init_prefix` and `init_adapter` begin with.

@@ -6,7 +6,7 @@ that the tiny base was trained on.
 
     python examples/targets.py [--quick] [--seed 0] [--seeds 3] [--base smollm2]
 
-Takes about two minutes on two cores, and half a minute for each further seed.
+Takes about a minute and a half on two cores, and twenty seconds for each further seed.
 """
 
 # Before the imports that take time: Ctrl-C ends this in one line.
