@@ -296,7 +296,7 @@ def test_a_test_that_a_row_names_exists(name):
 
 
 # Labs and commands that are announced and not there yet.
-COMING = {"minilora playground"}
+COMING = set()
 
 
 def is_coming(answer):

@@ -14,6 +14,7 @@ from .. import __version__
 from ..architectures import PRESETS, blank, blank_quantized
 from ..count import n_parameters
 from ..disk.checks import json_object
+from ..lean import QUERY_BLOCK
 from ..lora import linear_names
 from ..packed import PackedTensor
 from ..step_cost import ITEMSIZES
@@ -25,7 +26,7 @@ SCRIPTS = (
     "matrices.js",
     "training.js",
     "counting.js",
-    "memory.js",
+    "step.js",
     "quiz.js",
     "drawing.js",
     "settings.js",
@@ -99,6 +100,7 @@ def playground(measured=()):
     data = {
         "models": [shapes(name, config) for name, config in PRESETS.items()],
         "dtypes": [{"name": name, "bytes": size} for name, size in ITEMSIZES.items()],
+        "query_block": QUERY_BLOCK,
         "start": START,
         "checks": checks(),
         "measured": list(measured),
@@ -210,6 +212,7 @@ def count(settings):
         "trainable": ways.report.trainable,
         "total": ways.report.total,
         "memory": {name: memory._asdict() for name, memory in ways.memory.items()},
+        "work": {name: step.flops for name, step in ways.steps.items()},
     }
 
 

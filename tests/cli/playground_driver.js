@@ -1,11 +1,11 @@
 // What the tests do on the page: it lies in a frame as narrow as a phone, and its scripts are asked one by one here.
 // JOB comes from the tests; what is found goes back as JSON in the element `found`.
 
-const NAMES = "svd, truncated, floorOf, makeRun, trainStep, lossAndGradients, countLora, memoryOf, breakEven, bytesText, percent";
+const NAMES = "svd, truncated, floorOf, makeRun, trainStep, lossAndGradients, countLora, memoryOf, workOf, breakEven, bytesText, percent";
 
 // The functions of the scripts `source`, with what they compute from the given numbers.
 function computed(source) {
-  const data = { dtypes: JOB.dtypes };
+  const data = { dtypes: JOB.dtypes, query_block: JOB.query_block };
   const f = new Function("DATA", `"use strict"; ${source}\nreturn { ${NAMES} };`)(data);
   const decomposed = JOB.matrices.map((M) => f.svd(M));
   const run = (settings, steps) => {
@@ -27,7 +27,7 @@ function computed(source) {
       const counted = f.countLora(model, settings.r, settings.targets);
       const memory = f.memoryOf(model, settings, counted);
       const even = counted.kinds.map((kind) => kind.breakEven);
-      return { trainable: counted.trainable, total: counted.all, memory, even };
+      return { trainable: counted.trainable, total: counted.all, memory, even, work: f.workOf(model, settings) };
     }),
     bytes: JOB.bytes.map((n) => f.bytesText(n)),
     percents: JOB.shares.map((share) => f.percent(share)),
@@ -43,7 +43,8 @@ function usePage(window) {
     byId(id).value = value;
     byId(id).dispatchEvent(new window.Event("input", { bubbles: true }));
   };
-  const overflow = () => document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  const wide = [document.documentElement, ...document.querySelectorAll("section > .table, #measured > .table, pre")];
+  const overflow = () => Math.max(...wide.map((one) => one.scrollWidth - one.clientWidth));
   const texts = (selector) => [...document.querySelectorAll(selector)].map((one) => one.textContent);
 
   const counts = JOB.counts.map((settings) => {
@@ -56,7 +57,8 @@ function usePage(window) {
     }
     set("alpha", 16);
     const cells = [...byId("memory").rows].map((row) => [...row.cells].map((cell) => cell.textContent));
-    return { ...numbers("cost"), shown: byId("trainable").textContent, cells, overflow: overflow() };
+    const work = byId("work-text").textContent;
+    return { ...numbers("cost"), shown: byId("trainable").textContent, cells, said: work, overflow: overflow() };
   });
   const address = window.location.hash;
 

@@ -22,6 +22,7 @@ from minilora.architectures import PRESETS, blank
 from minilora.cli import playground as module
 from minilora.cli.main import main
 from minilora.cli.playground import SCRIPTS, count, playground, read_measured
+from minilora.lean import QUERY_BLOCK
 from minilora.lora import LoRAPair
 from minilora.memory import human_bytes
 from minilora.step_cost import ITEMSIZES
@@ -65,9 +66,12 @@ BUGS = {
     "one moment": ("moments: 2 * trained", "moments: trained"),
     "no master copy": ("size < fullSize ? trained * fullSize : 0", "0"),
     "nothing packed": ("const packed = model.packed_bytes", "const packed = model.packed_numbers * size"),
-    "the head forgotten": ("last.fixed += model.vocabulary * model.width;", ""),
+    "the head forgotten": ("sums.fixed += trained ? table : 0;", ""),
+    "W's gradient free": ("(1 + gradients) * 2 * widthIn", "(1 + (x.needsGradient ? 1 : 0)) * 2 * widthIn"),
+    "no scores backward": ("sums.flopsByScore += 5 * q.width;", ""),
+    "all pairs": ("sum += (stop - start) * stop;", "sum += (stop - start) * length;"),
     "inputs kept twice": ("value.kept = true;", ""),
-    "frozen inputs kept": ("if (trained || rank > 0) {\n    keep", "if (rank >= 0) {\n    keep"),
+    "frozen inputs kept": ("if (trained) {\n    keep", "if (true) {\n    keep"),
     "binary kilobytes": ("value /= 1000", "value /= 1024"),
     "rounded to all": ("value > 99 && value < 100", "false"),
 }  # fmt: skip
@@ -156,7 +160,8 @@ def found(page, data, tmp_path_factory):
     sources = {"right": scripts()} | {bug: with_bug(scripts(), bug) for bug in BUGS}
     to_list = lambda arrays: {name: np.asarray(array).tolist() for name, array in arrays.items()}
     models = [model | {"shapes": {linear["name"]: linear for linear in model["linears"]}} for model in data["models"]]
-    job = {"sources": sources, "models": models, "dtypes": data["dtypes"], "counts": COUNTS, "runs": RUNS,
+    job = {"sources": sources, "models": models, "dtypes": data["dtypes"], "counts": COUNTS,
+           "query_block": QUERY_BLOCK, "runs": RUNS,
            "steps": STEPS, "matrices": [M.tolist() for M in MATRICES], "task": to_list(TASK), "pair": to_list(PAIR),
            "bytes": BYTES, "shares": [share for share, _ in PERCENTS]}  # fmt: skip
     driver = f"const JOB = {json.dumps(job)};\n".replace("</", "<\\/") + DRIVER.read_text(encoding="utf-8")
@@ -192,7 +197,12 @@ def check(answer, counted):
     check_gradients(answer["gradients"])
     for settings, run in zip(RUNS, answer["runs"], strict=True):
         check_run(settings, run)
-    assert answer["counts"] == counted
+    for ours, theirs in zip(answer["counts"], counted, strict=True):
+        work = ours.pop("work")
+        assert ours == {name: value for name, value in theirs.items() if name != "work"}
+        # So many FLOPs are beyond the whole numbers that JavaScript has.
+        assert work.keys() == theirs["work"].keys()
+        assert all(np.isclose(work[way], flops, rtol=1e-14, atol=0) for way, flops in theirs["work"].items())
     assert [text.replace("\xa0", " ") for text in answer["bytes"]] == [human_bytes(n) for n in BYTES]
     assert [text.replace("\xa0", " ") for text in answer["percents"]] == [text for _, text in PERCENTS]
 
@@ -282,6 +292,8 @@ def test_the_page_shows_what_minilora_count_counts(found, counted, capsys):
     for name, *sizes in shown["cells"][1:]:
         (line,) = [line for line in told.splitlines() if line.startswith(name) and "B" in line]
         assert line.removeprefix(name).split() == " ".join(sizes).replace("\xa0", " ").split()
+    full, lora = re.search(r"backward .*\ntogether +(\S+ \w+) +(\S+ \w+)", told).groups()
+    assert f"takes {full} a step, LoRA {lora}:" in shown["said"].replace("\xa0", " ")
 
 
 def test_nothing_is_wider_than_a_phone(found):

@@ -39,15 +39,15 @@ function showCost(model, settings, dtype) {
   byId("answer-text").textContent = costText(model, r, counted, file, dtype);
   const rows = counted.kinds.map((kind) => [
     named(kind),
-    whole(kind.layers),
     whole(kind.numbers),
     oneDecimal(kind.breakEven),
   ]);
-  const layers = total(counted.kinds.map((kind) => kind.layers));
-  rows.push(["together", whole(layers), whole(counted.trainable), ""]);
+  rows.push(["together", whole(counted.trainable), ""]);
   fillTable(byId("by-target"), rows, rows.map((_, i) => (i === rows.length - 1 ? "total" : "")));
   showMemory(model, settings, counted);
   byId("alpha-text").textContent = alphaText(r, alpha);
+  const work = workOf(model, settings);
+  byId("work-text").textContent = workText(work, counted, model.total);
   // What is shown, to the last digit, for who reads this page by a program.
   byId("cost").dataset.numbers = JSON.stringify({
     trainable: counted.trainable,
@@ -55,12 +55,27 @@ function showCost(model, settings, dtype) {
     adapted: counted.adapted,
     file,
     memory: memoryOf(model, settings, counted),
+    work,
   });
 }
 
-// A linear's name, and under it its shape.
+// Fewer numbers, and hardly less work.
+function workText({ full, LoRA }, counted, modelTotal) {
+  if (counted.trainable === 0) {
+    return "Nothing is trained: choose a target.";
+  }
+  const fewer = oneDecimal(modelTotal / counted.trainable);
+  return (
+    `Full fine-tuning takes ${flopsText(full)} a step, LoRA ${flopsText(LoRA)}: ${percent(LoRA / full)} of ` +
+    `it, with ${fewer} times fewer numbers trained. Forward goes through all of W as before, and backward ` +
+    "as far as the lowest adapter; what is saved are the gradients of frozen weights. A ratio of numbers " +
+    "is no speed-up."
+  );
+}
+
+// The name of a kind of linear, and under it how many there are, of what shape.
 function named(kind) {
-  const shape = `${whole(kind.out)} × ${whole(kind.in)}`;
+  const shape = `${kind.layers} of ${whole(kind.out)} × ${whole(kind.in)}`;
   return element("span", {}, kind.name, element("span", { class: "shape" }, shape));
 }
 

@@ -52,21 +52,29 @@ function oneDecimal(number) {
 
 // As human_bytes of minilora/memory.py: three digits, and 1 kB is 1,000 bytes, as on a disk's label.
 function bytesText(bytes) {
-  const units = ["B", "kB", "MB", "GB", "TB", "PB"];
-  let unit = 0;
-  let value = bytes;
-  while (value >= 999.5 && unit < units.length - 1) {
+  return withPrefix(bytes, "B");
+}
+
+function flopsText(flops) {
+  return withPrefix(flops, "FLOP");
+}
+
+function withPrefix(number, name) {
+  const prefixes = ["", "k", "M", "G", "T", "P", "E", "Z"];
+  let power = 0;
+  let value = number;
+  while (value >= 999.5 && power < prefixes.length - 1) {
     value /= 1000;
-    unit += 1;
+    power += 1;
   }
   let decimals = 2;
-  if (unit === 0 || value >= 99.95) {
+  if (power === 0 || value >= 99.95) {
     decimals = 0;
   } else if (value >= 9.995) {
     decimals = 1;
   }
   const digits = { minimumFractionDigits: decimals, maximumFractionDigits: decimals };
-  return `${value.toLocaleString("en-US", digits)}${SPACE}${units[unit]}`;
+  return `${value.toLocaleString("en-US", digits)}${SPACE}${prefixes[power]}${name}`;
 }
 
 // Three digits, without an exponent as long as it is shorter.

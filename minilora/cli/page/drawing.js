@@ -53,7 +53,7 @@ function drawMap(svg, M, largest) {
 function axes(svg, x, y) {
   const width = svg.clientWidth || 640;
   const height = svg.clientHeight || 272;
-  const box = { left: 58, right: width - 14, top: 26, bottom: height - 46 };
+  const box = { left: 58, right: width - 20, top: 26, bottom: height - 46 };
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   svg.replaceChildren();
   const add = (name, attributes, ...inside) => svg.append(element(name, attributes, ...inside));

@@ -53,7 +53,10 @@ function selfCheck() {
     const memory = memoryOf(model, settings, counted);
     const ours = JSON.stringify([counted.trainable, counted.all, memory]);
     const theirs = JSON.stringify([expected.trainable, expected.total, expected.memory]);
-    if (ours !== theirs) {
+    const work = workOf(model, settings);
+    // So many FLOPs are beyond the whole numbers that JavaScript has.
+    const isClose = (way) => Math.abs(work[way] / expected.work[way] - 1) < 1e-12;
+    if (ours !== theirs || !isClose("full") || !isClose("LoRA")) {
       wrong.push(`of ${settings.model} it counts other numbers than minilora`);
     }
   }
