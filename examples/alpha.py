@@ -132,4 +132,5 @@ run.finish(setting, columns, rows, draw, widths=widths, size_by_axis=trap)
 # %% Exercises, each with its answer in README.md of this folder.
 # 1. In minilora/lora.py, `init_adapter` says `bound = 1 / math.sqrt(layer.in_features)`. Write
 #    out_features in its place: which tests fail, and which of this base's layers are hurt most?
-# 2. Remove `eps=1e-30` above, so that Adam has its own 1e-8. Which panel changes, and why there?
+# 2. In minilora/lora_config.py, `scaling_of` divides by `math.sqrt(r)` with use_rslora. Let it
+#    divide by r there too: which tests fail, and which lines of the picture lie on one another?

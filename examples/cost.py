@@ -160,6 +160,7 @@ setting = (
 run.finish(setting, columns, rows, draw)
 
 # %% Exercises, each with its answer in README.md of this folder.
-# 1. Train q_proj of the last block alone, "h.2.attn.q_proj". Which activations are gone, and why?
+# 1. Train q_proj of the last block alone, "h.2.attn.q_proj", then that of the first, "h.0.". Which
+#    of the two keeps hardly any activations, and why?
 # 2. In minilora/functional.py, the VJP of `weight` in `linear` is `lambda dy: rows(dy).T @ X`. Give
 #    the VJP of `x` that X too, as a default argument: which test fails? What does LoRA save then?
