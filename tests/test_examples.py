@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from test_book import boundary_missing, long_lines, several_bindings, times_a_co
 import minilora.functional
 from minilora.disk.bases import SMOLLM2_COMMAND
 
+# What the ablations are measured against: nothing is switched off.
+NOISE = "nothing, the same twice"
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SOURCES = sorted((ROOT / "examples").rglob("*.py"))
@@ -27,9 +31,13 @@ by_name = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.ste
 
 # What an example is given beside --quick and --seed, once the file is there.
 ARGUMENTS = {
-    "incident_json": ["--base", "tiny.gguf"],
+    # What these measure is tested at a smaller size, and their options with it.
+    "benchmark": ["--threads", "1", "--rounds", "1", "--task", "lora", "generate"],
+    "benchmark_llm": ["--threads", "1", "--task", "all-linear"],
+    "tricks": ["--threads", "1", "--rounds", "1", "--trick", NOISE, "no gradient for frozen weights"],
+    "incident_json": ["--base", "tiny.gguf", "--json", "kept.json"],
     # Two labs that have no base: of another one nothing is said to them, who would refuse it.
-    "all_labs": ["lora_math", "gradients", "--base", "smollm2"],
+    "all_labs": ["lora_layer", "gradients", "--base", "smollm2", "--out", "."],
 }
 
 
@@ -45,7 +53,8 @@ def run(example, folder, *arguments):
     return subprocess.run(
         [sys.executable, "-W", "error", str(example), *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+        # Two run at once, and threads that wait for a core cost more than they compute.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         encoding="utf-8",
         timeout=60,
@@ -53,19 +62,49 @@ def run(example, folder, *arguments):
 
 
 @pytest.fixture(scope="session")
-def labs(tmp_path_factory):
-    """(what ran, its results) of the lab of a name, which runs once for all tests.
+def ran(request, tmp_path_factory):
+    """(what came of the example of a name, its folder), given --quick: it runs once, two examples at a time.
 
-    They share a folder, so that the first that needs the small base trains it for the others.
+    All that a test of this session will look at is started by the first that asks. They share a folder, so that the
+    first lab that needs the small base trains it for the others: until then labs run one after the other.
     """
-    folder = tmp_path_factory.mktemp("labs")
-    ran = {}
+    options = ["--quick", "--seed", "1"]
+    of_labs = tmp_path_factory.mktemp("labs")
+    for_the_base = threading.Lock()
+
+    def run_one(example):
+        if not is_lab(example):
+            folder = of_labs / example.stem
+            folder.mkdir()
+            return run(example, folder, *options), folder
+        with for_the_base:
+            if not list(of_labs.glob("base-quick-*")):
+                return run(example, of_labs, *options, "--out", "."), of_labs
+        return run(example, of_labs, *options, "--out", "."), of_labs
+
+    parameters = [item.callspec.params for item in request.session.items if item.path == Path(__file__)
+                  and hasattr(item, "callspec")]  # fmt: skip
+    wanted = {parameter["example"] for parameter in parameters if "example" in parameter}
+    with ThreadPoolExecutor(2) as pool:
+        futures = {example.stem: pool.submit(run_one, example) for example in sorted(wanted)}
+
+        def of(name):
+            if name not in futures:
+                futures[name] = pool.submit(run_one, ROOT / "examples" / f"{name}.py")
+            return futures[name].result()
+
+        yield of
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def labs(ran):
+    """(what came of the lab of a name, its results)."""
 
     def of(name):
-        if name not in ran:
-            ran[name] = run(ROOT / "examples" / f"{name}.py", folder, "--quick", "--seed", "1", "--out", ".")
+        result, folder = ran(name)
         file = folder / f"{name}.json"
-        return ran[name], json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return result, json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     return of
 
@@ -92,8 +131,8 @@ def test_there_are_examples():
 
 
 @by_name
-def test_an_example_ends_well_and_prints_a_table_and_nothing_else(example, tmp_path, labs):
-    result = labs(example.stem)[0] if is_lab(example) else run(example, tmp_path, "--quick", "--seed", "1")
+def test_an_example_ends_well_and_prints_a_table_and_nothing_else(example, ran):
+    result, _ = ran(example.stem)
     assert result.returncode == 0, result.stderr
     assert without_progress_bars(result.stderr) == []
     assert longest_table(result.stdout) >= 3, f"no table in:\n{result.stdout}"
@@ -137,12 +176,11 @@ def test_an_example_is_written_as_the_book_is(path, rule):
 
 
 @pytest.mark.parametrize("name", ["gradients", "lora_layer"])
-def test_one_seed_gives_one_table(name, labs, tmp_path):
-    rows = {"1": labs(name)[1]["rows"]}
-    for seed, folder in [("1", tmp_path / "again"), ("2", tmp_path)]:
-        run(ROOT / "examples" / f"{name}.py", tmp_path, "--quick", "--seed", seed, "--out", str(folder))
-        kept = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        assert (kept["rows"] == rows["1"]) == (seed == "1")
+def test_one_seed_gives_one_table(name, labs, ran, tmp_path):
+    """Also when the command for all labs runs them, which the second time is."""
+    rows_in = lambda folder: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    run(ROOT / "examples" / f"{name}.py", tmp_path, "--quick", "--seed", "2", "--out", ".")
+    assert rows_in(ran("all_labs")[1]) == labs(name)[1]["rows"] != rows_in(tmp_path)
 
 
 def test_the_planted_bugs_pass_with_ones_and_are_found_by_the_checker(labs):
@@ -192,9 +230,9 @@ def test_the_bytes_of_a_step_are_those_that_its_shapes_predict(labs):
     _, kept = labs("cost")
     rows = {row["name"].removeprefix("tiny: "): row for row in kept["rows"]}
     for row in rows.values():
-        # Python's own objects are counted too: no more than 60 kB.
+        # Python's own objects are counted too: no more than 70 kB.
         for phase in ("weights", "moments", "activations", "gradients"):
-            assert 0 <= row[f"measured_{phase}"] - row[f"predicted_{phase}"] < 60, (row["name"], phase)
+            assert 0 <= row[f"measured_{phase}"] - row[f"predicted_{phase}"] < 70, (row["name"], phase)
         assert row["predicted"] < row["measured"] < row["peak"]
     assert rows["LoRA on q, v"]["predicted_activations"] < rows["full"]["predicted_activations"]
     assert rows["LoRA on q, v"]["gflop"] < rows["LoRA on all"]["gflop"] < rows["full"]["gflop"]
@@ -226,9 +264,9 @@ def test_the_environment_finds_the_planted_gradient_and_no_other(labs):
 INCIDENTS = ROOT / "examples" / "incident_json.py"
 
 
-def test_incidents_are_scored_answer_by_answer_and_kept_as_they_were_written(tmp_path):
-    result = run(INCIDENTS, tmp_path, "--quick", "--json", "kept.json")
-    kept = json.loads((tmp_path / "kept.json").read_text(encoding="utf-8"))
+def test_incidents_are_scored_answer_by_answer_and_kept_as_they_were_written(ran):
+    result, folder = ran("incident_json")
+    kept = json.loads((folder / "kept.json").read_text(encoding="utf-8"))
     header, *rows = [re.split(r"\s{2,}", line.strip()) for line in result.stdout.splitlines()[:5]]
     assert header[1:] == ["JSON", "user", "ip", "time", "success", "exact"]
     kinds = {"trained forms": 12, "unseen forms": 6}
