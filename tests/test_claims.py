@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +282,7 @@ def test_a_page_without_its_marks_is_refused():
 # What a row names exists.
 
 
+@cache
 def functions_of(file):
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     return [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
