@@ -297,15 +297,6 @@ def test_a_test_that_a_row_names_exists(name):
     assert function in functions_of(file)
 
 
-# Labs and commands that are announced and not there yet.
-COMING = set()
-
-
-def is_coming(answer):
-    command = answer.startswith("minilora ")
-    return (" ".join(answer.split()[:2]) if command else answer) in COMING
-
-
 def exists(answer):
     """Is there such a lab, page or command? A command's options are understood."""
     if answer.startswith("minilora "):
@@ -320,8 +311,6 @@ ANSWERS = sorted({answer for section in SECTIONS for answer in section["answer"]
 
 @pytest.mark.parametrize("name", sorted({shown for shown in SHOWN if "::" not in shown} | set(ANSWERS)))
 def test_a_lab_or_command_that_a_row_names_exists(name):
-    if is_coming(name):
-        pytest.skip(f"{name} is announced")
     assert exists(name)
 
 
