@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import arrays, rngs, shapes
 
@@ -30,7 +30,9 @@ zero_vjp = lambda dy, *xs: tuple(np.zeros_like(x) for x in xs)
 # --- the table of functions ------------------------------------------------------------------------------------------
 
 SMALL = [*table.SMALL, *table.SCALED, *table.UNDECIDED, *table.WRONG]
-LARGE_NAMES = [row.name for row in table.large()]
+# No larger than takes a moment; examples/checkers.py has the largest of five million.
+LARGEST = 500_000
+LARGE_NAMES = [row.name for row in table.large(LARGEST)]
 
 
 def verdict(f, vjp, *inputs):
@@ -69,11 +71,15 @@ def test_a_function_gets_the_verdict_it_is_owed_whatever_it_is_multiplied_by(row
 
 @functools.cache
 def large_rows():
-    return {row.name: row for row in table.large()}
+    return {row.name: row for row in table.large(LARGEST)}
 
 
-@pytest.mark.parametrize("name", LARGE_NAMES)
-@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+# The largest are asked once, the others at each scale.
+ONCE = [name for name in LARGE_NAMES if "million" in name or "M numbers" in name]
+
+
+@pytest.mark.parametrize("name, scale", [(name, scale) for name in LARGE_NAMES for scale in (1.0, 1e-30, 1e30)
+                                         if scale == 1.0 or name not in ONCE])  # fmt: skip
 def test_so_does_a_function_of_many_numbers(name, scale):
     check_row(large_rows()[name], scale)
 
@@ -258,11 +264,13 @@ def test_a_right_gradient_is_not_accused_where_digits_are_lost(name):
 def test_no_softmax_is_accused_however_saturated(scale):
     vjp = lambda dy, z: soft(z) * (dy - (soft(z) * dy).sum(-1, keepdims=True))
     for seed in range(6):
-        for shape in ((4, 6), (60, 50)):
+        # A large one goes along directions, and takes its time.
+        for shape in ((4, 6), (60, 50))[: 2 if seed < 2 else 1]:
             z = np.random.default_rng(seed).normal(size=shape) * scale
             assert verdict(soft, vjp, z)[0] != table.REJECT
 
 
+@settings(max_examples=10)
 @given(rngs, st.sampled_from([0.0, 1e4, 1e8, 1e10]), st.sampled_from([np.sin, np.tanh, np.exp]))
 def test_a_loss_beside_a_large_number_is_never_accused_and_counts_add_up(rng, offset, f):
     x = rng.normal(size=2500) * 10.0 ** rng.integers(-3, 2)

@@ -81,8 +81,12 @@ class Saboteur:
 
 def check(op, saboteur):
     """gradcheck of `op` with `saboteur` in the place of `record`."""
+    n, m, k = op.dims
+    if "attention" in op.name and "padding" not in op.name:
+        # One row shows as much as a batch, whose rows know nothing of one another.
+        n = 1
     with record_replaced(saboteur):
-        return gradcheck(saboteur.watch(op.function), *draw(op, np.random.default_rng(6)))
+        return gradcheck(saboteur.watch(op.function), *draw(op, np.random.default_rng(6), (n, m, k)))
 
 
 @functools.cache

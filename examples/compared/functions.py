@@ -578,10 +578,10 @@ WRONG += [
 ]
 
 
-def large():
-    """Rows of many numbers. They are made when they are asked for."""
-    size = 5_000_000
-    x = rng(7).normal(size=size)
+def large(size=5_000_000):
+    """Rows of many numbers, the largest of `size`. They are made when they are asked for."""
+    x = rng(7).normal(size=max(size, 1_000_000))
+    millions = f"{size / 1e6:g}M"
     zeros = np.where(rng(8).random(200_000) < 0.1, 0.0, x[:200_000])
     m = x[:90_000].reshape(300, 300)
     w = rng(9).normal(size=(300, 20))
@@ -596,9 +596,9 @@ def large():
 
         return change
 
-    base = square("5M numbers squared")
+    base = square(f"{millions} numbers squared")
     small = square("100,000 numbers squared", 100_000)
-    relu = by_slope("relu of 5M numbers", *RELU, x, large=True)
+    relu = by_slope(f"relu of {millions} numbers", *RELU, x[:size], large=True)
     matrices = row(
         "matmul of 90,000",
         lambda x, w: x @ w,
@@ -645,7 +645,7 @@ def large():
             x[:100_000] * 10.0 ** (np.arange(100_000) % 9 - 4),
             large=True,
         ),
-        changed(base, "one sign", one(3_333_333, -1.0)),
+        changed(base, "one sign", one(size * 2 // 3, -1.0)),
         changed(base, "1e-4 off", off_by(1e-4)),
         changed(square("a million numbers squared", 1_000_000), "1e-5 off", off_by(1e-5)),
         changed(
