@@ -252,9 +252,8 @@ def quick_run(tmp_path, monkeypatch):
     command_line(monkeypatch, *arguments.split())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
-    measure = session.measure_in_turns
 
-    def plant(error):
+    def plant(error, measure=session.measure_in_turns):
         def measure_or_fail(programs, *rest):
             if programs[0].task == "full":
                 raise error
@@ -289,7 +288,7 @@ def test_what_the_table_does_not_show_is_printed_at_the_end(monkeypatch, capsys)
 
 
 def test_different_results_stop_the_run_and_what_was_measured_is_kept(tmp_path, quick_run):
-    quick_run(DifferentResults("two losses"))
+    quick_run(DifferentResults("two losses"), lambda *given: an_outcome())
     with pytest.raises(SystemExit, match="stopped at tiny full: two losses"):
         benchmark.main()
     assert [r["task"] for r in measured(tmp_path)["results"]] == ["lora"]
