@@ -35,7 +35,7 @@ function computed(source) {
 }
 
 // What a person does, and then reads.
-function usePage(window) {
+async function usePage(window) {
   const { document } = window;
   const byId = (id) => document.getElementById(id);
   const numbers = (id) => JSON.parse(byId(id).dataset.numbers);
@@ -60,16 +60,17 @@ function usePage(window) {
     const work = byId("work-text").textContent;
     return { ...numbers("cost"), shown: byId("trainable").textContent, cells, said: work, overflow: overflow() };
   });
+  await new Promise((done) => window.setTimeout(done, 400));
   const address = window.location.hash;
 
   const before = byId("trainable").textContent;
+  const place = byId("settings").nextElementSibling;
   const wrong = ["0", "257", "1.5", ""].map((r) => {
     set("r", r);
-    const alert = byId("invalid");
-    return [alert.hidden, alert.textContent, byId("trainable").textContent === before, byId("r").getAttribute("aria-invalid")];
+    return [place.hidden, place.textContent, byId("trainable").textContent === before, byId("r").getAttribute("aria-invalid")];
   });
   set("r-slider", 7);
-  const slid = [byId("r").value, byId("invalid").hidden, byId("r-slider").getAttribute("aria-valuetext")];
+  const slid = [byId("r").value, place.hidden, byId("r-slider").getAttribute("aria-valuetext")];
   set("model", "minilora-demo");
   set("r", 64);
   const quality = [byId("quality-here").textContent];
@@ -162,9 +163,10 @@ window.addEventListener("load", async () => {
     found.computed = Object.fromEntries(Object.entries(JOB.sources).map(([name, source]) => [name, computed(source)]));
     const frames = Object.fromEntries([...document.querySelectorAll("iframe")].map((frame) => [frame.id, frame.contentWindow]));
     found.checks = Object.fromEntries(Object.entries(frames).map(([name, { document: page }]) =>
-      [name, [page.documentElement.dataset.check ?? null, page.getElementById("self-check").textContent, page.title]]));
+      [name, [page.documentElement.dataset.check ?? null, page.getElementById("self-check").textContent,
+        page.querySelector("header #self-check") !== null, page.title]]));
     found.training = await trainOnPage(frames.page);
-    found.page = usePage(frames.page);
+    found.page = await usePage(frames.page);
   } catch (error) {
     found.error = `${error} ${error.stack}`;
   }

@@ -167,7 +167,7 @@ def found(page, data, tmp_path_factory):
     driver = f"const JOB = {json.dumps(job)};\n".replace("</", "<\\/") + DRIVER.read_text(encoding="utf-8")
     harness = f'<!doctype html><meta charset="utf-8"><script>{driver}</script>{"".join(frames)}<pre id="found"></pre>'
     (folder / "harness.html").write_text(harness, encoding="utf-8")
-    dom = browse((folder / "harness.html").as_uri(), folder, "--virtual-time-budget=3000")
+    dom = browse((folder / "harness.html").as_uri(), folder, "--virtual-time-budget=20000")
     answer = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)[1]))
     assert "error" not in answer, answer.get("error")
     return answer
@@ -373,17 +373,18 @@ def test_a_screen_reader_finds_names_and_headings_in_order(found):
 
 
 def test_the_page_checks_itself_and_says_what_is_wrong(found):
-    state, text, _ = found["checks"]["page"]
-    assert state == "passed" and text.startswith(f"When it opened, this page checked itself: {len(PRESETS)} counts")
-    state, text, _ = found["checks"]["wrong"]
-    assert state == "failed" and text.startswith("Do not trust this page")
+    state, text, on_top, _ = found["checks"]["page"]
+    assert state == "passed" and not on_top
+    assert text.startswith(f"When it opened, this page checked itself: {len(PRESETS)} counts")
+    state, text, on_top, _ = found["checks"]["wrong"]
+    assert state == "failed" and text.startswith("Do not trust this page") and on_top
     for part in ("of gpt2 it counts other numbers", "the decomposition misses", "the gradients differ"):
         assert part in text
 
 
 def test_nothing_is_loaded_and_no_script_runs_but_its_own(found):
     assert found["page"]["loaded"] == []
-    assert found["checks"]["unsigned"] == [None, "", "LoRA, to play with"]
+    assert found["checks"]["unsigned"] == [None, "", False, "LoRA, to play with"]
 
 
 def test_an_address_sets_the_controls_and_says_what_it_does_not_know(page, tmp_path):

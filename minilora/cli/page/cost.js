@@ -5,7 +5,8 @@ function showModel(model) {
   const length = byId("length");
   length.max = model.context;
   length.value = Math.min(length.value, model.context);
-  byId("context").textContent = `${model.name} takes rows of at most ${whole(model.context)} tokens.`;
+  byId("context").textContent =
+    `${model.name} takes rows of at most ${whole(model.context)} tokens.`;
   const before = [...document.querySelectorAll("#targets input:checked")].map(({ value }) => value);
   const names = model.linears.map(({ name }) => name);
   const kept = names.filter((name) => before.includes(name));
@@ -43,7 +44,11 @@ function showCost(model, settings, dtype) {
     oneDecimal(kind.breakEven),
   ]);
   rows.push(["together", whole(counted.trainable), ""]);
-  fillTable(byId("by-target"), rows, rows.map((_, i) => (i === rows.length - 1 ? "total" : "")));
+  fillTable(
+    byId("by-target"),
+    rows,
+    rows.map((_, i) => (i === rows.length - 1 ? "total" : "")),
+  );
   showMemory(model, settings, counted);
   byId("alpha-text").textContent = alphaText(r, alpha);
   const work = workOf(model, settings);
@@ -66,10 +71,10 @@ function workText({ full, LoRA }, counted, modelTotal) {
   }
   const fewer = oneDecimal(modelTotal / counted.trainable);
   return (
-    `Full fine-tuning takes ${flopsText(full)} a step, LoRA ${flopsText(LoRA)}: ${percent(LoRA / full)} of ` +
-    `it, with ${fewer} times fewer numbers trained. Forward goes through all of W as before, and backward ` +
-    "as far as the lowest adapter; what is saved are the gradients of frozen weights. A ratio of numbers " +
-    "is no speed-up."
+    `Full fine-tuning takes ${flopsText(full)} a step, LoRA ${flopsText(LoRA)}: ` +
+    `${percent(LoRA / full)} of it, with ${fewer} times fewer numbers trained. Forward goes ` +
+    "through all of W as before, and backward as far as the lowest adapter; what is saved are " +
+    "the gradients of frozen weights. A ratio of numbers is no speed-up."
   );
 }
 
@@ -84,16 +89,18 @@ function costText(model, r, counted, file, dtype) {
     return "Nothing is adapted: choose a target.";
   }
   const words = [
-    `of ${whole(counted.all)}: ${percent(counted.trainable / counted.all)}. The ${whole(model.total)} of ` +
-      `${model.name} stay as they are.`,
-    `Of the matrices that are adapted it is ${percent(counted.trainable / counted.adapted)}, a reduction by ` +
-      `${percent(Math.max(0, 1 - counted.trainable / counted.adapted))}.`,
+    `of ${whole(counted.all)}: ${percent(counted.trainable / counted.all)}. ` +
+      `The ${whole(model.total)} of ${model.name} stay as they are.`,
+    `Of the matrices that are adapted it is ${percent(counted.trainable / counted.adapted)}, ` +
+      `a reduction by ${percent(Math.max(0, 1 - counted.trainable / counted.adapted))}.`,
     `The adapter's numbers take ${bytesText(file)} as ${dtype.name}.`,
   ];
   const useless = counted.kinds.filter((kind) => r > Math.min(kind.in, kind.out));
   const dear = counted.kinds.filter((kind) => r >= kind.breakEven && !useless.includes(kind));
   if (dear.length > 0) {
-    words.push(`On ${listed(dear)} that is no saving: the pair is as large as the matrix, or larger.`);
+    words.push(
+      `On ${listed(dear)} that is no saving: the pair is as large as the matrix, or larger.`,
+    );
   }
   if (useless.length > 0) {
     words.push(`${listed(useless)} cannot have an update of rank ${r}; minilora refuses that.`);
@@ -125,9 +132,16 @@ function showMemory(model, settings, counted) {
   }));
   drawBars(byId("memory-bars"), bars);
   const parts = Object.keys(memory.full);
-  const rows = parts.map((part) => [PARTS[part], ...ways.map((way) => bytesText(memory[way][part]))]);
+  const rows = parts.map((part) => [
+    PARTS[part],
+    ...ways.map((way) => bytesText(memory[way][part])),
+  ]);
   rows.push(["together", ...bars.map(({ text }) => text)]);
-  fillTable(byId("memory"), rows, rows.map((_, i) => (i === parts.length ? "total" : "")));
+  fillTable(
+    byId("memory"),
+    rows,
+    rows.map((_, i) => (i === parts.length ? "total" : "")),
+  );
   parts.forEach((_, i) => {
     const key = element("svg", { class: "key", viewBox: "0 0 1 1", "aria-hidden": "true" });
     key.append(element("rect", { class: `part-${i + 1}`, width: 1, height: 1 }));
@@ -159,19 +173,38 @@ function showCurve(model, settings, dtype) {
   const label = "LoRA's numbers, as a share of the matrices'";
   const y = { from, to: 3, log: true, label, ticks: shareTicks(from, 1) };
   const { at, add, path, box } = axes(svg, x, y);
-  path([[1, 1], [last, 1]], "rule");
-  path([[1, shareAt(1)], [last, shareAt(last)]], "line");
+  path(
+    [
+      [1, 1],
+      [last, 1],
+    ],
+    "rule",
+  );
+  path(
+    [
+      [1, shareAt(1)],
+      [last, shareAt(last)],
+    ],
+    "line",
+  );
   const above = { class: "rule-text", x: box.left + 6, y: at(1, 1)[1] - 7 };
   add("text", above, `break-even: r = ${oneDecimal(even)}`);
   const [cx, cy] = at(r, shareAt(r));
   add("circle", { class: "dot", cx, cy, r: 7 });
   const left = cx > (box.left + box.right) / 2;
-  const beside = { class: "strong", x: cx + (left ? -14 : 14), y: cy + 16, "text-anchor": left ? "end" : "start" };
+  const beside = {
+    class: "strong",
+    x: cx + (left ? -14 : 14),
+    y: cy + 16,
+    "text-anchor": left ? "end" : "start",
+  };
   add("text", { ...beside, y: left ? cy - 8 : cy + 18 }, `r = ${r}: ${percent(shareAt(r))}`);
   words.textContent =
-    `At r = ${r} the adapter has ${percent(shareAt(r))} of the numbers of the matrices it adapts. Each ` +
-    `doubling of r doubles that, until r = ${oneDecimal(even)}, where nothing is saved.`;
-  const ranks = [...new Set([...doublingTicks(256, 9).map(([rank]) => rank), r])].sort((a, b) => a - b);
+    `At r = ${r} the adapter has ${percent(shareAt(r))} of the numbers of the matrices it ` +
+    `adapts. Each doubling of r doubles that, until r = ${oneDecimal(even)}, where nothing is saved.`;
+  const ranks = [...new Set([...doublingTicks(256, 9).map(([rank]) => rank), r])].sort(
+    (a, b) => a - b,
+  );
   const rows = ranks.map((rank) => {
     const counted = countLora(model, rank, targets);
     return [
@@ -182,5 +215,9 @@ function showCurve(model, settings, dtype) {
       bytesText(counted.trainable * dtype.bytes),
     ];
   });
-  fillTable(byId("curve-table"), rows, ranks.map((rank) => (rank === r ? "here" : "")));
+  fillTable(
+    byId("curve-table"),
+    rows,
+    ranks.map((rank) => (rank === r ? "here" : "")),
+  );
 }

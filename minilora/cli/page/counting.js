@@ -36,7 +36,9 @@ function whole(number) {
 function percent(share) {
   const value = 100 * share;
   if (value > 99 && value < 100) {
-    return `${(100 - Number((100 - value).toPrecision(2))).toFixed(decimalsOf(100 - value))}${SPACE}%`;
+    const missing = 100 - value;
+    const rounded = 100 - Number(missing.toPrecision(2));
+    return `${rounded.toFixed(decimalsOf(missing))}${SPACE}%`;
   }
   return `${Number(value.toPrecision(3))}${SPACE}%`;
 }
@@ -50,7 +52,7 @@ function oneDecimal(number) {
   return number.toLocaleString("en-US", { maximumFractionDigits: 1 });
 }
 
-// As human_bytes of minilora/memory.py: three digits, and 1 kB is 1,000 bytes, as on a disk's label.
+// As human_bytes of minilora/memory.py: three digits, and 1 kB is 1,000 bytes.
 function bytesText(bytes) {
   return withPrefix(bytes, "B");
 }

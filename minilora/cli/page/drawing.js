@@ -80,7 +80,11 @@ function axes(svg, x, y) {
   add("text", { x: middle, y: height - 6, "text-anchor": "middle" }, x.label);
   add("text", { x: 4, y: 14 }, y.label);
   const path = (points, name) => {
-    const places = points.map(([px, py]) => at(px, py).map((place) => place.toFixed(1)).join(" "));
+    const places = points.map(([px, py]) =>
+      at(px, py)
+        .map((place) => place.toFixed(1))
+        .join(" "),
+    );
     add("path", { class: name, d: `M${places.join("L")}` });
   };
   return { at, add, path, box };
@@ -112,7 +116,9 @@ function shareTicks(from, to) {
 }
 
 function shareText(share) {
-  return share >= 1e-4 && share <= 1e3 ? percent(share) : `1e${Math.round(Math.log10(share)) + 2} %`;
+  return share >= 1e-4 && share <= 1e3
+    ? percent(share)
+    : `1e${Math.round(Math.log10(share)) + 2} %`;
 }
 
 // Bars of several parts, all to one scale, each under its title and its sum.

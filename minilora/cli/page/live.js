@@ -9,8 +9,8 @@ const TELL_EVERY = 250;
 // Where the axis of losses ends at the latest, as a share of the first loss.
 const LOWEST = 1e-8;
 
-// The run on the page, and what its buttons do. `settings()` is asked when it begins; `changed(steps)`
-// is called when it comes to rest. Returns {reset, redraw, train, steps}.
+// The run on the page, and what its buttons do. `settings()` is asked when it begins, `changed()`
+// is called when it comes to rest. Returns {reset, redraw, train, tell, steps}.
 function makeLive(settings, changed) {
   const still = window.matchMedia("(prefers-reduced-motion: reduce)");
   let run = null;
@@ -44,7 +44,7 @@ function makeLive(settings, changed) {
     }
     name();
     tell();
-    changed(steps());
+    changed();
   }
 
   function animate() {
@@ -52,7 +52,7 @@ function makeLive(settings, changed) {
     if (isOver()) {
       pause();
       tell();
-      changed(steps());
+      changed();
       return;
     }
     if (steps() % TELL_EVERY === 0) {
@@ -91,11 +91,11 @@ function makeLive(settings, changed) {
     pause();
     train(1);
     tell();
-    changed(steps());
+    changed();
   });
   byId("reset").addEventListener("click", () => {
     reset();
-    changed(0);
+    changed();
   });
   still.addEventListener("change", pause);
   return { reset, redraw: show, train, tell, steps };
@@ -107,7 +107,8 @@ function runText(run) {
   const first = run.losses[0];
   const { loss, A, B } = lossAndGradients(run.task, run.pair);
   if (run.diverged) {
-    return `Step ${whole(steps)}: the loss has left all bounds. A lower learning rate is needed; start again.`;
+    const remedy = "A lower learning rate is needed; start again.";
+    return `Step ${whole(steps)}: the loss has left all bounds. ${remedy}`;
   }
   const floor = floorOf(run.task.sigma, run.settings.r);
   const reach =
@@ -116,7 +117,8 @@ function runText(run) {
       : `An update of rank ${run.settings.r} can reach W′ exactly.`;
   return (
     `Step ${whole(steps)}: ${percent(loss / first)} of the first loss is left. ${reach} ` +
-    `|dL/dA| is ${shortNumber(Math.sqrt(squares(A)))}, |dL/dB| ${shortNumber(Math.sqrt(squares(B)))}.`
+    `|dL/dA| is ${shortNumber(Math.sqrt(squares(A)))}, ` +
+    `|dL/dB| ${shortNumber(Math.sqrt(squares(B)))}.`
   );
 }
 
@@ -147,24 +149,47 @@ function drawLoss(run) {
   const to = 10 ** Math.ceil(Math.log10(Math.min(DIVERGED, Math.max(1, ...finite))));
   const last = Math.max(200, 100 * Math.ceil((shares.length - 1) / 100));
   const quarters = [0, 1, 2, 3, 4].map((quarter) => (quarter * last) / 4);
-  const x = { from: 0, to: last, label: "step", ticks: quarters.map((step) => [step, whole(step)]) };
+  const x = {
+    from: 0,
+    to: last,
+    label: "step",
+    ticks: quarters.map((step) => [step, whole(step)]),
+  };
   const label = "loss, as a share of the first";
   const y = { from, to, log: true, label, ticks: shareTicks(from, to) };
   const { at, add, path, box } = axes(byId("loss-picture"), x, y);
   if (floor > 0) {
-    path([[0, floor], [last, floor]], "rule");
-    const place = { class: "rule-text", x: box.right, y: at(0, floor)[1] + 18, "text-anchor": "end" };
+    path(
+      [
+        [0, floor],
+        [last, floor],
+      ],
+      "rule",
+    );
+    const place = {
+      class: "rule-text",
+      x: box.right,
+      y: at(0, floor)[1] + 18,
+      "text-anchor": "end",
+    };
     add("text", place, `floor of rank ${settings.r}: ${percent(floor)}`);
   }
   // What lies outside of the picture is drawn on its edge.
   const inside = (share) => (Number.isFinite(share) ? Math.min(to, Math.max(from, share)) : to);
-  path(shares.map((share, step) => [step, inside(share)]), "line");
+  path(
+    shares.map((share, step) => [step, inside(share)]),
+    "line",
+  );
   const now = shares[shares.length - 1];
   const [cx, cy] = at(shares.length - 1, inside(now));
   add("circle", { class: "dot", cx, cy, r: 6 });
   const anchor = cx > (box.left + box.right) / 2 ? "end" : "start";
   const text = Number.isFinite(now) ? percent(now) : "no number";
-  add("text", { class: "strong", x: cx, y: Math.max(box.top + 20, cy - 12), "text-anchor": anchor }, text);
+  add(
+    "text",
+    { class: "strong", x: cx, y: Math.max(box.top + 20, cy - 12), "text-anchor": anchor },
+    text,
+  );
   byId("loss-words").textContent =
     floor > 0
       ? `The dashed line is what no update of rank ${settings.r} gets below (Eckart and Young).`

@@ -57,7 +57,11 @@ function showLowRank({ matrix, keep }) {
     value < 1e-12 * parts.sigma[0] ? "0" : shortNumber(value),
     percent(1 - floorOf(parts.sigma, i + 1)),
   ]);
-  fillTable(byId("sigma-table"), rows, rows.map((_, i) => (i + 1 === keep ? "here" : "")));
+  fillTable(
+    byId("sigma-table"),
+    rows,
+    rows.map((_, i) => (i + 1 === keep ? "here" : "")),
+  );
   // The error, once from what is missing and once from the singular values left out.
   byId("low-rank").dataset.numbers = JSON.stringify({
     sigma: parts.sigma,
@@ -72,7 +76,8 @@ function lowRankText(keep, error) {
   const full = SIZE * SIZE;
   const beside = numbers < full ? `${percent(1 - numbers / full)} fewer` : "no saving";
   // Below this, it is rounding.
-  const size = error < 1e-24 ? "nothing is missing" : `${percent(Math.sqrt(error))} of the matrix is missing`;
+  const size =
+    error < 1e-24 ? "nothing is missing" : `${percent(Math.sqrt(error))} of the matrix is missing`;
   const norm = error < 1e-24 ? "" : " (in Frobenius' norm)";
   return (
     `Rank ${keep} takes 2 · 16 · ${keep} = ${numbers} numbers instead of ${full}: ${beside}. ` +

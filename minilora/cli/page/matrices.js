@@ -118,7 +118,7 @@ function truncated({ left, sigma, right }, r) {
   return matrixOf(left[0].length, right[0].length, entry);
 }
 
-// What no matrix of rank r can reach: the share of the squares that lies in the directions left out.
+// What no matrix of rank r can reach: the share of the squares in the directions left out.
 function floorOf(sigma, r) {
   const all = dot(sigma, sigma);
   const rest = sigma.slice(r);

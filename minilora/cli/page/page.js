@@ -12,7 +12,9 @@ function modelNamed(name) {
 
 function fillLists() {
   for (const model of DATA.models) {
-    byId("model").append(element("option", { value: model.name }, `${model.name}: ${whole(model.total)}`));
+    byId("model").append(
+      element("option", { value: model.name }, `${model.name}: ${whole(model.total)}`),
+    );
   }
   for (const dtype of DATA.dtypes) {
     byId("dtype").append(element("option", { value: dtype.name }, dtype.name));
@@ -34,7 +36,11 @@ function showQuiz() {
       const radio = element("input", { type: "radio", name: `question-${i + 1}` });
       radio.addEventListener("change", () => {
         feedback.className = option.right ? "feedback right" : "feedback wrong";
-        feedback.replaceChildren(element("b", {}, option.right ? "✓ Right." : "✗ Not so."), " ", option.why);
+        feedback.replaceChildren(
+          element("b", {}, option.right ? "✓ Right." : "✗ Not so."),
+          " ",
+          option.why,
+        );
       });
       return element("label", {}, radio, element("span", {}, option.text));
     });
@@ -73,12 +79,15 @@ function selfCheck() {
     wrong.push(`the gradients differ from differences of the loss by ${error}`);
   }
   document.documentElement.dataset.check = wrong.length === 0 ? "passed" : "failed";
+  if (wrong.length > 0) {
+    document.querySelector("header").prepend(byId("self-check"));
+  }
   byId("self-check").textContent =
     wrong.length > 0
       ? `Do not trust this page, it checked itself when it opened: ${wrong.join("; ")}.`
-      : `When it opened, this page checked itself: ${DATA.checks.length} counts are minilora's, to the last ` +
-        `byte; a decomposed matrix comes back to ${back.toExponential(0)}; the gradients agree with ` +
-        `differences of the loss to ${error.toExponential(0)}, relative to the largest.`;
+      : `When it opened, this page checked itself: ${DATA.checks.length} counts are minilora's, ` +
+        `to the last byte; a decomposed matrix comes back to ${back.toExponential(0)}; the gradients ` +
+        `agree with differences of the loss to ${error.toExponential(0)}, relative to the largest.`;
 }
 
 function start() {
@@ -89,11 +98,22 @@ function start() {
   const ignored = followAddress(hash, () => showModel(model()));
   if (ignored.length > 0) {
     byId("ignored").hidden = false;
-    byId("ignored").textContent = `The address says ${ignored.join(", ")}, which this page does not know.`;
+    byId("ignored").textContent =
+      `The address says ${ignored.join(", ")}, which this page does not know.`;
   }
   let settings = readSettings();
 
-  const write = (steps) => history.replaceState(null, "", addressOf(settings, steps));
+  let timer = null;
+
+  // The address follows once all is still: browsers refuse to change it a hundred times in a row.
+  function write() {
+    clearTimeout(timer);
+    timer = setTimeout(
+      () => history.replaceState(null, "", addressOf(settings, live.steps())),
+      300,
+    );
+  }
+
   const trainSettings = () => ({
     n: SIZE,
     r: settings["train-r"],
@@ -113,18 +133,14 @@ function start() {
     byId("quality-here").textContent = qualityText(DATA.measured, settings, model());
   }
 
-  // A control has changed: all that depends on it, or what is wrong with it.
+  // A control has changed: so does all that depends on it, unless its value is none.
   function follow(show) {
-    try {
-      settings = readSettings();
-    } catch (error) {
-      byId("invalid").textContent = error.message;
-      byId("invalid").hidden = false;
-      return;
+    const changed = readSettings();
+    if (changed !== null) {
+      settings = changed;
+      show();
+      write();
     }
-    byId("invalid").hidden = true;
-    show();
-    write(live.steps());
   }
 
   // Before the form hears of it.
@@ -139,7 +155,11 @@ function start() {
     ["all", () => true],
   ]) {
     byId(`targets-${name}`).addEventListener("click", () => {
-      chooseTargets(model().linears.map(({ name }) => name).filter(belongs));
+      chooseTargets(
+        model()
+          .linears.map(({ name }) => name)
+          .filter(belongs),
+      );
       follow(showCounts);
     });
   }

@@ -2,9 +2,20 @@
 
 // Each is the id of a control and its name in the address.
 const FIELDS = [
-  "model", "r", "alpha", "dtype", "batch", "length",
-  "matrix", "keep",
-  "train-r", "train-k", "train-alpha", "train-method", "train-lr", "train-seed",
+  "model",
+  "r",
+  "alpha",
+  "dtype",
+  "batch",
+  "length",
+  "matrix",
+  "keep",
+  "train-r",
+  "train-k",
+  "train-alpha",
+  "train-method",
+  "train-lr",
+  "train-seed",
 ];
 // What the slider stops at: an arrow key goes to the next rank that makes a difference.
 const RANKS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256];
@@ -19,22 +30,31 @@ function isValid(control) {
   return control.value !== "" && whole && control.checkValidity();
 }
 
-// What all controls are set to. Raises: Error that names the first control without a valid value.
+// What all controls are set to; or null if one has no valid value. That one is named in the place for
+// it, which follows its form.
 function readSettings() {
   const settings = {};
+  let isWhole = true;
+  for (const form of document.querySelectorAll("form.controls")) {
+    form.nextElementSibling.hidden = true;
+  }
   for (const id of FIELDS) {
     const control = byId(id);
     const wrong = !isValid(control);
     control.setAttribute("aria-invalid", String(wrong));
     if (wrong) {
       const name = document.querySelector(`label[for="${id}"]`).textContent;
-      throw new Error(`${name} must be ${rangeText(control)}.`);
+      const place = control.form.nextElementSibling;
+      place.textContent = `${name} must be ${rangeText(control)}.`;
+      place.hidden = false;
+      isWhole = false;
     }
     const number = ["number", "range"].includes(control.type) || id === "train-lr";
     settings[id] = number ? Number(control.value) : control.value;
   }
-  settings.targets = [...document.querySelectorAll("#targets input:checked")].map(({ value }) => value);
-  return settings;
+  const chosen = [...document.querySelectorAll("#targets input:checked")];
+  settings.targets = chosen.map(({ value }) => value);
+  return isWhole ? settings : null;
 }
 
 function rangeText({ min, max, step }) {

@@ -64,7 +64,11 @@ function stepOf(model, rankOf, batch, length, size) {
   const scores = 2 * batch * pairs(length);
   let numbers = 0;
   let flops = 0;
-  for (const [cost, times] of [[first, 1], [later, model.layers - 1], [head, 1]]) {
+  for (const [cost, times] of [
+    [first, 1],
+    [later, model.layers - 1],
+    [head, 1],
+  ]) {
     numbers += times * (rows * cost.byRow + length * cost.byPosition + cost.fixed);
     flops += times * (rows * cost.flopsByRow + scores * cost.flopsByScore);
   }
@@ -127,7 +131,9 @@ function costOfBlock(model, rankOf, needsGradient) {
   x = { width: model.width, needsGradient: x.needsGradient || y.needsGradient };
 
   y = addNorm(sums, model, x, all);
-  const inner = ["gate_proj", "up_proj"].filter((name) => name in model.shapes).map((name) => linear(y, name));
+  const inner = ["gate_proj", "up_proj"]
+    .filter((name) => name in model.shapes)
+    .map((name) => linear(y, name));
   for (const value of inner) {
     // The derivative of what is between the linears.
     sums.byRow += value.needsGradient ? value.width : 0;
