@@ -149,10 +149,9 @@ class Run:
         tokenizer = load_tokenizer(path)
         asking = None if tokenizer.template is None else Chat(tokenizer, SYSTEM)
         model = quant.widen(load_model(path, self.xp))
-        name = self.base_name if self.base_name == "smollm2" else path.stem
         length = min(128, model.config.block_size)
         codec = (tokenizer.encode_text, tokenizer.decode, tokenizer.encode_pair)
-        return Base(name, model, *codec, asking, length, 2)
+        return Base(self.base_name, model, *codec, asking, length, 2)
 
     def _tiny_base(self):
         corpus = load_corpus()
