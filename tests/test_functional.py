@@ -46,7 +46,7 @@ def test_no_op_is_forgotten():
 
 
 @every_op
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(rngs, st.tuples(sides, sides, sides))
 def test_it_computes_its_formula_and_its_gradient_is_the_derivative(op, rng, dims):
     arrays = draw(op, rng, dims)

@@ -98,4 +98,5 @@ minilora.lora.LoRALinear.__call__ = lambda self, x: os.kill(os.getpid(), signal.
 sys.argv = ["merge.py", "--quick"]
 runpy.run_path({str(ROOT / "examples" / "merge.py")!r}, run_name="__main__")
 """
-    assert finish(start_python(tmp_path, "-c", code)) == (130, "", "merge.py: interrupted\n")
+    ended = finish(start_python(tmp_path, "-c", code, path=[ROOT / "examples"]))
+    assert ended == (130, "", "merge.py: interrupted\n")
