@@ -155,7 +155,8 @@ columns |= {
 columns |= {"gflop": ("GFLOP", ".2f"), "ms": ("ms", ".1f")}
 setting = (
     f"One step on {base.batch} x {base.length} random tokens in one part, float32, LoRA of rank 8; "
-    "bytes as tracemalloc counts them, milliseconds as the median of alternating rounds."
+    "bytes as tracemalloc counts them, milliseconds as the median of alternating rounds, on one "
+    "thread of BLAS."
 )
 run.finish(setting, columns, rows, draw)
 

@@ -132,3 +132,9 @@ setting = (
     f"base (loss before: {before:.3f}), every linear, alpha = 2r, the rate chosen on another seed."
 )
 run.finish(setting, columns, rows, draw, before=before, procedure=procedure)
+
+# %% Exercises, each with its answer in README.md of this folder.
+# 1. "validation_by_rate" in the JSON has every rate at every rank. Had you swept r with 0.03 alone,
+#    which rank had you called the best? And with 0.003?
+# 2. Choose the rates on `code.test` instead of `code.validation`. What is wrong with that, even if
+#    the numbers hardly change?

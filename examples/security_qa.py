@@ -28,7 +28,7 @@ from minilora.training.loop import exact_match
 run = lab.begin(__file__, __doc__)
 base = run.base().for_questions()
 is_tiny = base.name == lab.TINY
-steps = run.steps(650 if is_tiny else 100)
+steps = run.steps(650 if is_tiny else 60)
 batch = 16 if is_tiny else 8
 lr = 1e-2 if is_tiny else 2e-3
 # A language model takes a tenth of a second for each question.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import threadpoolctl
 from compared.report import cpu_name
 
 from minilora import Adam, load_model, quant, save_model
@@ -141,6 +142,8 @@ class Run:
     def base(self):
         """The Base. The tiny one is trained if the folder of --out does not have it yet."""
         if self.base_name == TINY:
+            # Its matrices are so small that a second thread of BLAS costs more than it brings.
+            threadpoolctl.threadpool_limits(1, "blas")
             model = self._tiny_base()
             encode = characters.encode
             pair = lambda prompt, answer: (encode(prompt), encode(answer))

@@ -80,23 +80,28 @@ def middle(values):
     return sum(values) / len(values)
 
 
+def ranges(lists):
+    """How far the values of each list reach below their mean, and how far above it."""
+    # The mean of equal numbers may be rounded to less than they are.
+    below = [max(0.0, middle(values) - min(values)) for values in lists]
+    above = [max(0.0, max(values) - middle(values)) for values in lists]
+    return below, above
+
+
 def with_range(axes, x, lists, label, **style):
     """A line through the means of `lists`, one list of numbers for each x, and their ranges."""
     means = [middle(values) for values in lists]
-    below = [mean - min(values) for mean, values in zip(means, lists, strict=True)]
-    above = [max(values) - mean for mean, values in zip(means, lists, strict=True)]
-    axes.errorbar(x, means, yerr=[below, above], capsize=4, label=label, **style)
+    axes.errorbar(x, means, yerr=ranges(lists), capsize=4, label=label, **style)
 
 
 def bars(axes, names, lists, form="{:.0f}", **style):
     """A horizontal bar for each name, the first on top, with its number and its range."""
     places = range(len(names))
     means = [middle(values) for values in lists]
-    below = [mean - min(values) for mean, values in zip(means, lists, strict=True)]
-    above = [max(values) - mean for mean, values in zip(means, lists, strict=True)]
+    below, above = ranges(lists)
     # A bar of one seed has no range to show.
-    ranges = [below, above] if any(below) or any(above) else None
-    drawn = axes.barh(places, means, xerr=ranges, capsize=4, ecolor=INK, **style)
+    shown = [below, above] if any(below) or any(above) else None
+    drawn = axes.barh(places, means, xerr=shown, capsize=4, ecolor=INK, **style)
     axes.bar_label(drawn, fmt=form, padding=3, fontsize=11)
     axes.set_yticks(places, names)
     # Axes may share their names: to invert them twice would undo it.
