@@ -26,7 +26,7 @@ parser.add_argument(
 )
 parser.add_argument("--seed", type=int, default=0, help="no number here depends on it")
 parser.add_argument(
-    "--write", action="store_true", help="write CLAIMS.md, and the map and the tables in README.md"
+    "--write", action="store_true", help="write the pages that show claims and results"
 )
 args = parser.parse_args()
 
@@ -61,11 +61,14 @@ if not args.ids:
         print(f"{letter}. {title:<61}{cells}")
     print("{:<64}".format("all") + "".join(f"{n:>18}" for n in counts.values()))
 
-# %% The page and the map, from the same data.
+# %% The pages, from the same data.
 if args.write:
     pages.CLAIMS_PAGE.write_text(pages.claims_page(data, outcomes), encoding="utf-8")
     sections = json.loads(pages.SECTIONS.read_text(encoding="utf-8"))
     page = pages.MAP_PAGE.read_text(encoding="utf-8")
     page = results.with_tables(pages.with_map(page, pages.sections_map(sections)))
+    page = results.with_exercises(results.with_list(page))
     pages.MAP_PAGE.write_text(page, encoding="utf-8")
-    print(f"\nwritten: {pages.CLAIMS_PAGE.name}, and map and tables in {pages.MAP_PAGE.name}")
+    first_page = results.FIRST_PAGE.read_text(encoding="utf-8")
+    results.FIRST_PAGE.write_text(results.with_claims(first_page), encoding="utf-8")
+    print("\nwritten: CLAIMS.md, the course's map and tables, and the claims on the first page")

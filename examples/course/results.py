@@ -1,17 +1,24 @@
-"""What was measured, as the course shows it: the tables of labs, read from their files. Runs none.
+"""What was measured, as the pages show it: tables of labs and of claims. Runs no lab.
 
-`python examples/claims.py --write` writes them into the page; a test compares them with the files.
+`python examples/claims.py --write` writes them into the pages; tests compare them with the files.
 """
 
 import json
 import re
-from pathlib import Path
 
+from . import claims
 from .lab import shown
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = claims.RESULTS
+# {lab: the answer to each of its exercises}, as they came out when somebody did them.
+ANSWERS = claims.EXAMPLES / "course" / "answers.json"
+FIRST_PAGE = claims.EXAMPLES.parent / "README.md"
 # In the page, where the table of a result stands: <!-- result: rank --> ... <!-- end -->
 PLACE = re.compile(r"(<!-- result: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# The same for the list of all labs, and for a few claims: <!-- claims: A8 B41 -->
+LIST = re.compile(r"(<!-- labs: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+EXERCISES = re.compile(r"(<!-- exercises: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+CLAIMS = re.compile(r"(<!-- claims: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def read(name):
@@ -48,6 +55,59 @@ def _line(cells):
 def with_tables(page):
     """The text of a page with the table of each result at its place."""
     return PLACE.sub(lambda found: f"{found[1]}{table(found[2])}{found[3]}", page)
+
+
+def with_list(page):
+    """The text of a page with the list of the labs it names, at its place."""
+    return LIST.sub(lambda found: f"{found[1]}{_list(found[2].split())}{found[3]}", page)
+
+
+def _list(names):
+    lines = ["", _line(["", "lab", "asks", "seconds, three seeds"]), _line(["---"] * 4)]
+    for i, name in enumerate(names, 1):
+        kept = read(name)
+        # The first sentence of a title may be a question.
+        question = re.match(r".*?[?.:](?=\s|$)", kept["title"])[0]
+        lines.append(_line([str(i), f"[{name}](#{name})", question, f"{kept['seconds']:,.0f}"]))
+    return "\n".join([*lines, "", ""])
+
+
+def exercises(name):
+    """The exercises that end the source of a lab, each on one line."""
+    source = (claims.EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    _, _, lines = source.partition("\n# %% Exercises")
+    text = " ".join(line.removeprefix("#").strip() for line in lines.splitlines()[1:])
+    return [exercise.strip() for exercise in re.split(r"(?:^| )\d\. ", text) if exercise.strip()]
+
+
+def with_exercises(page):
+    """The text of a page with the exercises of each lab, and their answers folded away."""
+    answers = json.loads(ANSWERS.read_text(encoding="utf-8"))
+
+    def both(found):
+        parts = [found[1], "**Exercises**", "", *_numbered(exercises(found[2])), ""]
+        parts += ["<details>", "<summary>Answers</summary>", "", *_numbered(answers[found[2]]), ""]
+        return "\n".join([*parts, "</details>", "", found[3]])
+
+    return EXERCISES.sub(both, page)
+
+
+def _numbered(lines):
+    return [f"{i}. {line}" for i, line in enumerate(lines, 1)]
+
+
+def with_claims(page):
+    """The text of a page with a row for each of the claims that it names."""
+    by_id = {claim["id"]: claim for claim in claims.load()["claims"]}
+
+    def rows(found):
+        lines = ["", _line(["a tutorial says", "by this code", ""]), _line(["---"] * 3)]
+        for name in found[2].split():
+            outcome = claims.outcome(by_id[name])
+            lines.append(_line([f"“{by_id[name]['quote']}”", outcome.text, outcome.verdict]))
+        return "\n".join([found[1].rstrip(), *lines, "", found[3]])
+
+    return CLAIMS.sub(rows, page)
 
 
 def places(page):
