@@ -31,7 +31,8 @@ def training_bytes(trained, frozen_bytes=0, *, dtype="float32", moments_dtype=No
     >>> training_bytes(7_000_000_000, dtype="bfloat16").moments
     56000000000
     """
-    for what, n in (("trained", trained), ("frozen_bytes", frozen_bytes)):
+    numbers = {"trained": trained, "frozen_bytes": frozen_bytes, "activations": activations}
+    for what, n in numbers.items():
         if n < 0:
             raise ValueError(f"training_bytes: {what} must be at least 0, got {n}")
     size = itemsize_of(dtype)

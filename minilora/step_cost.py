@@ -11,11 +11,12 @@ Shapes: B batch, T time (positions), N = B · T rows, C channels, H heads, D = C
 
 from collections import namedtuple
 
+from .decoder import FeedForward, SelfAttention
 from .gpt import GPT
 from .lean import QUERY_BLOCK, no_number_is_tiny
 from .llama import Llama
 from .lora import LoRALinear, LoRAPair
-from .nn import LayerNorm, Linear
+from .nn import LayerNorm, Linear, RMSNorm
 from .packed import StoredTensor
 
 # {dtype: bytes of a number}
@@ -145,6 +146,7 @@ class _Walk:
 
     def norm(self, x, layer, n_heads=1):
         """LayerNorm or RMSNorm; of each head for itself, where there are several."""
+        _check_known(layer, LayerNorm, RMSNorm)
         is_trained = any(p.requires_grad for p in layer.parameters())
         y = _Value(x.width, x.needs_gradient or is_trained)
         if not (x.needs_gradient or layer.weight.requires_grad):
@@ -167,6 +169,7 @@ class _Walk:
 
     def attention(self, x, layer, has_rope):
         """(N, C) -> (N, C), with the projections."""
+        _check_known(layer, SelfAttention)
         n_head = layer.n_head
         q = self.linear(x, layer.q_proj)
         k = self.linear(x, layer.k_proj)
@@ -195,6 +198,7 @@ class _Walk:
 
     def mlp(self, x, layer):
         """(N, C) -> (N, C). What is kept of gelu and swiglu are derivatives."""
+        _check_known(layer, FeedForward)
         if not hasattr(layer, "gate_proj"):
             up = self.linear(x, layer.up_proj)
             inner = [up]
@@ -214,11 +218,7 @@ class _Walk:
             update = self.product(thin, layer.pair.lora_B)
             y = self.linear(x, layer.linear)
             return _Value(y.width, y.needs_gradient or update.needs_gradient)
-        if type(layer) is not Linear:
-            raise TypeError(
-                f"step_cost: what a {type(layer).__name__} costs is not known here; only Linear "
-                "and plain LoRA are"
-            )
+        _check_known(layer, Linear)
         return self.product(x, layer.weight, layer.bias)
 
     def product(self, x, weight, bias=None):
@@ -245,6 +245,15 @@ class _Walk:
         if weight.requires_grad:
             self.backward += flops
             self.keep_numbers(V * C)
+
+
+def _check_known(layer, *kinds):
+    """Raise TypeError unless a layer is of one of these kinds, as it is in a plain model."""
+    if not isinstance(layer, kinds):
+        raise TypeError(
+            f"step_cost: what a {type(layer).__name__} costs is not known here; only the layers of "
+            "GPT and Llama and plain LoRA are"
+        )
 
 
 def _can_divide(weight):

@@ -87,6 +87,7 @@ def test_the_parts_of_seven_billion_numbers(arguments, parts, together):
 @pytest.mark.parametrize("arguments, message", [
     ({"trained": -1}, "trained must be at least 0, got -1"),
     ({"trained": 1, "frozen_bytes": -5}, "frozen_bytes must be at least 0, got -5"),
+    ({"trained": 1, "activations": -3}, "activations must be at least 0, got -3"),
     ({"trained": 1, "dtype": "bf16"}, "dtype must be one of float16, bfloat16, float32, float64, got 'bf16'"),
     ({"trained": 1, "moments_dtype": "int8"}, "got 'int8'"),
 ])  # fmt: skip

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import small_gpt, small_llama
 
-from minilora import LoRAConfig, Tensor, attach, init_adapter, stack
+from minilora import (
+    LoRAConfig,
+    Tensor,
+    attach,
+    init_adapter,
+    init_bias_only,
+    init_bottleneck,
+    init_ia3,
+    init_prefix,
+    stack,
+)
 from minilora.architectures import PRESETS, blank, blank_adapter, blank_quantized
 from minilora.count import activation_bytes, n_parameters
 from minilora.packed import StoredTensor
@@ -167,5 +177,11 @@ def test_what_is_not_known_is_refused():
     adapter = init_adapter(base, LoRAConfig(r=2, alpha=2, target_modules="all-linear"), np.random.default_rng(0))
     with pytest.raises(TypeError, match="what a .* costs is not known here"):
         step_cost(attach(base, stack([adapter, None])), 2, 4)
+    rng = np.random.default_rng(0)
+    relatives = [init_ia3(base), init_bias_only(base), init_bottleneck(base, 2, rng), init_prefix(base, 2, rng)]
+    relatives.append(init_bottleneck(base, 2, rng, after_attention=False))
+    for relative in relatives:
+        with pytest.raises(TypeError, match="what a .* costs is not known here"):
+            step_cost(attach(base, relative), 2, 4)
     with pytest.raises(TypeError, match="expected a GPT or a Llama, got Adapter"):
         step_cost(adapter, 2, 4)
