@@ -79,7 +79,8 @@ def compress(adapter, r):
 
     Returns a Compressed.
     Raises: ValueError if r is no whole number of at least 1, a pair is not plain LoRA or holds inf
-    or nan; TypeError for anything that is no Adapter.
+    or nan, or a factor with its scaling outgrows the dtype; TypeError for anything that is no
+    Adapter.
     Source: Eckart and Young 1936.
     """
     _check_rank("compress", r)
@@ -92,6 +93,7 @@ def compress(adapter, r):
         A, B = _joint_factors(old)
         like = old[0].lora_A
         new_A, new_B, lost_A, lost_B = best_of_product(r, A, B, like.dtype)
+        _check_stored(names, new_A, new_B)
         shared_A = _trainable(new_A, like.xp)
         start = 0
         for name, pair in zip(names, old, strict=True):
@@ -305,6 +307,15 @@ def _check_finite(who, adapter):
     for name, p in adapter.named_parameters():
         if not p.xp.isfinite(p.data).all():
             raise ValueError(f"{who}: {name} holds inf or nan; lower the learning rate")
+
+
+def _check_stored(names, A, B):
+    """Raise ValueError unless the new factors of the modules `names` are finite as stored."""
+    if not (np.isfinite(A).all() and np.isfinite(B).all()):
+        raise ValueError(
+            f"compress: the factors of {', '.join(names)} outgrow {B.dtype.name} once scaling is "
+            "in lora_B; convert the adapter first, adapter.astype('float64')"
+        )
 
 
 def _check_summable(name, terms):

@@ -87,8 +87,10 @@ def _rounded(A, B, dtype):
     B A - B' A' = (B - B') A + B' (A - A'): small numbers are taken from their likes, and what is
     not rounded loses exactly nothing.
     """
-    new_A = A.astype(dtype)
-    new_B = B.astype(dtype)
+    # What outgrows the dtype becomes inf, which the caller refuses.
+    with np.errstate(over="ignore", invalid="ignore"):
+        new_A = A.astype(dtype)
+        new_B = B.astype(dtype)
     lost_A = np.concatenate([A, A - new_A])
     lost_B = np.concatenate([B - new_B, new_B], axis=1)
     return new_A, new_B, lost_A, lost_B

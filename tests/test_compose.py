@@ -247,6 +247,13 @@ def broken(number):
     return adapter
 
 
+def outgrowing():
+    """Whole in float32, but for lora_B with its scaling of 16."""
+    pair = learned(new_adapter(BASE)).pairs["layers.1"]
+    pair.lora_B.data[0, 0] = 1e38
+    return changed(ONE, ONE.pairs | {"layers.1": LoRAPair(pair.lora_A, pair.lora_B, 16.0)})
+
+
 @pytest.mark.parametrize("adapters, weights, error, says", [
     ([], [], ValueError, ["no adapters", "at least one"]),
     ([ONE], [], ValueError, ["1 adapters and 0 weights", "one for each"]),
@@ -500,6 +507,7 @@ def test_an_update_of_nothing_is_compressed_to_nothing():
     (stack([ONE]), 1, TypeError, ["BatchAdapter", "of a stack give the adapters in it"]),
     (with_dora(), 1, ValueError, ["layers.1 has a DoRAPair", "only plain LoRA"]),
     (broken(math.nan), 1, ValueError, ["layers.1.lora_A holds inf or nan"]),
+    (outgrowing(), 8, ValueError, ["layers.1 outgrow float32", "astype('float64')"]),
 ])  # fmt: skip
 def test_what_cannot_be_compressed_is_refused(adapter, r, error, says):
     with pytest.raises(error) as caught:
