@@ -37,9 +37,11 @@ class Bottleneck(Module):
         if not isinstance(module, HALVES):
             return not_a("attention or an MLP", name, module)
         n = _n_channels(module)
-        if n == self.down.in_features:
+        down = self.down.weight.shape
+        up = self.up.weight.shape
+        if n == down[1] and up == (n, down[0]):
             return None
-        return f"{name}: {n} channels, but down.weight {self.down.weight.shape}"
+        return f"{name}: {n} channels, but down.weight {down} and up.weight {up}"
 
 
 class WithBottleneck(AdaptedModule):

@@ -112,14 +112,18 @@ def part_errors(parts, modules, misfit):
     None.
     Raises: TypeError if a part has another dtype or backend than its module.
     """
+    carrying = [name for name, module in modules.items() if isinstance(module, AdaptedModule)]
     errors = []
     for name, part in parts.items():
         module = modules.get(name)
         if module is None:
             errors.append(f"{name} is adapted, but the base has nothing there")
             continue
-        if isinstance(module, AdaptedModule):
-            errors.append(f"{name} already carries LoRA; merge first, or use stack")
+        # The module itself, or a layer in it.
+        inside = [other for other in carrying if _is_in(other, name)]
+        if inside:
+            where = inside[0] or "the model"
+            errors.append(f"{where} already carries an adapter; merge first, or use stack")
             continue
         line = misfit(name, part, module)
         if line is not None:
@@ -128,6 +132,11 @@ def part_errors(parts, modules, misfit):
             who = f"attaching an adapter to {name}"
             check_same(who, _numbers_of(module), *part.parameters())
     return errors
+
+
+def _is_in(other, name):
+    """Is the module `other` the module `name`, or in it? The name of the whole model is empty."""
+    return name in ("", other) or other.startswith(f"{name}.")
 
 
 def not_a(kind, name, module):

@@ -146,7 +146,7 @@ def target_ranks(model, config, allow_large_r=False):
     carrying = adapted_names(model)
     if carrying:
         raise ValueError(
-            f"init_adapter: {carrying[0]} already carries LoRA; "
+            f"init_adapter: {carrying[0] or 'the model'} already carries an adapter; "
             "call it on the base, or on merge(model)"
         )
     modules = dict(model.named_modules())

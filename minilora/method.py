@@ -26,6 +26,8 @@ class Method(Module):
 
     def __init__(self, parts, base_fingerprint):
         self.parts = dict(parts)
+        if not self.parts:
+            raise ValueError("Method: no parts, so nothing is learned; use init_... or load_method")
         self.base_fingerprint = base_fingerprint
 
     def named_parameters(self):

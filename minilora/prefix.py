@@ -34,7 +34,7 @@ class Prefix(Module):
             return not_a("attention", name, module)
         n = module.k_proj.out_features
         shape = self.prefix_keys.shape
-        if shape == self.prefix_values.shape == (shape[0], n):
+        if shape == self.prefix_values.shape and len(shape) == 2 and shape[0] > 0 and shape[1] == n:
             return None
         return (
             f"{name}: {n} channels of keys, but prefix_keys {shape} and prefix_values "

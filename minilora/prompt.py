@@ -35,12 +35,13 @@ class Prompt(Module):
         if not isinstance(module, Decoder):
             return not_a("a decoder", "the model", module)
         C = module.head_layer().weight.shape[1]
-        n_vectors, n_channels = self.prompt_embeddings.shape
-        if n_channels == C and n_vectors < module.config.block_size:
+        shape = self.prompt_embeddings.shape
+        n_vectors = shape[0] if shape else 0
+        if shape == (n_vectors, C) and 0 < n_vectors < module.config.block_size:
             return None
         return (
             f"the model: {C} channels and a context of {module.config.block_size}, "
-            f"but prompt_embeddings {self.prompt_embeddings.shape}"
+            f"but prompt_embeddings {shape}"
         )
 
 

@@ -39,7 +39,8 @@ def with_another_bias(base):
     (lambda base: tiny_mlp(6, 5, 4, seed=9), ValueError, ["layers.0.weight", "made for", "this base has"]),
     (with_another_bias, ValueError, ["layers.1.bias", "made for", "this base has"]),
     (lambda base: tiny_mlp(6, 5, 4, 3), ValueError, ["layers.2.weight", "absent"]),
-    (lambda base: attach(base, new_adapter(base)), ValueError, ["layers.0 already carries LoRA", "merge", "stack"]),
+    (lambda base: attach(base, new_adapter(base)), ValueError,
+     ["layers.0 already carries an adapter", "merge", "stack"]),
     (lambda base: base.astype("float64"), TypeError, ["layers.0", "float32", "float64"]),
 ], ids=["shape", "fewer layers", "names", "weights", "an unadapted bias", "more layers", "attached twice", "dtype"])
 def test_an_adapter_is_refused_on_a_base_it_does_not_fit_and_nothing_has_changed(other, error, says):

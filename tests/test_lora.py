@@ -506,7 +506,7 @@ def test_a_rank_larger_than_the_weight_needs_an_explicit_word():
 
 def test_an_adapter_cannot_be_made_for_a_model_that_has_one():
     base = tiny_mlp(6, 5)
-    with pytest.raises(ValueError, match=r"layers\.0 already carries LoRA.*merge"):
+    with pytest.raises(ValueError, match=r"layers\.0 already carries an adapter.*merge"):
         new_adapter(attach(base, new_adapter(base)))
 
 

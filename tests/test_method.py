@@ -21,10 +21,15 @@ from minilora import (
     widen,
 )
 from minilora.backend import get_array_module
+from minilora.bottleneck import Bottleneck
 from minilora.dora import DoRAPair
 from minilora.graph import no_grad
 from minilora.method import Method
+from minilora.nn import Linear
+from minilora.prefix import Prefix
+from minilora.prompt import Prompt
 from minilora.quant import quantize
+from minilora.tensor import Tensor
 
 IDS = np.array([[1, 2, 3, 4], [4, 0, 6, 6], [5, 5, 2, 1]])
 TARGETS = np.array([[2, 3, 4, -100], [0, 6, 6, 1], [5, 2, 1, 0]])
@@ -282,6 +287,43 @@ def test_it_is_refused_on_a_base_of_other_shapes_also_unchecked(method):
     with pytest.raises(ValueError, match="the base has nothing there|not a decoder"):
         attach(tiny_mlp(8, 8), adapter, check_base=False)
     assert contents(large) == before
+
+
+@every_method
+@pytest.mark.parametrize("carried", ["lora", "ia3", "bias_only"])
+def test_it_is_refused_beside_or_around_a_layer_that_carries_something_also_unchecked(method, carried):
+    base = tiny_gpt()
+    other = init_ia3(base) if carried == "ia3" else init_bias_only(base)
+    if carried == "lora":
+        other = init_adapter(base, LoRAConfig(2, 4, "all-linear"), np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"h\.0\.\S* already carries an adapter; merge first"):
+        attach(attach(base, other), new(method, base), check_base=False)
+
+
+def tensor(*shape):
+    return Tensor(np.ones(shape), requires_grad=True)
+
+
+@pytest.mark.parametrize("name, part, says", [
+    ("h.0.mlp", Bottleneck(Linear(tensor(3, 8)), Linear(tensor(1, 3))), r"8 channels.*\(3, 8\).*\(1, 3\)"),
+    ("h.0.mlp", Bottleneck(Linear(tensor(3, 8)), Linear(tensor(8, 4))), r"8 channels.*\(3, 8\).*\(8, 4\)"),
+    ("", Prompt(tensor(8)), r"8 channels.*prompt_embeddings \(8,\)"),
+    ("", Prompt(tensor(1, 2, 8)), r"prompt_embeddings \(1, 2, 8\)"),
+    ("", Prompt(tensor()), r"prompt_embeddings \(\)"),
+    ("", Prompt(tensor(0, 8)), r"prompt_embeddings \(0, 8\)"),
+    ("h.0.attn", Prefix(tensor(), tensor()), r"8 channels.*prefix_keys \(\)"),
+    ("h.0.attn", Prefix(tensor(8), tensor(8)), r"prefix_keys \(8,\)"),
+    ("h.0.attn", Prefix(tensor(0, 8), tensor(0, 8)), r"prefix_keys \(0, 8\)"),
+    ("h.0.attn", Prefix(tensor(2, 8), tensor(1, 8)), r"prefix_keys \(2, 8\) and prefix_values \(1, 8\)"),
+])  # fmt: skip
+def test_a_part_whose_shapes_would_broadcast_or_fail_later_is_refused(name, part, says):
+    with pytest.raises(ValueError, match=says):
+        attach(tiny_gpt(), Method({name: part}, None))
+
+
+def test_a_method_of_no_parts_is_refused():
+    with pytest.raises(ValueError, match="Method: no parts"):
+        Method({}, None)
 
 
 @every_method

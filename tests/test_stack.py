@@ -266,5 +266,5 @@ def test_a_stack_cannot_be_put_on_a_model_that_carries_an_adapter_nor_the_revers
     adapter = learned_adapter(base)
     several = stack([adapter, None])
     lower, upper = (adapter, several) if first == "one" else (several, adapter)
-    with pytest.raises(ValueError, match=r"layers\.0 already carries LoRA"):
+    with pytest.raises(ValueError, match=r"layers\.0 already carries an adapter"):
         attach(attach(base, lower), upper)

@@ -753,7 +753,7 @@ def test_what_is_impossible_by_construction(reason):
         merge(model)
         assert bits(base) == before and not any("disable" in name for name in dir(model))
     elif "second" in reason:
-        with pytest.raises(ValueError, match="already carries LoRA"):
+        with pytest.raises(ValueError, match="already carries an adapter"):
             attach(model, two)
         with pytest.raises(ValueError, match="rows|different"):
             merge(attach(base, stack([one, two])))
@@ -786,7 +786,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_an_adapter_for_a_layer_that_carries_one_is_refused(tmp_path):
     base = foreign(tmp_path)
-    refused(tmp_path, attach(base, trained_adapter(base, target_modules=OURS)), "already carries LoRA")
+    refused(tmp_path, attach(base, trained_adapter(base, target_modules=OURS)), "already carries an adapter")
 
 
 # Which base?
@@ -811,7 +811,7 @@ def changed(model, name, by=2**-10):
     (small_gpt(positions="rope"), "wpe.weight: made for .*, this base has absent"),
     (towers(), "none of the file's modules is in the base.*left.0, right.up"),
     (tiny_mlp(5, 7, 3), "none of the file's modules.*layers.0"),
-    (attach(small_gpt(), trained_adapter(small_gpt())), "already carries LoRA"),
+    (attach(small_gpt(), trained_adapter(small_gpt())), "already carries an adapter"),
 ], ids=["one weight", "one bias", "another seed", "wider", "wider inside", "deeper", "shallower", "more tokens",
         "a head of its own", "other positions", "other names", "no GPT", "adapted already"])  # fmt: skip
 def test_another_base_is_refused_with_what_differs(base, shown, tmp_path):
