@@ -56,14 +56,22 @@ class RunLog:
 def check_place(path, out, resume):
     """Raise ValueError or OSError unless a run that writes to the folder `out` may log to `path`.
 
-    A run that does not go on writes to a new file, or to an empty one.
+    A log is a .jsonl: no other file that a run writes has such a name, so none takes its place. A
+    run that does not go on writes to a new file, or to an empty one.
     """
     path = Path(path)
     out = Path(out)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no file; choose another name for the log")
+    if path.suffix.lower() != ".jsonl":
+        raise ValueError(f"{path}: a log is a .jsonl; choose a name that ends so")
+    if path.resolve() == out.resolve():
+        raise ValueError(f"{path} will be the folder of the run; choose another name for the log")
     if not path.parent.is_dir() and path.parent.resolve() != out.resolve():
         raise FileNotFoundError(f"{path.parent} does not exist; make the folder of the log first")
+    if out.resolve() in path.parent.resolve().parents:
+        # The folder of the checkpoint, which is removed when the run has ended.
+        raise ValueError(f"{path.parent} is a folder in that of the run; put the log into {out}")
     if not resume and path.exists() and path.stat().st_size:
         raise ValueError(
             f"{path} is not empty, and a log is never written over: choose another file, or remove "

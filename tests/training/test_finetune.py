@@ -781,6 +781,11 @@ def test_a_run_goes_on_only_with_its_own_log(inputs, tmp_path):
     ("nowhere/log.jsonl", "nowhere does not exist; make the folder"),
     ("folder", "folder is no file; choose another name"),
     ("out/checkpoint/log.jsonl", "checkpoint does not exist"),
+    # These would be taken by what the run writes itself, once it has begun.
+    ("out", "out: a log is a .jsonl"),
+    ("out/checkpoint", "checkpoint: a log is a .jsonl"),
+    ("out/adapter_model.safetensors", "adapter_model.safetensors: a log is a .jsonl"),
+    ("out/adapter_config.json", "adapter_config.json: a log is a .jsonl"),
 ])  # fmt: skip
 def test_a_place_for_the_log_that_will_not_do_is_refused_before_anything_is_written(inputs, tmp_path, name, complaint):
     (tmp_path / "taken.jsonl").write_text("mine")
@@ -788,6 +793,19 @@ def test_a_place_for_the_log_that_will_not_do_is_refused_before_anything_is_writ
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
         run(config_for(inputs, tmp_path / "out", log_file=str(tmp_path / name)))
     assert (tmp_path / "taken.jsonl").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_a_log_is_not_put_where_the_folder_of_the_run_will_be_nor_beside_its_checkpoint(inputs, tmp_path):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(ValueError, match="out.jsonl will be the folder of the run"):
+        run(config_for(inputs, out, log_file=str(tmp_path / "." / "out.jsonl")))
+    assert not out.exists()
+    config = config_for(inputs, tmp_path / "out")
+    stop(config)
+    log_file = tmp_path / "out" / "checkpoint" / "log.jsonl"
+    with pytest.raises(ValueError, match="checkpoint is a folder in that of the run; put the log into"):
+        run(replace(config, log_file=str(log_file)), resume=True)
+    assert not log_file.exists()
 
 
 def test_the_log_may_lie_in_the_folder_of_the_adapter(inputs, tmp_path):
