@@ -1,9 +1,10 @@
 """What is alpha for? A first step of LoRA at rank 1 to 64, scaled in four ways, by SGD or Adam.
 
-You learn that with alpha / r a first step by Adam lowers the loss equally at every rank, and with
-alpha / √r one by SGD; that "alpha = 2r" is no scaling at all, written in a longer way; and what
-happens to a layer whose A is drawn for the wrong axis. What this does not tell is which alpha is
-best: alpha and the learning rate do one job, and the lab on the rank tunes the rate.
+You learn that with alpha / r a first step by Adam lowers the loss about equally at every rank, and
+with alpha / √r one by SGD, though the update itself is of another size; that "alpha = 2r" is no
+scaling at all, written in a longer way; and what happens to a layer whose A is drawn for the wrong
+axis. What this does not tell is which alpha is best: alpha and the learning rate do one job, and
+the lab on the rank tunes the rate.
 
     python examples/alpha.py [--quick] [--seed 0] [--seeds 3] [--base smollm2]
 

@@ -1,8 +1,9 @@
 """Can two adapters be added? Sums, weighted sums and compressed sums of security and code.
 
-You learn that a sum is exact where it is computed, in the weights, and that this says nothing of
-what the model then does: neither adapter was trained beside the other. Shown are both skills for
-the sum, for every weight between 0 and 1, and after compressing to a lower rank, with the error.
+You learn that a sum is exact in the weights, up to rounding, and that this says nothing of what the
+model then does: neither adapter was trained beside the other, and in their sum both skills suffer.
+Shown are both for the sum, for weights from 0 to 1, and after compressing to a lower rank, with the
+error. A smaller error promises no better answers: compare the sum with the compressed sum.
 
     python examples/compose.py [--quick] [--seed 0] [--seeds 3] [--base smollm2]
 

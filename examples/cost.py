@@ -1,9 +1,10 @@
 """What does a training step cost? Bytes by phase, predicted and measured, FLOPs, and milliseconds.
 
 You learn where the memory of training goes, and that all of it follows from shapes before a
-number exists; that LoRA takes away the gradients and Adam's state of what is frozen, and hardly the
-activations; that its step is hardly shorter; and why: the work that is saved is the gradient of W,
-at most a third. Times are of this machine, and of alternating rounds.
+number exists; that LoRA takes away the gradients and Adam's state of what is frozen, but of the
+activations nothing where every linear is adapted, and a part where few are; and that its step is
+not shorter by much: the work that is saved is the gradient of W, a third at most, and on a small
+model other work hides even that. Times are of this machine, and of alternating rounds.
 
     python examples/cost.py [--quick] [--seed 0] [--seeds 3] [--base smollm2]
 

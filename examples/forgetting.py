@@ -1,7 +1,7 @@
 """What does fine-tuning forget? One task after another, with all weights and with adapters.
 
-You learn that forgetting has to do with how far a model is moved, not with the method: all weights
-or an adapter, the second task wipes out the first, and the base's own language is gone. But an
+You learn that an attached adapter forgets, too, though it is often said not to: with all weights or
+with an adapter, the second task wipes out the first, and the base's own language is gone. But an
 adapter can be taken off. What is then left is the base, to the bit, and each task is still there,
 in its own adapter. The tasks are two of examples/swap.py: rwxr-x--- in octal, and its umask.
 

@@ -2,8 +2,9 @@
 
 You learn what a specialist costs and what it forgets: clinical notes, code, customer support and
 legal clauses have an adapter each; the matrix shows each of them on each domain's unseen sentences;
-and beside them stand one adapter trained on all four, and the average of the four merged into one
-model. All texts are fictional, written for this project; they are no medical and no legal advice.
+and beside them stand one adapter trained on all four, and average and sum of the four, merged into
+one model. All texts are fictional, written for this project; they are no medical and no legal
+advice.
 
     python examples/four_domains.py [--quick] [--seed 0] [--seeds 3] [--base smollm2]
 

@@ -1,10 +1,10 @@
 """How few bits may a base have? From 8 to 2, its loss, and what LoRA on top of it reaches.
 
-You learn how much each kind of storage moves the weights and the loss; that LoRA, which stays in
-float32, makes up for what is lost; and why an adapter that was trained on a quantised base is
-refused by the base in floats, with the way to use it there all the same. On a base whose file is
-quantised already, such as smollm2 in Q4_1, the reference is that file widened to float32: every
-kind below is then a second quantisation.
+You learn how much each kind of storage moves the weights and the loss; how much of that LoRA, which
+stays in float32, makes up for: at 4 bits little is missing after it, at 2 bits far more; and why an
+adapter that was trained on a quantised base is refused by the base in floats, with the way to use
+it there all the same. On a base whose file is quantised already, such as smollm2 in Q4_1, the
+reference is that file widened to float32: every kind below is then a second quantisation.
 
     python examples/quantised.py [--quick] [--seed 0] [--seeds 3] [--base smollm2]
 

@@ -2,8 +2,8 @@
 
 You learn what the singular values of a real update look like beside those of noise of the same
 shape, whose logarithm falls as straight; what is left of the gain when the update is truncated to
-rank k; and that LoRA trained at rank k does better than that. One task on one base: the word "low"
-has a number here, and it is not a number for your task.
+rank k; and that LoRA trained at a small rank k does better than that. One task on one base: the
+word "low" has a number here, and it is not a number for your task.
 
     python examples/spectrum.py [--quick] [--seed 0] [--seeds 3] [--base smollm2]
 
