@@ -224,6 +224,7 @@ def _read_ia3(folder, fields, arrays, base, learned):
         table = module_table(base, by_module)
     chosen = chosen_modules(where, fields, list(table))
     check_same_tensors(f"{folder}, modules of the file and target_modules", by_module, chosen)
+    _check_learned(f"{folder / TENSORS}: its {NOTE}", learned, table)
     of_inputs = _feedforward(where, fields, chosen)
     modules = dict(base.named_modules())
     parts = {}
@@ -254,6 +255,18 @@ def _read_ia3(folder, fields, arrays, base, learned):
                     "was not learned; save it again"
                 )
     return parts
+
+
+def _check_learned(where, learned, table):
+    """Raise ValueError unless `learned` is None or a list of our modules in `table`, a file's."""
+    if learned is None:
+        return
+    names = [name for ours in table.values() for name in ours]
+    if not isinstance(learned, list) or not learned or any(n not in names for n in learned):
+        raise ValueError(
+            f"{where}: parts must be a list of some of {listed(names, most=3)}, "
+            f"got {learned!r:.200}; save it again"
+        )
 
 
 def _feedforward(where, fields, chosen):

@@ -197,6 +197,15 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path):
         save_method(made, tmp_path)
 
 
+@pytest.mark.parametrize("parts", [5, [], ["h.9.attn.k_proj"], "h.0.attn.k_proj", {"h.0.attn.k_proj": 1}, [5]])
+def test_metadata_that_name_no_modules_of_the_file_are_refused(parts, tmp_path):
+    base, _ = saved("ia3", "gpt-2", tmp_path)
+    note = {"minilora.adapter": json.dumps({"parts": parts})}
+    save_file(load_file(tmp_path / TENSORS), tmp_path / TENSORS, note)
+    with pytest.raises(ValueError, match=r"its minilora\.adapter: parts must be a list of some of h\.0.*save it again"):
+        quietly(tmp_path, base)
+
+
 def test_factors_for_a_part_that_was_not_learned_are_noticed(tmp_path):
     base, _ = saved("ia3", "gpt-2", tmp_path)
     from safetensors import safe_open
