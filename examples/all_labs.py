@@ -57,8 +57,10 @@ parser.add_argument("--jobs", type=int, default=1, help="labs at once; times are
 parser.add_argument("--out", default="minilora-labs", metavar="DIR")
 args = parser.parse_args()
 for name in args.labs:
-    if not (HERE / f"{name}.py").exists():
+    if name not in LABS:
         parser.error(f"there is no lab {name}: {' '.join(LABS)}")
+if args.jobs < 1:
+    parser.error(f"--jobs {args.jobs}: at least 1")
 
 options = ["--seed", str(args.seed), "--seeds", str(args.seeds), "--out", args.out]
 if args.quick:
@@ -81,7 +83,9 @@ def run(name):
     seconds = time.perf_counter() - began
     print(f"\n=== {name}\n{lab.stdout}", flush=True)
     if lab.returncode:
-        print(lab.stderr.strip().splitlines()[-1], file=sys.stderr)
+        # A lab that was killed leaves no line.
+        lines = lab.stderr.strip().splitlines() or [f"exit status {lab.returncode}"]
+        print(f"{name}: {lines[-1]}", file=sys.stderr)
     return {"lab": name, "seconds": seconds, "status": "ok" if lab.returncode == 0 else "FAILED"}
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -241,6 +242,28 @@ def test_the_bytes_of_a_step_are_those_that_its_shapes_predict(labs):
 def test_a_lab_that_needs_no_base_takes_none(tmp_path):
     result = run(ROOT / "examples" / "lora_math.py", tmp_path, "--base", "smollm2")
     assert result.returncode == 2 and "argument --base: invalid choice: 'smollm2'" in result.stderr
+
+
+@pytest.mark.parametrize("name, options, complaint", [
+    ("lora_math", ["--seeds", "0"], "--seeds 0: at least 1"),
+    ("lora_math", ["--seed", "-1"], "--seed -1: at least 0"),
+    ("lora_math", ["--out", "taken"], "--out taken: a file, where a folder is needed"),
+    ("all_labs", ["--jobs", "0"], "--jobs 0: at least 1"),
+    ("all_labs", ["all_labs"], "there is no lab all_labs: environment"),
+])  # fmt: skip
+def test_options_that_will_not_do_are_refused_before_anything_is_computed(
+    name, options, complaint, monkeypatch, tmp_path, capsys
+):
+    (tmp_path / "taken").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    # An example puts one of its own in its place.
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(SystemExit) as refusal:
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
+    assert refusal.value.code == 2 and complaint in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_the_environment_names_what_each_extra_brings():

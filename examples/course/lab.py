@@ -107,6 +107,11 @@ def _arguments(doc, with_base, backends):
     args = parser.parse_args([] if "ipykernel" in sys.modules else None)
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: at least 1")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: at least 0")
+    # What a lab has computed would be lost at its end.
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        parser.error(f"--out {args.out}: a file, where a folder is needed; choose another name")
     return args
 
 
