@@ -76,8 +76,14 @@ def exercises(name):
     """The exercises that end the source of a lab, each on one line."""
     source = (claims.EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     _, _, lines = source.partition("\n# %% Exercises")
-    text = " ".join(line.removeprefix("#").strip() for line in lines.splitlines()[1:])
-    return [exercise.strip() for exercise in re.split(r"(?:^| )\d\. ", text) if exercise.strip()]
+    found = []
+    for line in lines.splitlines()[1:]:
+        begins = re.match(r"# \d\. (.*)", line)
+        if begins:
+            found.append(begins[1])
+        else:
+            found[-1] += f" {line.removeprefix('#').strip()}"
+    return found
 
 
 def with_exercises(page):
