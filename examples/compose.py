@@ -23,7 +23,6 @@ from minilora import LoRAConfig, attach, combine, compress, init_adapter
 from minilora.cli.asking import pairs
 from minilora.cli.questions import question_sets
 from minilora.training.batches import answer_rows, row_batches
-from minilora.training.loop import exact_match
 
 run = lab.begin(__file__, __doc__)
 base = run.base().for_questions()
@@ -53,7 +52,7 @@ def trained(batches, steps, rng, label):
 def add_skills(row, adapter):
     """Add to the lists of a row what the base can do with this adapter, or None."""
     model = base.model if adapter is None else attach(base.model, adapter)
-    row["right"].append(100 * float(np.mean(exact_match(model, asked))))
+    row["right"].append(lab.percent_right(model, asked))
     row["loss"].append(run.loss(base, model, code.test))
 
 

@@ -22,7 +22,6 @@ from course.picture import COLOURS, bars
 from minilora import LoRAConfig, attach, init_adapter, no_grad
 from minilora.backend import to_numpy
 from minilora.training.batches import answer_rows, row_batches
-from minilora.training.loop import exact_match
 
 run = lab.begin(__file__, __doc__)
 base = run.base()
@@ -56,8 +55,7 @@ def measure(stage, model, never_seen):
     """Keep what `model` can do after this stage."""
     row = stages.setdefault(stage, {"octal": [], "umask": [], "docs_loss": [], "change": []})
     for task in ("octal", "umask"):
-        right = exact_match(model, ids_of(task, never_seen[:n_asked]))
-        row[task].append(100 * float(np.mean(right)))
+        row[task].append(lab.percent_right(model, ids_of(task, never_seen[:n_asked])))
     row["docs_loss"].append(run.loss(base, model, docs_ids))
     row["change"].append(float(np.abs(logits(model) - reference).max()))
 

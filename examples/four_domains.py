@@ -22,7 +22,6 @@ from course import lab, texts
 from minilora import LoRAConfig, attach, init_adapter, merge
 from minilora.compose import combine
 from minilora.training.batches import answer_rows, row_batches
-from minilora.training.loop import exact_match
 
 run = lab.begin(__file__, __doc__)
 base = run.base()
@@ -58,7 +57,7 @@ def specialist(taught, seed, label, n_steps=steps):
 
 def right(model):
     """{domain: % of its unseen sentences that are answered right to the last token}."""
-    return {name: 100 * float(np.mean(exact_match(model, ids))) for name, ids in unseen.items()}
+    return {name: lab.percent_right(model, ids) for name, ids in unseen.items()}
 
 
 names = ["no adapter", *domains, "one adapter for all", "the four averaged", "the four summed"]

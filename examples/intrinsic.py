@@ -21,7 +21,7 @@ import numpy as np
 from course import lab, texts
 from course.picture import COLOURS, with_range
 
-from minilora import LoRAConfig, Tensor, attach, init_adapter, parameter_report
+from minilora import Tensor, parameter_report
 from minilora.nn import Module
 
 run = lab.begin(__file__, __doc__)
@@ -69,24 +69,6 @@ def tuned_subspace(d, lr, seed):
     return subspace.moved().frozen()
 
 
-def tuned_full(seed):
-    """The base with all of its weights tuned."""
-    model = base.model.trainable_copy()
-    batches = run.windows(base, code.train, seed)
-    run.train(model, model.parameters(), batches, steps, full_lr, "full")
-    return model
-
-
-def tuned_lora(r, seed):
-    """The base with LoRA of rank r on every linear, tuned."""
-    config = LoRAConfig(r=r, alpha=2 * r, target_modules="all-linear")
-    adapter = init_adapter(base.model, config, np.random.default_rng(seed))
-    model = attach(base.model, adapter)
-    batches = run.windows(base, code.train, seed)
-    run.train(model, adapter.parameters(), batches, steps, lora_lr, f"r={r}")
-    return model
-
-
 # %% First full fine-tuning, whose gain is 100 %; then the others with as few numbers as they have.
 before = run.loss(base, base.model, code.test)
 
@@ -102,7 +84,8 @@ def row(name, kind, numbers, models):
 
 rows = []
 n_all = parameter_report(base.model).total
-rows.append(row("full fine-tuning", "full", n_all, [tuned_full(seed) for seed in run.seeds]))
+models = [run.tuned_full(base, code.train, steps, full_lr, seed) for seed in run.seeds]
+rows.append(row("full fine-tuning", "full", n_all, models))
 for d in dimensions:
     # The rate is chosen on another seed and other text.
     by_rate = {}
@@ -113,7 +96,7 @@ for d in dimensions:
     models = [tuned_subspace(d, best_lr, seed) for seed in run.seeds]
     rows.append(row(f"{d:,} random directions", "random", d, models))
 for r in ranks:
-    models = [tuned_lora(r, seed) for seed in run.seeds]
+    models = [run.tuned_lora(base, code.train, r, steps, lora_lr, seed) for seed in run.seeds]
     n = parameter_report(models[0]).trainable
     rows.append(row(f"LoRA, r={r}", "lora", n, models))
 

@@ -38,10 +38,8 @@ def tuned(r, lr, seed, curve=None):
 
     A list `curve` is given (step, validation loss), ten times.
     """
-    batches = run.windows(base, code.train, seed)
     if r is None:
-        model = base.model.trainable_copy()
-        run.train(model, model.parameters(), batches, steps, lr, "full")
+        model = run.tuned_full(base, code.train, steps, lr, seed)
         return model, model
     config = LoRAConfig(r=r, alpha=2 * r, target_modules="all-linear")
     adapter = init_adapter(base.model, config, np.random.default_rng(seed), allow_large_r=True)
@@ -51,6 +49,7 @@ def tuned(r, lr, seed, curve=None):
         if curve is not None and step % max(1, steps // 10) == 0:
             curve.append((step, run.loss(base, model, code.validation, 32)))
 
+    batches = run.windows(base, code.train, seed)
     run.train(model, adapter.parameters(), batches, steps, lr, f"r={r}", watch)
     return model, adapter
 

@@ -23,7 +23,6 @@ from minilora import LoRAConfig, attach, init_adapter
 from minilora.cli.asking import pairs
 from minilora.cli.questions import question_sets
 from minilora.training.batches import answer_rows, row_batches
-from minilora.training.loop import exact_match
 
 run = lab.begin(__file__, __doc__)
 base = run.base().for_questions()
@@ -53,11 +52,6 @@ def shuffled_answers(of_kind, rng):
 def four_phrasings(of_kind):
     """A third of the rows: four of the twelve phrasings of each fact."""
     return [pair for i, pair in enumerate(of_kind) if i % 12 < 4]
-
-
-def percent_right(model, of_kind):
-    """How many answers of these (prompt ids, answer ids) are right to the last token, in %."""
-    return 100 * float(np.mean(exact_match(model, of_kind)))
 
 
 # %% Each run: what it is trained on, on which base.
@@ -91,7 +85,7 @@ for seed in run.seeds:
     for name, make in models.items():
         model = make()
         for kind, of_kind in asked.items():
-            scores[name][kind].append(percent_right(model, of_kind))
+            scores[name][kind].append(lab.percent_right(model, of_kind))
 rows = [{"run": name, "name": names[name], **by_kind} for name, by_kind in scores.items()]
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from course import lab, texts
 from course.picture import COLOURS, with_range
 
-from minilora import LoRAConfig, Tensor, attach, init_adapter
+from minilora import Tensor
 from minilora.lora import linear_names
 
 run = lab.begin(__file__, __doc__)
@@ -76,16 +76,6 @@ def truncated(tuned, svds, k):
     return tuned.rebuild(replace)
 
 
-def tuned_lora(r, seed):
-    """The base with LoRA of rank r on every linear, trained."""
-    config = LoRAConfig(r=r, alpha=2 * r, target_modules="all-linear")
-    adapter = init_adapter(base.model, config, np.random.default_rng(seed))
-    model = attach(base.model, adapter)
-    batches = run.windows(base, code.train, seed)
-    run.train(model, adapter.parameters(), batches, steps, lora_lr, f"r={r}")
-    return model
-
-
 # %% Everything is measured on the same text, as the share of full fine-tuning's gain. What training
 # did to embeddings, norms and biases stays in every truncated model, also in that of rank 0.
 before = run.loss(base, base.model, code.test)
@@ -105,9 +95,7 @@ def add(name, model, **measured):
 
 
 for seed in run.seeds:
-    tuned = base.model.trainable_copy()
-    batches = run.windows(base, code.train, seed)
-    run.train(tuned, tuned.parameters(), batches, steps, full_lr, "full")
+    tuned = run.tuned_full(base, code.train, steps, full_lr, seed)
     svds = decomposed(tuned)
     rng = np.random.default_rng(seed)
     noise = {}
@@ -120,7 +108,7 @@ for seed in run.seeds:
     for k in cuts:
         add(f"truncated to {k}", truncated(tuned, svds, k))
     for r in ranks:
-        add(f"LoRA trained at rank {r}", tuned_lora(r, seed))
+        add(f"LoRA trained at rank {r}", run.tuned_lora(base, code.train, r, steps, lora_lr, seed))
 rows = list(row_of.values())
 
 

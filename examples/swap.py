@@ -22,7 +22,6 @@ from course.picture import GROUND, INK, middle
 
 from minilora import LoRAConfig, attach, generate, init_adapter, parameter_report, stack
 from minilora.training.batches import answer_rows, row_batches
-from minilora.training.loop import exact_match
 
 run = lab.begin(__file__, __doc__)
 base = run.base()
@@ -51,7 +50,7 @@ def trained_adapter(model, task, strings, rng):
 
 def percent_right(model, task, strings):
     """How many exact answers `model` gives to a task, in percent."""
-    return 100 * float(np.mean(exact_match(model, questions(task, strings[:n_asked]))))
+    return lab.percent_right(model, questions(task, strings[:n_asked]))
 
 
 # %% The matrix: each adapter (row) asked for each task (column), on strings never seen. To swap

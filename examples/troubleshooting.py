@@ -26,7 +26,6 @@ from minilora.cli.asking import Chat, pairs
 from minilora.cli.questions import question_sets
 from minilora.lora import LoRAPair
 from minilora.training.batches import answer_rows, row_batches
-from minilora.training.loop import exact_match
 
 run = lab.begin(__file__, __doc__)
 base = run.base().for_questions()
@@ -76,7 +75,7 @@ def measure(name, model, loss, to_pairs):
     row = results.setdefault(name, {"end_loss": [], "trained": [], "unseen": []})
     row["end_loss"].append(loss)
     for kind, of_kind in asked.items():
-        row[kind].append(100 * float(np.mean(exact_match(model, to_pairs(of_kind)))))
+        row[kind].append(lab.percent_right(model, to_pairs(of_kind)))
 
 
 # %% Three mistakes afterwards.

@@ -20,7 +20,7 @@ import numpy as np
 import threadpoolctl
 from compared.report import cpu_name
 
-from minilora import Adam, load_model, quant, save_model
+from minilora import Adam, LoRAConfig, attach, init_adapter, load_model, quant, save_model
 from minilora.backend import array_module
 from minilora.cli import demo
 from minilora.cli.asking import Chat, Lines
@@ -31,7 +31,7 @@ from minilora.nn import Module
 from minilora.optim import warmup_cosine
 from minilora.training.batches import consecutive_windows, random_windows
 from minilora.training.corpus import load_corpus
-from minilora.training.loop import heldout_loss, train
+from minilora.training.loop import exact_match, heldout_loss, train
 from minilora.training.threads import cores, keep_freed_memory
 
 from . import picture
@@ -78,6 +78,11 @@ def random_twin(model, seed):
     """A model of the shape of `model` that has learned nothing: its weights as a new one has."""
     twin = type(model)(model.config, np.random.default_rng((seed, 2)), model.parameters()[0].dtype)
     return twin.to_device(model.parameters()[0].xp).frozen()
+
+
+def percent_right(model, asked):
+    """How many answers of these (prompt ids, answer ids) are right to the last token, in %."""
+    return 100 * float(np.mean(exact_match(model, asked)))
 
 
 def begin(file, doc, *, with_base=True, backends=("numpy", "cupy")):
@@ -200,6 +205,22 @@ class Run:
             threads=self.threads,
             on_step=on_step,
         )
+
+    def tuned_full(self, base, ids, steps, lr, seed):
+        """The base with all of its weights trained on windows of the text `ids`."""
+        model = base.model.trainable_copy()
+        batches = self.windows(base, ids, seed)
+        self.train(model, model.parameters(), batches, steps, lr, "full")
+        return model
+
+    def tuned_lora(self, base, ids, r, steps, lr, seed):
+        """The base with LoRA of rank r on every linear, alpha = 2r, trained on windows of `ids`."""
+        config = LoRAConfig(r=r, alpha=2 * r, target_modules="all-linear")
+        adapter = init_adapter(base.model, config, np.random.default_rng(seed))
+        model = attach(base.model, adapter)
+        batches = self.windows(base, ids, seed)
+        self.train(model, adapter.parameters(), batches, steps, lr, f"r={r}")
+        return model
 
     def windows(self, base, ids, seed):
         """Endless batches of windows of the text `ids`, (base.batch, base.length)."""

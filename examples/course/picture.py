@@ -4,37 +4,25 @@ import hashlib
 import re
 from pathlib import Path
 
-# How to get what draws.
-COMMAND = "pip install -e '.[plot]'"
+from minilora.cli import plot
+from minilora.cli.plot import COMMAND, GROUND, INK
+
 MISSING = f"that needs matplotlib: {COMMAND}"
 
-GROUND = "#fbfaf7"
-INK = "#1f2328"
-FAINT = "#d8d5cc"
 # Apart also for those who do not see red and green: Okabe and Ito's colours, darkened to be read.
 COLOURS = ["#0072b2", "#d55e00", "#007a5a", "#9a5b8f", "#8a6d00", "#3f8fbf", "#555555"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 
 # In inches; at 144 dots an inch a picture is 1,008 wide, and its letters can be read on a phone.
 SIZE = (7.0, 5.2)
+# That of `minilora plot`, with room for several panels.
 STYLE = {
-    "figure.facecolor": GROUND,
-    "axes.facecolor": GROUND,
+    **plot.STYLE,
     "savefig.facecolor": GROUND,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "grid.color": FAINT,
     "grid.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "font.size": 13,
     "axes.titlesize": 13,
     "legend.fontsize": 11.5,
-    "legend.frameon": False,
     "lines.linewidth": 2.2,
     "lines.markersize": 7,
     "figure.dpi": 144,
