@@ -25,7 +25,7 @@ from minilora.cli.questions import question_sets
 from minilora.training.batches import answer_rows, row_batches
 
 run = lab.begin(__file__, __doc__)
-base = run.base().for_questions()
+base = run.base_for_questions()
 is_tiny = base.name == lab.TINY
 question_steps = run.steps(650 if is_tiny else 150)
 code_steps = run.steps(100 if is_tiny else 40)

@@ -136,11 +136,10 @@ def draw(figure):
     for row, (colour, marker) in zip(rows, looks, strict=False):
         point = (middle(row["loss"]), middle(row["docs_loss"]))
         axes.plot(*point, marker, color=colour, markersize=10)
-        # To the right of their points these names would stand on other ones.
-        if row["name"] in ("DoRA", "(IA)³"):
-            axes.annotate(row["name"], point, (-10, -4), textcoords="offset points", ha="right")
-        else:
-            axes.annotate(row["name"], point, (10, 4), textcoords="offset points")
+        # Where other names would stand on a point that is near.
+        place = {"DoRA": (-10, -4), "(IA)³": (10, -14)}.get(row["name"], (10, 4))
+        side = "left" if place[0] > 0 else "right"
+        axes.annotate(row["name"], point, place, textcoords="offset points", ha=side)
     axes.set(xlabel="loss on unseen code", ylabel="loss on the documentation")
     axes.margins(0.15)
 

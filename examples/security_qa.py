@@ -7,7 +7,7 @@ learning, and facts it was never told tell that nothing was learned of security.
 
     python examples/security_qa.py [--quick] [--seed 0] [--seeds 3] [--base smollm2]
 
-Takes about a minute and a half for each seed on two cores; ten minutes on smollm2.
+Takes about a minute and a half for each seed on two cores; a quarter of an hour on smollm2.
 """
 
 # Before the imports that take time: Ctrl-C ends this in one line.
@@ -25,9 +25,9 @@ from minilora.cli.questions import question_sets
 from minilora.training.batches import answer_rows, row_batches
 
 run = lab.begin(__file__, __doc__)
-base = run.base().for_questions()
+base = run.base_for_questions()
 is_tiny = base.name == lab.TINY
-steps = run.steps(650 if is_tiny else 60)
+steps = run.steps(650 if is_tiny else 150)
 batch = 16 if is_tiny else 8
 lr = 1e-2 if is_tiny else 2e-3
 # A language model takes a tenth of a second for each question.

@@ -28,7 +28,7 @@ from minilora.lora import LoRAPair
 from minilora.training.batches import answer_rows, row_batches
 
 run = lab.begin(__file__, __doc__)
-base = run.base().for_questions()
+base = run.base_for_questions()
 is_tiny = base.name == lab.TINY
 steps = run.steps(250)
 batch = 16 if is_tiny else 8

@@ -22,7 +22,7 @@ LABS = re.findall(r'"(\w+)"', re.search(r"^LABS = \[(.*?)\]", ALL_LABS, re.M | r
 ANSWERS = json.loads(results.ANSWERS.read_text(encoding="utf-8"))
 # Results that are quoted or drawn: those of the labs, and of some labs on a language model.
 KEPT = sorted(path.stem for path in RESULTS.glob("*.json") if "columns" in json.loads(path.read_text("utf-8")))
-ON_A_LANGUAGE_MODEL = ["rank_smollm2", "four_domains_smollm2"]
+ON_A_LANGUAGE_MODEL = ["rank_smollm2", "quantised_smollm2", "security_qa_smollm2", "four_domains_smollm2"]
 
 
 def test_every_lab_is_one_of_the_command_that_runs_all():
@@ -81,6 +81,16 @@ def test_a_lab_has_its_question_its_picture_and_exercises_on_the_page(name):
     assert re.search(rf"!\[[^\]]{{20,}}\]\(results/{name}\.png\)", section)
     assert len(results.exercises(name)) == len(ANSWERS[name]) >= 2
     assert section.count("<details>") == section.count("</details>") == 1
+
+
+def test_the_time_of_all_labs_is_that_of_a_run_of_all_of_them_with_three_seeds():
+    kept = results.read("all_labs")
+    assert [row["lab"] for row in kept["labs"]] == [*LABS, "all of them"]
+    assert {row["status"] for row in kept["labs"][:-1]} == {"ok"}
+    assert (kept["seeds"], kept["quick"]) == (3, False)
+    for row in kept["labs"][:-1]:
+        # The whole of a program is longer than its lab: it imports, and the first trains the base.
+        assert 0 < row["seconds"] - results.read(row["lab"])["seconds"] < 60
 
 
 def test_a_picture_of_another_result_is_noticed(tmp_path):

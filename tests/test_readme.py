@@ -176,13 +176,18 @@ def test_the_figures_of_smollm2_in_the_readme_are_those_of_the_page():
 def test_the_incidents_that_it_shows_are_those_that_are_kept():
     kept = results("incident_json")
     shown = (RESULTS / "incident_json.txt").read_text(encoding="utf-8")
-    for kind in ("trained forms", "unseen forms"):
-        for when in ("before", "after"):
-            cells = " ".join(f"{share:>8.0f}" for share in kept[kind][when].values())
-            row = rf"{len(kept[kind]['answers'])} in {kind}, {when} +{' +'.join(cells.split())}"
-            assert re.search(row, shown)
-    exact = kept["unseen forms"]["after"]["exact"]
-    assert f"{exact:.0f} % are exact" in joined(PAGES["demo.md"])
+    answers = {answer["sentence"]: answer for answer in kept["answers"]["unseen forms"]}
+    right, wrong, _ = shown.split("\n\n")
+    for block, is_right in ((right, True), (wrong, False)):
+        sentence, before, after, *_ = block.splitlines()
+        answer = answers[sentence]
+        assert (answer["right"] == answer["after"]) is is_right
+        assert before == f"  before   {' '.join(answer['before'].split())}"
+        assert after == f"  after    {' '.join(answer['after'].split())}"
+    exact = kept["rows"][-1]["exact"]
+    assert kept["rows"][-1]["name"] == "96 in unseen forms, after"
+    told = f"{np.mean(exact):.0f} % are exact to the last character, {min(exact):.0f} to {max(exact):.0f} over three"
+    assert f"{told} seeds" in joined(PAGES["demo.md"])
 
 
 def test_what_count_says_is_what_it_prints(capsys):

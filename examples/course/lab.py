@@ -61,18 +61,6 @@ class Base(NamedTuple):
     length: int
     batch: int
 
-    def for_questions(self):
-        """This base, if questions can be put to it.
-
-        Raises: ValueError if it has no chat template.
-        """
-        if self.asking is None:
-            raise ValueError(
-                f"{self.name} has no chat template, in which this lab asks its questions; take a "
-                "model made for chat"
-            )
-        return self
-
 
 def random_twin(model, seed):
     """A model of the shape of `model` that has learned nothing: its weights as a new one has."""
@@ -85,15 +73,16 @@ def percent_right(model, asked):
     return 100 * float(np.mean(exact_match(model, asked)))
 
 
-def begin(file, doc, *, with_base=True, backends=("numpy", "cupy")):
+def begin(file, doc, *, base=TINY, with_base=True, backends=("numpy", "cupy")):
     """The Run of the lab whose source is `file` and whose docstring is `doc`.
 
-    A lab that asks for no base, or computes on the host alone, says so: it takes no other.
+    `base` is what the lab is about if --base names no other. A lab that asks for no base, or
+    computes on the host alone, says so: it takes no other.
     """
-    return Run(Path(file).stem, doc, _arguments(doc, with_base, backends))
+    return Run(Path(file).stem, doc, _arguments(doc, base, with_base, backends), base)
 
 
-def _arguments(doc, with_base, backends):
+def _arguments(doc, base, with_base, backends):
     """The options that every lab has."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     add = parser.add_argument
@@ -102,11 +91,12 @@ def _arguments(doc, with_base, backends):
     add("--seeds", type=int, default=1, metavar="N", help="how many seeds (default 1)")
     add("--backend", choices=backends, default="numpy")
     bases = None if with_base else [TINY]
-    what = (
-        "a model's folder, a .gguf file, or smollm2; default: the GPT of the demo, trained once "
-        "and kept in the folder of --out"
-    )
-    add("--base", default=TINY, choices=bases, help=what)
+    what = "a model's folder, a .gguf file, or smollm2; default: "
+    if base == TINY:
+        what += "the GPT of the demo, trained once and kept in the folder of --out"
+    else:
+        what += base
+    add("--base", default=base, choices=bases, help=what)
     add("--out", default="minilora-labs", metavar="DIR", help="default: minilora-labs")
     # In a notebook the command line is the notebook's own.
     args = parser.parse_args([] if "ipykernel" in sys.modules else None)
@@ -114,6 +104,8 @@ def _arguments(doc, with_base, backends):
         parser.error(f"--seeds {args.seeds}: at least 1")
     if args.seed < 0:
         parser.error(f"--seed {args.seed}: at least 0")
+    if args.base == TINY != base:
+        parser.error(f"--base {TINY}: this lab needs a model made for chat, such as {base}")
     # What a lab has computed would be lost at its end.
     if Path(args.out).exists() and not Path(args.out).is_dir():
         parser.error(f"--out {args.out}: a file, where a folder is needed; choose another name")
@@ -126,8 +118,9 @@ class Run:
     `seeds` is the list of seeds, `quick` whether to be short, `xp` the array module.
     """
 
-    def __init__(self, name, doc, args):
+    def __init__(self, name, doc, args, default_base):
         self.name = name
+        self.has_default_base = args.base == default_base
         self.title = doc.splitlines()[0]
         self.quick = args.quick
         self.base_name = args.base
@@ -149,8 +142,12 @@ class Run:
         """`items`, or the first `n` of them in a quick run."""
         return list(items)[:n] if self.quick else list(items)
 
-    def base(self):
-        """The Base. The tiny one is trained if the folder of --out does not have it yet."""
+    def base(self, system=SYSTEM):
+        """The Base. The tiny one is trained if the folder of --out does not have it yet.
+
+        `system` is what a model made for chat is told before each question. If there is no such
+        model, or it cannot be read, the program ends with a line that says so.
+        """
         if self.base_name == TINY:
             # Its matrices are so small that a second thread of BLAS costs more than it brings.
             threadpoolctl.threadpool_limits(1, "blas")
@@ -158,13 +155,27 @@ class Run:
             encode = characters.encode
             pair = lambda prompt, answer: (encode(prompt), encode(answer))
             return Base(TINY, model, encode, characters.decode, pair, Lines(), 128, 8)
-        path = find_sources(self.base_name)
-        tokenizer = load_tokenizer(path)
-        asking = None if tokenizer.template is None else Chat(tokenizer, SYSTEM)
-        model = quant.widen(load_model(path, self.xp))
+        try:
+            path = find_sources(self.base_name)
+            tokenizer = load_tokenizer(path)
+            # Widened once: a packed base would be widened again for every part of a batch.
+            model = quant.widen(load_model(path, self.xp))
+        except (OSError, ValueError) as error:
+            sys.exit(f"{self.name}.py: {error}")
+        asking = None if tokenizer.template is None else Chat(tokenizer, system)
         length = min(128, model.config.block_size)
         codec = (tokenizer.encode_text, tokenizer.decode, tokenizer.encode_pair)
         return Base(self.base_name, model, *codec, asking, length, 2)
+
+    def base_for_questions(self, system=SYSTEM):
+        """The base, if questions can be put to it; or else the program ends with a line."""
+        base = self.base(system)
+        if base.asking is None:
+            sys.exit(
+                f"{self.name}.py: {base.name} has no chat template, in which this lab asks its "
+                "questions; take a model made for chat"
+            )
+        return base
 
     def _tiny_base(self):
         corpus = load_corpus()
@@ -244,7 +255,9 @@ class Run:
         print_table(columns, rows)
         if len(self.seeds) > 1:
             print(f"(mean over seeds {self.seeds[0]} to {self.seeds[-1]}, and the range)")
-        name = self.name if self.base_name == TINY else f"{self.name}_{Path(self.base_name).stem}"
+        name = self.name
+        if not self.has_default_base:
+            name += f"_{Path(self.base_name).stem}"
         kept = {
             "lab": self.name,
             "title": self.title,

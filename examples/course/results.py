@@ -68,7 +68,11 @@ def _list(names):
         kept = read(name)
         # The first sentence of a title may be a question.
         question = re.match(r".*?[?.:](?=\s|$)", kept["title"])[0]
-        lines.append(_line([str(i), f"[{name}](#{name})", question, f"{kept['seconds']:,.0f}"]))
+        took = f"{max(1, kept['seconds']):,.0f}"
+        lines.append(_line([str(i), f"[{name}](#{name})", question, took]))
+    whole = read("all_labs")
+    took = f"{whole['labs'][-1]['seconds']:,.0f}"
+    lines.append(_line(["", "all of them", f"{whole['jobs']} at a time", took]))
     return "\n".join([*lines, "", ""])
 
 
