@@ -27,7 +27,7 @@ from minilora.cli.asking import pairs
 from minilora.training.batches import answer_rows, row_batches
 
 SYSTEM = "Write the login as JSON with user, ip, time and success."
-run = lab.begin(__file__, __doc__, base="smollm2", backends=["numpy"])
+run = lab.begin(__file__, __doc__, base="smollm2")
 base = run.base_for_questions(SYSTEM)
 tokenizer = base.asking.tokenizer
 steps = run.steps(40)

@@ -8,7 +8,7 @@ reference is that file widened to float32: every kind below is then a second qua
 
     python examples/quantised.py [--quick] [--seed 0] [--seeds 3] [--base smollm2]
 
-Takes about a minute for each seed on two cores; ten minutes on smollm2.
+Takes about a minute for each seed on two cores; ten to 25 on smollm2.
 """
 
 # Before the imports that take time: Ctrl-C ends this in one line.
