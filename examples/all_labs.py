@@ -61,7 +61,7 @@ parser.add_argument("--quick", action="store_true", help="a few steps each: does
 parser.add_argument("--seed", type=int, default=0, help="the first seed")
 parser.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds")
 parser.add_argument("--base", help="another base than the tiny one: smollm2, a folder, a .gguf")
-parser.add_argument("--jobs", type=int, default=1, help="labs at once, but for those that time")
+parser.add_argument("--jobs", type=int, default=1, help="labs at once; timed ones run alone")
 parser.add_argument("--out", default="minilora-labs", metavar="DIR")
 args = parser.parse_args()
 for name in args.labs:
