@@ -28,14 +28,15 @@ from minilora.nn import Linear
 run = lab.begin(__file__, __doc__, with_base=False, backends=["numpy"])
 
 # %% How many numbers. W (out, in) has out·in, and A and B together r (in + out): fewer only below
-# the rank at which both are equal.
-for n_out, n_in, r in [(128, 128, 8), (768, 768, 16), (4096, 4096, 8), (1024, 4096, 8)]:
+# the rank at which both are equal. Of a square W with d rows, the saving is d / (2r).
+shapes = [(128, 128, 8), (1024, 1024, 8), (4096, 4096, 8), (768, 768, 16), (1024, 4096, 8)]
+for n_out, n_in, r in shapes:
     full = n_out * n_in
     lora = r * (n_in + n_out)
     break_even = full / (n_in + n_out)
     print(
-        f"W {n_out} x {n_in}: {full:>10,}   A, B at r={r:<2}: {lora:>6,}, {100 * lora / full:.2f} %"
-        f"   as many as W at r = {break_even:,.0f}"
+        f"W {n_out} x {n_in}: {full:>10,}   A, B at r={r:<2}: {lora:>6,}, {100 * lora / full:.2f} %,"
+        f" {full / lora:.0f} times fewer   as many as W at r = {break_even:,.0f}"
     )
 
 # %% The forward pass. Whole numbers, so that nothing is rounded and == may be asked for.
@@ -129,8 +130,8 @@ for r in (1, 2, 3, 4):
     error = max(lost.relative for lost in errors.values())
     extracted.append({"r": r, "lost": error, "logit_gap": float(np.abs(gap).max())})
     print(
-        f"LoRA of rank {r} taken out of a fully tuned GPT: lost of an update, at most "
-        f"{100 * error:.2g} %; logits differ by {extracted[-1]['logit_gap']:.1e}"
+        f"LoRA of rank {r} taken out of a fully tuned GPT: it lacks at most {100 * error:.2g} % of an "
+        f"update; logits differ by {extracted[-1]['logit_gap']:.1e}"
     )
 assert extracted[-1]["logit_gap"] < 1e-12 < 1e-3 < extracted[0]["logit_gap"]
 print()
@@ -142,7 +143,7 @@ def draw(figure):
     axes = figure.subplots()
     axes.plot(ranks, [np.mean(row["floor"]) for row in rows], marker="", label="floor, by theory")
     style = {"linestyle": "", "color": COLOURS[1], "markersize": 9}
-    with_range(axes, ranks, [row["trained"] for row in rows], "students, trained by hand", **style)
+    with_range(axes, ranks, [row["trained"] for row in rows], "students, trained", **style)
     axes.axvline(8, color=COLOURS[6], linestyle=":", marker="", label="the teacher's rank")
     axes.set_xticks(ranks, ranks)
     axes.set(xlabel="rank r of the student", ylabel="squared error that is left")

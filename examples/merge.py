@@ -163,6 +163,7 @@ def draw(figure):
     names = [row["name"].removeprefix("one token, ") for row in timed]
     bars(times, names, [row["ms"] for row in timed], "{:.2f}", color=COLOURS[2])
     times.set(xlabel="ms for one token")
+    times.margins(x=0.12)
 
 
 columns = {

@@ -151,7 +151,7 @@ columns = {
     "loss": ("loss on unseen code", ".3f"),
     "docs_loss": ("loss on the docs", ".3f"),
     "ms": ("ms a step", ".0f"),
-    "gradients": ("gradients right", ""),
+    "gradients": ("gradients compared", ""),
 }
 setting = (
     f"{steps} steps of {base.batch} x {base.length} tokens of Python source on the {base.name} "
@@ -163,6 +163,6 @@ run.finish(setting, columns, rows, draw, before=before, docs_before=docs_before)
 
 # %% Exercises, each with its answer in README.md of this folder.
 # 1. In minilora/ia3.py, `merged` also scales the bias where a factor is one of outputs. Leave it as
-#    it is: which tests fail? Does the line "merge (IA)³" above notice?
+#    it is: which tests fail? Does the line "merge (IA)³" that is printed notice?
 # 2. A prefix wants thirty times the rate of LoRA. Give it LoRA's, 0.01: where does it land in the
 #    picture? Look for a reason in what `init_prefix` and `init_adapter` begin with.

@@ -1,9 +1,9 @@
 """What did it learn? The demo's 60 security facts, and the runs that show what else would do.
 
-You learn to read a result: beside the adapter as the demo trains it stand the same training on a
-random base, with answers that were shuffled among the subjects, and with four phrasings instead of
-twelve. An answer counts if it is right to the last character. What phrasings it never saw tell of
-learning, and facts it was never told tell that nothing was learned of security.
+You learn to read a result: beside an adapter that was trained as the demo's is, on twelve phrasings
+of each fact, stand one that was given four, one on a random base, and one whose answers were
+shuffled among the subjects. An answer counts if it is right to the last character. What phrasings
+it never saw tell of learning, and facts it was never told, that nothing was learned of security.
 
     python examples/security_qa.py [--quick] [--seed 0] [--seeds 3] [--base smollm2]
 
@@ -35,10 +35,15 @@ n_asked = 8 if run.quick else 240 if is_tiny else 40
 
 # %% The questions: phrasings that are trained on, others of the same facts, and facts never told.
 questions = question_sets()
-asked = {}
-for kind, of_kind in questions.items():
+
+
+def some_of(of_kind):
+    """At most `n_asked` of them, always the same ones."""
     chosen = np.random.default_rng(0).permutation(len(of_kind))[:n_asked]
-    asked[kind] = pairs(base.asking, [of_kind[i] for i in chosen])
+    return pairs(base.asking, [of_kind[i] for i in chosen])
+
+
+asked = {kind: some_of(questions[kind]) for kind in ("unseen", "never")}
 
 
 def shuffled_answers(of_kind, rng):
@@ -55,67 +60,67 @@ def four_phrasings(of_kind):
 
 
 # %% Each run: what it is trained on, on which base.
-def trained(model, taught, seed):
+def trained(model, taught, seed, label):
     """`model` with LoRA of r = 8 on every linear, trained on the pairs `taught`."""
     rng = np.random.default_rng(seed)
     adapter = init_adapter(model, LoRAConfig(r=8, alpha=16, target_modules="all-linear"), rng)
     adapted = attach(model, adapter)
     batches = row_batches(answer_rows(pairs(base.asking, taught)), batch, rng)
-    run.train(adapted, adapter.parameters(), batches, steps, lr, f"seed {seed}")
+    run.train(adapted, adapter.parameters(), batches, steps, lr, f"seed {seed}, {label}")
     return adapted
 
 
+# Each is asked what it was taught itself, beside what is the same for all.
 names = {
     "untrained": "before: no adapter",
-    "healthy": "as in the demo",
-    "four": "4 phrasings, not 12",
-    "random": "on a random base",
-    "shuffled": "answers shuffled",
+    "healthy": "12 phrasings",
+    "four": "4 phrasings",
+    "random": "12, on a random base",
+    "shuffled": "12, answers shuffled",
 }
-scores = {name: {kind: [] for kind in asked} for name in names}
+scores = {name: {"taught": [], "unseen": [], "never": []} for name in names}
 for seed in run.seeds:
-    wrong_answers = shuffled_answers(questions["trained"], np.random.default_rng(seed))
-    models = {
-        "untrained": lambda: base.model,
-        "healthy": lambda: trained(base.model, questions["trained"], seed),
-        "four": lambda: trained(base.model, four_phrasings(questions["trained"]), seed),
-        "random": lambda: trained(lab.random_twin(base.model, seed), questions["trained"], seed),
-        "shuffled": lambda: trained(base.model, wrong_answers, seed),
-    }
-    for name, make in models.items():
-        model = make()
-        for kind, of_kind in asked.items():
+    right = questions["trained"]
+    taught = dict.fromkeys(names, right)
+    taught["four"] = four_phrasings(right)
+    taught["shuffled"] = shuffled_answers(right, np.random.default_rng(seed))
+    for name in names:
+        model = lab.random_twin(base.model, seed) if name == "random" else base.model
+        if name != "untrained":
+            model = trained(model, taught[name], seed, names[name])
+        for kind, of_kind in {"taught": some_of(taught[name]), **asked}.items():
             scores[name][kind].append(lab.percent_right(model, of_kind))
 rows = [{"run": name, "name": names[name], **by_kind} for name, by_kind in scores.items()]
 
 
 # %%
 def draw(figure):
-    """Bars: each run, trained phrasings and unseen ones."""
-    all_axes = figure.subplots(3, 1, sharex=True)
-    titles = ["phrasings it trained on", "phrasings never seen", "facts never told"]
-    for axes, kind, title, colour in zip(all_axes, asked, titles, COLOURS, strict=False):
+    """Bars: each run, what it was taught and unseen phrasings."""
+    all_axes = figure.subplots(2, 1, sharex=True)
+    titles = ["what it was taught", "the same facts in phrasings never seen"]
+    kinds = ["taught", "unseen"]
+    for axes, kind, title, colour in zip(all_axes, kinds, titles, COLOURS, strict=False):
         bars(axes, list(names.values()), [row[kind] for row in rows], color=colour)
-        axes.set(title=title, xlim=(0, 105))
+        axes.set(title=title, xlim=(0, 110))
     all_axes[-1].set_xlabel("answers right to the last character, %")
-    figure.set_size_inches(7, 8)
+    figure.set_size_inches(7, 6)
 
 
 columns = {
     "name": ("% right", ""),
-    "trained": ("phrasings trained on", ".0f"),
-    "unseen": ("phrasings never seen", ".0f"),
+    "taught": ("what it was taught", ".0f"),
+    "unseen": ("in phrasings never seen", ".0f"),
     "never": ("facts never told", ".0f"),
 }
 setting = (
     f"{steps} steps of {batch} rows on the {base.name} base, r=8, alpha=16, every linear, "
-    f"lr {lr:g}; {n_asked} questions of each kind. Answers that were shuffled count as "
-    "wrong."
+    f"lr {lr:g}; asked are {n_asked} questions it was taught, {len(asked['unseen'])} in phrasings "
+    f"never seen, where the true answer counts, and {len(asked['never'])} that were never told."
 )
 run.finish(setting, columns, rows, draw)
 
 # %% Exercises, each with its answer in README.md of this folder.
 # 1. Ask the run with shuffled answers for those that it was taught, in phrasings it never saw. How
-#    many are right, and what does that say of the run "as in the demo"?
+#    many are right, and what does that say of the run with twelve phrasings?
 # 2. In minilora/training/loop.py, `exact_match` lets no token be wrong: `~is_wrong.any(axis=1)`.
 #    Write `all`: which tests fail, and what does a base answer that was never trained?

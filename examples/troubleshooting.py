@@ -115,13 +115,13 @@ for seed in run.seeds:
     measure("on another base", wrong, loss, as_trained)
 rows = [{"name": name, **row} for name, row in results.items()]
 share = 100 * np.mean([answer == commonest for _, answer in asked["trained"]])
-print(f"{refusal}\n")
+print(f"The adapter on another base:\n{refusal}\n")
 
 
 # %%
 def draw(figure):
     """Bars: right answers among the phrasings that were trained on, and the unseen ones."""
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     names = [row["name"] for row in rows]
     bars(left, names, [row["trained"] for row in rows], color=COLOURS[0])
     bars(right, names, [row["unseen"] for row in rows], color=COLOURS[1])
@@ -148,4 +148,4 @@ run.finish(setting, columns, rows, draw, refusal=refusal)
 # 1. A tenth mistake: before training set every lora_A to zero, `pair.lora_A.data[:] = 0`, so that
 #    both factors are. Which run does it look like, and how do you tell the two apart?
 # 2. In minilora/fits.py, let `base_errors` return [] at once: which tests fail? What would a user
-#    of the adapter have seen in place of the error above?
+#    of the adapter have seen in place of the error that the lab prints?

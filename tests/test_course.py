@@ -88,9 +88,26 @@ def test_the_time_of_all_labs_is_that_of_a_run_of_all_of_them_with_three_seeds()
     assert [row["lab"] for row in kept["labs"]] == [*LABS, "all of them"]
     assert {row["status"] for row in kept["labs"][:-1]} == {"ok"}
     assert (kept["seeds"], kept["quick"]) == (3, False)
-    for row in kept["labs"][:-1]:
-        # The whole of a program is longer than its lab: it imports, and the first trains the base.
-        assert 0 < row["seconds"] - results.read(row["lab"])["seconds"] < 60
+    # Two at a time are faster than one after the other, and no faster than two.
+    each = sum(row["seconds"] for row in kept["labs"][:-1])
+    assert each / kept["jobs"] < kept["labs"][-1]["seconds"] < each
+
+
+def test_the_procedure_that_the_page_tells_is_the_one_that_was_followed():
+    ends = [(step["r"], step["validation"][-1][1]) for step in results.read("rank")["procedure"]]
+    (r4, first), (r8, second), (r16, third) = ends
+    assert (r4, r8, r16) == (4, 8, 16) and second - third < 0.01 < first - second
+    told = f"{first:.3f} with r = 4, at {second:.3f} with 8 and at {third:.3f} with 16"
+    assert told in " ".join(PAGE.split())
+
+
+@pytest.mark.parametrize("page", sorted(EXAMPLES.glob("*.md")), ids=lambda path: path.stem)
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(page):
+    blocks = re.findall(r"(?:^\|.*\|\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
+    for block in blocks:
+        # A bar with a backslash before it is a bar, and ends no cell.
+        cells = [len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()]
+        assert len(set(cells)) == 1, block.splitlines()[cells.index(max(cells))]
 
 
 def test_a_picture_of_another_result_is_noticed(tmp_path):

@@ -117,8 +117,8 @@ def labs(ran):
 
 
 def result_of(name):
-    """The name of a lab's result: that of another base than its own is in it."""
-    return f"{name}_tiny" if name in ARGUMENTS else name
+    """The name of a lab's result with --quick: that of another base than its own is in it."""
+    return f"{name}_tiny_quick" if name in ARGUMENTS else f"{name}_quick"
 
 
 def without_progress_bars(text):
@@ -190,7 +190,7 @@ def test_an_example_is_written_as_the_book_is(path, rule):
 @pytest.mark.parametrize("name", ["gradients", "lora_layer"])
 def test_one_seed_gives_one_table(name, labs, ran, tmp_path):
     """Also when the command for all labs runs them, which the second time is."""
-    rows_in = lambda folder: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    rows_in = lambda folder: json.loads((folder / f"{name}_quick.json").read_text(encoding="utf-8"))["rows"]
     run(ROOT / "examples" / f"{name}.py", tmp_path, "--quick", "--seed", "2", "--out", ".")
     assert rows_in(ran("all_labs")[1]) == labs(name)[1]["rows"] != rows_in(tmp_path)
 

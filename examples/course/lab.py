@@ -131,6 +131,9 @@ class Run:
         self.parts = 2 if args.backend == "numpy" else 1
         self.threads = min(self.parts, cores())
         self.began = time.perf_counter()
+        # A line is in a pipe or a file as soon as it is printed. A notebook does so by itself.
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(line_buffering=True)
         if self.threads > 1:
             keep_freed_memory()
 
@@ -197,7 +200,9 @@ class Run:
                 pass
             shutil.rmtree(unfinished)
             # The clock of the lab begins after the base, which is there for all labs.
-            self.began = time.perf_counter()
+            now = time.perf_counter()
+            print(f"the base took {now - self.began:.0f} s; {folder} keeps it for all labs\n")
+            self.began = now
         return load_model(folder, self.xp)
 
     def train(self, model, parameters, batches, steps, lr, label="", on_step=None):
@@ -221,7 +226,7 @@ class Run:
         """The base with all of its weights trained on windows of the text `ids`."""
         model = base.model.trainable_copy()
         batches = self.windows(base, ids, seed)
-        self.train(model, model.parameters(), batches, steps, lr, "full")
+        self.train(model, model.parameters(), batches, steps, lr, f"full, lr {lr:g}")
         return model
 
     def tuned_lora(self, base, ids, r, steps, lr, seed):
@@ -230,7 +235,7 @@ class Run:
         adapter = init_adapter(base.model, config, np.random.default_rng(seed))
         model = attach(base.model, adapter)
         batches = self.windows(base, ids, seed)
-        self.train(model, adapter.parameters(), batches, steps, lr, f"r={r}")
+        self.train(model, adapter.parameters(), batches, steps, lr, f"r={r}, lr {lr:g}")
         return model
 
     def windows(self, base, ids, seed):
@@ -258,6 +263,9 @@ class Run:
         name = self.name
         if not self.has_default_base:
             name += f"_{Path(self.base_name).stem}"
+        # What was measured in full is not overwritten by a look.
+        if self.quick:
+            name += "_quick"
         kept = {
             "lab": self.name,
             "title": self.title,
@@ -297,9 +305,9 @@ def shown(value, form):
     if not isinstance(value, list):
         return format(value, form)
     mean = format(float(np.mean(value)), form)
-    if min(value) == max(value):
-        return mean
-    return f"{mean} ({format(min(value), form)} .. {format(max(value), form)})"
+    low = format(min(value), form)
+    high = format(max(value), form)
+    return mean if low == high else f"{mean} ({low} .. {high})"
 
 
 def print_table(columns, rows):

@@ -169,7 +169,9 @@ def sections_map(sections):
     """The map of the tutorials: {tutorial, section, answer} of course.json as tables."""
     lines = []
     for letter, title in claims.load()["tutorials"].items():
-        lines += [f"**{letter}. {title}**", "", "| its section | run | seconds |", "|---|---|---|"]
+        claims_of_it = f"[claim by claim](CLAIMS.md#{_anchor(letter, title)})"
+        lines += [f"### {letter}. {title}", "", f"What it says, {claims_of_it}.", ""]
+        lines += ["| its section | run | seconds |", "|---|---|---|"]
         for section in sections:
             if section["tutorial"] == letter:
                 answers = section["answer"]
@@ -180,17 +182,28 @@ def sections_map(sections):
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _anchor(letter, title):
+    """The anchor of a tutorial's heading, as a page of Markdown has it."""
+    words = re.sub(r"[^\w\- ]", "", f"{letter}. {title}".lower())
+    return words.replace(" ", "-")
+
+
 def _answer(answer):
     if answer.endswith(".md"):
         return f"[`{answer}`]({answer})"
+    # What no lab answers, in words.
+    if answer.startswith("("):
+        return answer
     if answer.startswith(("minilora ", "python ")):
         return f"`{answer}`"
     return _program(answer)
 
 
 def _program(name):
-    """A link to a lab, or its name alone as long as it is not there."""
+    """A link to what the page says of a lab, or to the program, or its name if there is neither."""
     file = f"{name}.py"
+    if f'<a id="{name}"></a>' in MAP_PAGE.read_text(encoding="utf-8"):
+        return f"[`{file}`]({MAP_PAGE.name}#{name})"
     return f"[`{file}`]({file})" if (claims.EXAMPLES / file).exists() else f"`{file}`"
 
 

@@ -20,6 +20,8 @@ STYLE = {
     **plot.STYLE,
     "savefig.facecolor": GROUND,
     "grid.linewidth": 0.8,
+    # Lines of the grid go behind bars.
+    "axes.axisbelow": True,
     "font.size": 13,
     "axes.titlesize": 13,
     "legend.fontsize": 11.5,
@@ -76,20 +78,23 @@ def ranges(lists):
     return below, above
 
 
+def _shown(lists):
+    """The ranges as matplotlib draws them; None if there are none, as with one seed."""
+    below, above = ranges(lists)
+    return [below, above] if any(below) or any(above) else None
+
+
 def with_range(axes, x, lists, label, **style):
     """A line through the means of `lists`, one list of numbers for each x, and their ranges."""
     means = [middle(values) for values in lists]
-    axes.errorbar(x, means, yerr=ranges(lists), capsize=4, label=label, **style)
+    axes.errorbar(x, means, yerr=_shown(lists), capsize=4, label=label, **style)
 
 
 def bars(axes, names, lists, form="{:.0f}", **style):
     """A horizontal bar for each name, the first on top, with its number and its range."""
     places = range(len(names))
     means = [middle(values) for values in lists]
-    below, above = ranges(lists)
-    # A bar of one seed has no range to show.
-    shown = [below, above] if any(below) or any(above) else None
-    drawn = axes.barh(places, means, xerr=shown, capsize=4, ecolor=INK, **style)
+    drawn = axes.barh(places, means, xerr=_shown(lists), capsize=4, ecolor=INK, **style)
     axes.bar_label(drawn, fmt=form, padding=3, fontsize=11)
     axes.set_yticks(places, names)
     # Axes may share their names: to invert them twice would undo it.

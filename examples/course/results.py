@@ -30,7 +30,7 @@ def table(name):
     """The rows of a result as a table of Markdown, and under it how it came about."""
     kept = read(name)
     columns = kept["columns"]
-    titles = [title for title, _ in columns.values()]
+    titles = [_escaped(title) for title, _ in columns.values()]
     lines = [_line(titles), _line(["---"] * len(titles))]
     for row in kept["rows"]:
         lines.append(_line([_cell(row.get(key), form) for key, (_, form) in columns.items()]))
@@ -44,8 +44,12 @@ def table(name):
 
 
 def _cell(value, form):
+    return _escaped(shown(value, form))
+
+
+def _escaped(text):
     # A bar would end the cell.
-    return shown(value, form).replace("|", "\\|")
+    return text.replace("|", "\\|")
 
 
 def _line(cells):
