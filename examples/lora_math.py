@@ -35,8 +35,8 @@ for n_out, n_in, r in shapes:
     lora = r * (n_in + n_out)
     break_even = full / (n_in + n_out)
     print(
-        f"W {n_out} x {n_in}: {full:>10,}   A, B at r={r:<2}: {lora:>6,}, {100 * lora / full:.2f} %,"
-        f" {full / lora:.0f} times fewer   as many as W at r = {break_even:,.0f}"
+        f"W {n_out} x {n_in}: {full:>10,}   A, B at r={r:<2}: {lora:>6,}, "
+        f"{100 * lora / full:.2f} %, {full / lora:.0f} times fewer   as many as W at r = {break_even:,.0f}"
     )
 
 # %% The forward pass. Whole numbers, so that nothing is rounded and == may be asked for.
@@ -130,8 +130,8 @@ for r in (1, 2, 3, 4):
     error = max(lost.relative for lost in errors.values())
     extracted.append({"r": r, "lost": error, "logit_gap": float(np.abs(gap).max())})
     print(
-        f"LoRA of rank {r} taken out of a fully tuned GPT: it lacks at most {100 * error:.2g} % of an "
-        f"update; logits differ by {extracted[-1]['logit_gap']:.1e}"
+        f"LoRA of rank {r} taken out of a fully tuned GPT: it lacks at most {100 * error:.2g} % "
+        f"of an update; logits differ by {extracted[-1]['logit_gap']:.1e}"
     )
 assert extracted[-1]["logit_gap"] < 1e-12 < 1e-3 < extracted[0]["logit_gap"]
 print()
