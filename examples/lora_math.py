@@ -36,7 +36,8 @@ for n_out, n_in, r in shapes:
     break_even = full / (n_in + n_out)
     print(
         f"W {n_out} x {n_in}: {full:>10,}   A, B at r={r:<2}: {lora:>6,}, "
-        f"{100 * lora / full:.2f} %, {full / lora:.0f} times fewer   as many as W at r = {break_even:,.0f}"
+        f"{100 * lora / full:.2f} %, {full / lora:.0f} times fewer"
+        f"   as many as W at r = {break_even:,.0f}"
     )
 
 # %% The forward pass. Whole numbers, so that nothing is rounded and == may be asked for.
