@@ -6,16 +6,14 @@ import os
 import sys
 from pathlib import Path
 
+import benchmark
 import pytest
+from compared import processes, report, rounds, session, workloads
+from compared.inputs import write_inputs
+from compared.rounds import GEMM, DifferentResults, Program
+from compared.workloads import Workload
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import benchmark  # noqa: E402
-from compared import processes, report, rounds, session, workloads  # noqa: E402
-from compared.inputs import write_inputs  # noqa: E402
-from compared.rounds import GEMM, DifferentResults, Program  # noqa: E402
-from compared.workloads import Workload  # noqa: E402
 
 NANO = Workload(layers=2, width=8, heads=2, T=8, batch=2, vocabulary=11, r=2, alpha=4)
 OURS = Program("minilora", "numpy_minilora", "", "lora")

@@ -6,17 +6,15 @@ import os
 import sys
 from pathlib import Path
 
+import benchmark_llm
 import numpy as np
 import pytest
+from compared import fresh, llm_workloads, report, rounds
+from compared.llm_inputs import gguf_of, write_inputs
+from compared.llm_workloads import LlmWorkload
+from compared.rounds import Program
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import benchmark_llm  # noqa: E402
-from compared import fresh, llm_workloads, report, rounds  # noqa: E402
-from compared.llm_inputs import gguf_of, write_inputs  # noqa: E402
-from compared.llm_workloads import LlmWorkload  # noqa: E402
-from compared.rounds import Program  # noqa: E402
 
 NANO = LlmWorkload(layers=2, width=8, inner=12, heads=2, kv_heads=1, head_dim=6, vocabulary=64, T=32, batch=2, r=2)
 OURS = Program("minilora", "numpy_llama", "", "first-token")

@@ -6,12 +6,12 @@ import copy
 import json
 import re
 import shutil
-import sys
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from course import claims, pages, quantities
 from test_readme import joined
 
 from minilora import GPT, Adam, GPTConfig, LoRAConfig, Tensor, attach, init_adapter
@@ -23,9 +23,6 @@ from minilora.memory import training_bytes
 from minilora.nn import Linear, Module
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from course import claims, pages, quantities  # noqa: E402
 
 DATA = claims.load()
 CLAIMS = {claim["id"]: claim for claim in DATA["claims"]}

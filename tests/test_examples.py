@@ -15,16 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from course import logins
 from gguf_files import write_chat_base, write_sentencepiece_base
 from test_book import boundary_missing, long_lines, several_bindings, times_a_condition, undecided_errors
 
 import minilora.functional
 from minilora.disk.bases import SMOLLM2_COMMAND
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from course import logins
-
-sys.path.pop(0)
 
 # What the ablations are measured against: nothing is switched off.
 NOISE = "nothing, the same twice"
@@ -268,7 +264,6 @@ def test_options_that_will_not_do_are_refused_before_anything_is_computed(
 ):
     (tmp_path / "taken").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setattr(sys, "argv", [name, *options])
     # An example puts one of its own in its place.
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
@@ -392,7 +387,6 @@ def test_without_its_base_a_lab_is_left_out_of_all_labs_which_say_so(without_smo
 
 def test_a_base_that_will_not_do_ends_a_lab_with_one_line_that_says_why(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     write_sentencepiece_base(tmp_path / "plain.gguf")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")

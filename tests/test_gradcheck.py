@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compared import functions as table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import arrays, rngs, shapes
@@ -20,9 +21,6 @@ from minilora.backend import to_device
 from minilora.gradcheck import CannotCompareError, GradientError, Report
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from compared import functions as table  # noqa: E402
 
 square = lambda x: x * x
 square_vjp = lambda dy, x: (2 * x * dy,)

@@ -5,19 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tricks
+from compared import ablations, numpy_minilora
+from compared.ablations import ABLATIONS, ALL, NOISE
+from compared.inputs import write_inputs
+from compared.worker import read_job
+from compared.workloads import Workload
 
 import minilora.optim
 from minilora import gradcheck, lean
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import tricks  # noqa: E402
-from compared import ablations, numpy_minilora  # noqa: E402
-from compared.ablations import ABLATIONS, ALL, NOISE  # noqa: E402
-from compared.inputs import write_inputs  # noqa: E402
-from compared.worker import read_job  # noqa: E402
-from compared.workloads import Workload  # noqa: E402
 
 NANO = Workload(layers=2, width=8, heads=2, T=8, batch=2, vocabulary=11, r=2, alpha=4)
 # Those that change no bit.

@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 import json
 import re
 
@@ -202,9 +203,15 @@ def _answer(answer):
 def _program(name):
     """A link to what the page says of a lab, or to the program, or its name if there is neither."""
     file = f"{name}.py"
-    if f'<a id="{name}"></a>' in MAP_PAGE.read_text(encoding="utf-8"):
+    if name in _sections():
         return f"[`{file}`]({MAP_PAGE.name}#{name})"
     return f"[`{file}`]({file})" if (claims.EXAMPLES / file).exists() else f"`{file}`"
+
+
+@functools.cache
+def _sections():
+    """The names of the labs that the page has a section for. To write the page changes none."""
+    return set(re.findall(r'<a id="(\w+)"></a>', MAP_PAGE.read_text(encoding="utf-8")))
 
 
 def seconds(answer):
