@@ -8,6 +8,7 @@ Shapes: as in functional.py: B batch, T time, S positions attended to, C channel
 D = C / H, G heads in a group, V vocabulary.
 """
 
+import functools
 import math
 
 from .backend import get_array_module, to_device
@@ -19,12 +20,25 @@ from .functional import (
     rows_with_loss,
 )
 from .graph import is_recording
+from .kernels import (
+    block_length,
+    column_sum,
+    gelu_kernel,
+    has_kernels,
+    row_dot,
+    row_mean,
+    row_mean_dot,
+    row_sum,
+    swiglu_kernel,
+)
 from .packed import StoredTensor
 from .tensor import check_same, record
 
 # How many queries have scores at a time, and how many rows have logits: fewer, where the logits of
-# so many would take more than LOGIT_BYTES.
+# so many would take more than LOGIT_BYTES. On a GPU there are more, see `block_length`; but of
+# queries no more than have a mask of a few megabytes.
 QUERY_BLOCK = 64
+MOST_QUERIES = 1024
 LOGIT_ROWS = 256
 LOGIT_BYTES = 1 << 25
 # The score of a key that is hidden from every query of its row. Its probability is zero beside any
@@ -35,24 +49,19 @@ TINY = 1e-20
 
 
 def layer_norm(x, weight, bias, eps=1e-5):
-    """`functional.layer_norm`, in place, with each sum over channels as a matrix product.
-
-    A product of rows and a column of ones takes a fraction of the time of `.mean(-1)`.
-    """
+    """`functional.layer_norm`, in place, with the means over channels as `row_mean` makes them."""
     check_layer_norm(x, weight, bias)
     w = weight.data
     xp = get_array_module(w)
-    C = w.size
-    ones = xp.ones((C, 1), w.dtype)
-    normed = x.data - (x.data @ ones) / C
-    var = _row_dot(normed, normed) / C  # (..., 1)
+    normed = x.data - row_mean(x.data)
+    var = row_mean_dot(normed, normed)  # (..., 1)
     rstd = 1 / xp.sqrt(var + eps)
     normed *= rstd  # (..., C)
 
     def dx(dy):
         d = dy * w
-        along = _row_dot(d, normed) / C
-        d -= (d @ ones) / C
+        along = row_mean_dot(d, normed)
+        d -= row_mean(d)
         d -= normed * along
         d *= rstd
         return d
@@ -63,7 +72,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
 
 def rms_norm(x, weight, eps=1e-6):
-    """`functional.rms_norm`, in place, with the sums as products of rows.
+    """`functional.rms_norm`, in place, with the sums as `row_dot` makes them.
 
     The layers that read y keep it, if they carry LoRA. So x / rms is not kept beside it where the
     weight comes from a file: for the gradient it is y / weight.
@@ -72,7 +81,7 @@ def rms_norm(x, weight, eps=1e-6):
     w = weight.data
     X = x.data
     C = w.size
-    rstd = _row_dot(X, X)
+    rstd = row_dot(X, X)
     rstd *= 1 / C
     rstd += eps
     rstd **= -0.5  # (..., 1)
@@ -84,7 +93,7 @@ def rms_norm(x, weight, eps=1e-6):
 
     def dx(dy):
         # Σ d normed, with d = dy w
-        along = _row_dot(dy, y)
+        along = row_dot(dy, y)
         along *= 1 / C
         d = normed() * -along
         d += dy * w
@@ -110,6 +119,9 @@ def swiglu(gate, up):
     g = gate.data
     u = up.data
     xp = get_array_module(g)
+    if has_kernels(xp):
+        y, dgate, dup = swiglu_kernel(xp)(g, u)
+        return record(y, (gate, lambda dy: dy * dgate), (up, lambda dy: dy * dup))
     s = xp.multiply(g, 0.5, out=xp.empty_like(g))
     xp.tanh(s, out=s)
     s += 1
@@ -136,6 +148,9 @@ def gelu(x):
     a = 0.044715
     X = x.data
     xp = get_array_module(X)
+    if has_kernels(xp):
+        y, derivative = gelu_kernel(xp)(X)
+        return record(y, (x, lambda dy: dy * derivative))
     # Fetching fresh memory would take half the time of this op, so two arrays are made and written
     # over. y is the third.
     square = xp.square(X, out=xp.empty_like(X))
@@ -195,7 +210,7 @@ def attention(q, k, v, n_head, hidden=None):
     V = split(v.data)
     O = xp.empty_like(Q)
     row_max = xp.empty((B, n_kv_head, 1, T * G), Q.dtype)
-    row_sum = xp.empty((B, n_kv_head, 1, T * G), Q.dtype)
+    sums = xp.empty((B, n_kv_head, 1, T * G), Q.dtype)
     mask = None
     if hidden is not None:
         mask = to_device(hidden, xp)[:, None, :, None] * xp.asarray(HIDDEN, Q.dtype)
@@ -203,8 +218,9 @@ def attention(q, k, v, n_head, hidden=None):
     # The rows of each block, and the keys up to the last that one of them sees. Keys start at 0: a
     # causal query sees all before it.
     blocks = []
-    for start in range(0, T, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, T)
+    step = min(MOST_QUERIES, block_length(xp, QUERY_BLOCK, B * n_head * S * Q.itemsize))
+    for start in range(0, T, step):
+        stop = min(start + step, T)
         blocks.append((slice(start * G, stop * G), slice(0, S - T + stop)))
 
     def scores(queries, keys):
@@ -214,9 +230,9 @@ def attention(q, k, v, n_head, hidden=None):
         n = block.shape[-1] // G
         # A single position, as in generation, sees every key.
         if n > 1:
-            # The last n keys are the block's own positions: below the diagonal lies the future.
-            future = xp.tril(xp.full((n, n), -math.inf, Q.dtype), -1)
-            block[:, :, -n:] += xp.repeat(future, G, axis=1)
+            # The last n keys are the block's own positions.
+            own = block[:, :, -n:]
+            own += _future(xp, str(Q.device), n, G, Q.dtype.name)
         if mask is not None:
             block += mask[:, :, keys]
         return block
@@ -226,34 +242,47 @@ def attention(q, k, v, n_head, hidden=None):
         row_max[..., queries] = E.max(axis=-2, keepdims=True)
         E -= row_max[..., queries]
         xp.exp(E, out=E)
-        row_sum[..., queries] = xp.ones((1, E.shape[-2]), E.dtype) @ E
+        sums[..., queries] = column_sum(E)
         O[:, :, queries] = E.swapaxes(-1, -2) @ V[:, :, keys]
-    # P = E / row_sum. The sum divides a row of the output, D numbers, not a row of E, S of them.
-    O /= row_sum.swapaxes(-1, -2)
+    # P = E / sums. A sum divides a row of the output, D numbers, not a row of E, S of them.
+    O /= sums.swapaxes(-1, -2)
     y = join(O, T)
 
     def dqkv(dy):
-        # Divided by row_sum, dO turns E into P wherever the two are multiplied below.
-        dO = split(dy) / row_sum.swapaxes(-1, -2)
-        dQ = xp.zeros_like(Q)
+        # Divided by the sums, dO turns E into P wherever the two are multiplied below.
+        dO = split(dy) / sums.swapaxes(-1, -2)
+        dQ = xp.empty_like(Q)
         dK = xp.zeros_like(K)
         dV = xp.zeros_like(V)
         # Σ dP P over the keys is Σ dO O over the channels. O is in y, which others keep as well.
-        along = _row_dot(dO, split(y)).swapaxes(-1, -2)
+        along = row_dot(dO, split(y)).swapaxes(-1, -2)
         for queries, keys in blocks:
             E = scores(queries, keys)
             E -= row_max[..., queries]
             xp.exp(E, out=E)
-            dV[:, :, keys] += E @ dO[:, :, queries]
+            # A slice with a name, for `dV[:, :, keys] += ...` would copy the sum onto itself.
+            dV_seen = dV[:, :, keys]
+            dV_seen += E @ dO[:, :, queries]
             # dP, and from here the VJP of softmax in place.
             dscores = V[:, :, keys] @ dO[:, :, queries].swapaxes(-1, -2)
             dscores -= along[..., queries]
             dscores *= E
             dQ[:, :, queries] = (dscores.swapaxes(-1, -2) @ K[:, :, keys]) * scale
-            dK[:, :, keys] += dscores @ Q[:, :, queries]
+            dK_seen = dK[:, :, keys]
+            dK_seen += dscores @ Q[:, :, queries]
         return join(dQ, T), join(dK, S), join(dV, S)
 
     return record(y, ((q, k, v), dqkv))
+
+
+@functools.lru_cache(maxsize=8)
+def _future(xp, device, n, G, dtype):
+    """-inf where a key comes after a query: (keys n, queries n * G), for every layer the same.
+
+    Below the diagonal lies the future. `device` is that on which `xp` makes arrays.
+    """
+    mask = xp.tril(xp.full((n, n), -math.inf, dtype), -1)
+    return xp.repeat(mask, G, axis=1)
 
 
 def linear_cross_entropy(x, weight, targets):
@@ -273,7 +302,6 @@ def linear_cross_entropy(x, weight, targets):
     rows = to_device(rows, xp)
     columns = to_device(columns, xp)
     X = x.data.reshape(-1, shape[-1])
-    ones = xp.ones((len(W), 1), W.dtype)
     loss = 0
     dX = None
     dW = None
@@ -282,7 +310,8 @@ def linear_cross_entropy(x, weight, targets):
     if _needs_gradient(weight):
         dW = xp.zeros_like(W)
 
-    step = min(LOGIT_ROWS, max(1, LOGIT_BYTES // W[:, 0].nbytes))
+    row_bytes = len(W) * W.itemsize
+    step = block_length(xp, min(LOGIT_ROWS, max(1, LOGIT_BYTES // row_bytes)), row_bytes)
     for start in range(0, n, step):
         block = slice(start, start + step)
         X_block = X[rows[block]]
@@ -291,15 +320,15 @@ def linear_cross_entropy(x, weight, targets):
         E -= E.max(axis=-1, keepdims=True)
         target_logit = E[at_target]
         xp.exp(E, out=E)
-        row_sum = E @ ones
-        loss += (xp.log(row_sum[:, 0]) - target_logit).sum()
-        # E / row_sum is now the softmax minus one at the target. The division is left to the thin
+        sums = row_sum(E)
+        loss += (xp.log(sums[:, 0]) - target_logit).sum()
+        # E / sums is now the softmax minus one at the target. The division is left to the thin
         # arrays below: X and dX have C columns, E has V.
-        E[at_target] -= row_sum[:, 0]
+        E[at_target] -= sums[:, 0]
         if dX is not None:
-            dX[rows[block]] = (E @ W) / row_sum
+            dX[rows[block]] = (E @ W) / sums
         if dW is not None:
-            dW += E.T @ (X_block / row_sum)
+            dW += E.T @ (X_block / sums)
 
     return record(
         xp.asarray(loss / n),
@@ -310,8 +339,3 @@ def linear_cross_entropy(x, weight, targets):
 
 def _needs_gradient(t):
     return is_recording() and t.requires_grad
-
-
-def _row_dot(a, b):
-    """Σ a b over the last axis, which stays: (..., C) and (..., C) -> (..., 1)."""
-    return get_array_module(a).einsum("...i,...i->...", a, b)[..., None]

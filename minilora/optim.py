@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from .backend import get_array_module, to_device
+from .kernels import adam_kernel, has_kernels, sum_of_squares
 from .tensor import Tensor, check_same_layout
 
 # How many numbers Adam updates at a time on the host.
@@ -84,13 +85,20 @@ class Adam:
         v_correction = 1 - beta2**self.steps
         decay = 1 - lr * self.weight_decay
         for p, m_whole, v_whole in zip(self.params, self.m, self.v, strict=True):
+            xp = get_array_module(p.data)
+            if has_kernels(xp):
+                # The same five lines, as one kernel.
+                numbers = (1 - beta1, 1 - beta2, decay, lr / m_correction)
+                numbers += (math.sqrt(v_correction), self.eps)
+                adam_kernel(xp)(p.grad, *numbers, p.data, m_whole, v_whole)
+                continue
             for w, g, m, v in _blocks(p.data, p.grad, m_whole, v_whole):
                 m += (1 - beta1) * (g - m)
                 v += (1 - beta2) * (g * g - v)
                 if self.weight_decay:
                     w *= decay
                 # √v̂ + eps; the other correction goes into the rate, which is one number.
-                denominator = get_array_module(g).sqrt(v) / math.sqrt(v_correction) + self.eps
+                denominator = xp.sqrt(v) / math.sqrt(v_correction) + self.eps
                 w -= (lr / m_correction) * (m / denominator)
 
     def state_dict(self):
@@ -157,7 +165,7 @@ def clip_grad_norm(params, max_norm):
         raise ValueError(f"clip_grad_norm: max_norm must be positive, got {max_norm}")
     params = [p for p in params if p.grad is not None]
     # From a GPU one number crosses to the host, however many tensors there are.
-    norm = math.sqrt(float(sum((p.grad * p.grad).sum() for p in params)))
+    norm = math.sqrt(float(sum_of_squares([p.grad for p in params])))
     if not math.isfinite(norm):
         raise ValueError(
             f"the gradient norm is {norm}: lower the learning rate, or look for inf/nan in the data"

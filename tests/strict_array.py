@@ -5,6 +5,7 @@ operand, an index or a value, `np.exp(x)`, `np.sum(x)` and `np.asarray(x)` are a
 picks of one element are 0-d arrays, as on a GPU. Only functions and arguments that CuPy 13 has are here.
 """
 
+import collections
 import operator
 
 import numpy as np
@@ -14,6 +15,11 @@ newaxis, inf, nan, pi = None, float("inf"), float("nan"), np.pi
 
 _ARRAYS = {"A", "a", "x", "x1", "x2", "m", "y", "condition", "array", "out", "b"}  # these are arrays (or numbers)
 _LISTS = {"tup"}  # parameters that are sequences of arrays
+
+
+# How often each operation was asked for: on a GPU every one of them launches a kernel. Views are free.
+CALLS = collections.Counter()
+FREE = {"empty", "empty_like", "reshape", "swapaxes", "transpose", "broadcast_to", "squeeze"}
 
 
 class ndarray:
@@ -29,6 +35,7 @@ class ndarray:
     nbytes = property(lambda self: self._host.nbytes)
     itemsize = property(lambda self: self._host.itemsize)
     T = property(lambda self: _wrap(self._host.T))
+    device = property(lambda self: "strict")
 
     def __array__(self, dtype=None, copy=None):
         raise TypeError("Implicit conversion to a NumPy array is not allowed; move it with asnumpy(x) or x.get()")
@@ -43,9 +50,12 @@ class ndarray:
         return len(self._host)
 
     def __getitem__(self, index):
+        if any(isinstance(i, ndarray) for i in (index if isinstance(index, tuple) else (index,))):
+            CALLS["take"] += 1
         return _wrap(self._host[_index(index)])
 
     def __setitem__(self, index, value):
+        CALLS["put"] += 1
         self._host[_index(index)] = _operand(value)
 
     def __copy__(self):
@@ -102,6 +112,8 @@ def _call(function, names, args, kwargs):
     """function(*args, **kwargs) on host memory, if every argument is one that CuPy has too."""
     if len(args) > len(names) or not set(kwargs) <= set(names):
         raise TypeError(f"{function.__name__}: CuPy takes {', '.join(names)}; got {len(args)} and {', '.join(kwargs)}")
+    if function.__name__ not in FREE:
+        CALLS[function.__name__] += 1
     given = [_convert(name, value) for name, value in zip(names, args, strict=False)]
     host = function(*given, **{name: _convert(name, value) for name, value in kwargs.items()})
     out = kwargs.get("out")
@@ -141,15 +153,18 @@ UFUNCS = {
 
 def _binary(name):
     def method(self, other):
+        CALLS[name] += 1
         asks = getattr(other, "__array_ufunc__", None)
         if asks and not isinstance(other, (ndarray, np.ndarray, np.generic)):
             return asks(UFUNCS[name], "__call__", self, other)  # a Tensor on the right, as CuPy does it
         return _wrap(getattr(operator, name)(self._host, _operand(other)))
 
     def reflected(self, other):
+        CALLS[name] += 1
         return _wrap(getattr(operator, name)(_operand(other), self._host))
 
     def in_place(self, other):
+        CALLS[name] += 1
         self._host[...] = getattr(operator, f"i{name}")(self._host, _operand(other))
         return self
 
@@ -204,6 +219,7 @@ def split(ary, indices_or_sections, axis=0):
 
 def einsum(subscripts, *operands):
     """Sums of products, written with indices."""
+    CALLS["einsum"] += 1
     return _wrap(np.einsum(subscripts, *map(_operand, operands)))
 
 

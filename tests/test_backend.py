@@ -1,11 +1,13 @@
 """Which module owns an array, and how arrays move."""
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
 from strategies import arrays, shapes
 
-from minilora.backend import array_module, get_array_module, to_device, to_numpy
+from minilora.backend import array_module, empty_kernel_cache, get_array_module, to_device, to_numpy
 
 
 def test_the_array_decides(xp):
@@ -63,3 +65,32 @@ def test_a_moved_array_is_independent_of_the_host(device_xp):
 def test_only_the_two_backends_are_array_modules(name):
     with pytest.raises(ValueError, match=f'backend must be "numpy" or "cupy", got {name!r}'):
         array_module(name)
+
+
+def test_a_folder_for_kernels_is_named_as_long_as_it_is_empty(device_xp, tmp_path, monkeypatch):
+    folder = tmp_path / "kernels"
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(folder))
+    assert empty_kernel_cache(np) is None
+    assert empty_kernel_cache(device_xp) == folder
+    folder.mkdir()
+    assert empty_kernel_cache(device_xp) == folder
+    (folder / "one.cubin").touch()
+    assert empty_kernel_cache(device_xp) is None
+    monkeypatch.delenv("CUPY_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert empty_kernel_cache(device_xp) == tmp_path / ".cupy" / "kernel_cache"
+
+
+@pytest.mark.parametrize("before, after", [(None, "1"), ("0", "0")])
+def test_compiled_headers_are_asked_for_before_cupy_is_imported_unless_somebody_said_otherwise(
+    before, after, tmp_path, monkeypatch
+):
+    (tmp_path / "cupy.py").write_text("import os\nSEEN = os.environ['CUPY_NVRTC_USE_PCH']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setenv("CUPY_NVRTC_USE_PCH", str(before))
+    if before is None:
+        monkeypatch.delenv("CUPY_NVRTC_USE_PCH")
+    assert array_module("cupy").SEEN == after
+    # It is of this test alone.
+    del sys.modules["cupy"]

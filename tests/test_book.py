@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # The reading order, and under it the floors, each with its own: a file imports only what stands before it.
 BOOK = ["backend", "graph", "tensor", "functional", "gradcheck", "nn", "optim", "gpt", "lora_config", "lora"]
 FLOORS = {
-    "book": ["backend", "graph", "tensor", "functional", "packed", "lean", "structure", "mistakes", "differences",
-             "verdict", "subject", "compare", "directions", "gradcheck", "nn", "quant", "optim", "decoder", "gpt",
-             "llama", "lora_config", "fits", "lora", "method", "dora", "ia3", "bias_only", "bottleneck",
-             "prefix", "prompt", "generate", "stack", "low_rank", "compose", "architectures", "count",
+    "book": ["backend", "graph", "tensor", "functional", "packed", "kernels", "lean", "structure", "mistakes",
+             "differences", "verdict", "subject", "compare", "directions", "gradcheck", "nn", "quant", "optim",
+             "decoder", "gpt", "llama", "lora_config", "fits", "lora", "method", "dora", "ia3", "bias_only",
+             "bottleneck", "prefix", "prompt", "generate", "stack", "low_rank", "compose", "architectures", "count",
              "step_cost", "memory"],
     "disk": ["characters", "checks", "lfs", "tensor_file", "folder", "family", "gpt2", "rotary_fields", "llama", "own",
              "bases", "gguf_file", "gguf_fields", "gguf_vocabulary", "gguf", "gguf_companions", "base_files", "models",

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import (
     Watch,
-    agree,
     close,
     contents,
     float_dtypes,
     gpt_shapes,
     hunt,
     learned,
+    nearly,
     new_adapter,
     rngs,
     seeds,
@@ -242,7 +242,7 @@ def test_the_report_counts_r_times_in_plus_out_over_the_adapted_layers(shape, r,
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_every_backend_computes_what_numpy_does(xp, positions):
-    """Logits, gradients, a training step, a merge, a stack and text: to the bit on the strict stand-in."""
+    """Logits, gradients, a training step, a merge, a stack, text; sums are in another order on a device."""
     results = {}
     for module in (np, xp):
         base = tiny_gpt(positions, dtype="float32").to_device(module)
@@ -256,7 +256,7 @@ def test_every_backend_computes_what_numpy_does(xp, positions):
         results[module] = arrays, generate(model, IDS[:, :2], 4)
     (ours, our_text), (numpys, numpy_text) = results[xp], results[np]
     assert all(isinstance(a, xp.ndarray) for a in ours)
-    assert all(agree(xp, a, b) for a, b in zip(ours, numpys, strict=True))
+    assert all(nearly(a, b) for a, b in zip(ours, numpys, strict=True))
     assert type(our_text) is np.ndarray and np.array_equal(our_text, numpy_text)
 
 

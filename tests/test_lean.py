@@ -22,6 +22,7 @@ import minilora.gpt
 import minilora.optim
 from minilora import Adam, LoRAConfig, Tensor, attach, decoder, init_adapter, lean
 from minilora import functional as F
+from minilora.backend import to_device, to_numpy
 from minilora.decoder import KeyValueCache
 from minilora.generate import generate
 from minilora.gpt import GPT, GPTConfig
@@ -216,15 +217,15 @@ CASES = {  # name: (ours, the textbook's, bounds, inputs); ours is looked up whe
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-def results(op, arrays, dy):
-    """The value of `op` and the gradient of each of its inputs."""
-    tensors = [Tensor(a, requires_grad=True) for a in arrays]
+def results(op, arrays, dy, xp=np):
+    """The value of `op` and the gradient of each of its inputs, computed by `xp`."""
+    tensors = [Tensor(to_device(a, xp), requires_grad=True) for a in arrays]
     y = op(*tensors)
-    y.backward(dy.astype(y.dtype))
-    return [y.data, *(t.grad for t in tensors)]
+    y.backward(to_device(dy.astype(y.dtype), xp))
+    return [to_numpy(a) for a in (y.data, *(t.grad for t in tensors))]
 
 
-def is_within_the_bounds(case, dtype, op=None):
+def is_within_the_bounds(case, dtype, op=None, xp=np):
     """`op`, ours unless it is given, in `dtype`, against the textbook's in float64, on the same float32 inputs."""
     ours, textbooks, bounds, inputs = CASES[case]
     rng = np.random.default_rng(3)
@@ -232,7 +233,7 @@ def is_within_the_bounds(case, dtype, op=None):
     y = textbooks(*map(Tensor, arrays)).data
     dy = rng.standard_normal(y.shape).astype(np.float32).astype(np.float64)
     expected = results(textbooks, arrays, dy)
-    found = results(op or ours, [a.astype(dtype) for a in arrays], dy)
+    found = results(op or ours, [a.astype(dtype) for a in arrays], dy, xp)
     limits = zip(*(bounds(*arrays, dy, unit_roundoff(d)) for d in (dtype, "float64")), strict=True)  # one for each side
     for a, b, limit in zip(found, expected, limits, strict=True):
         assert a.dtype == dtype and a.shape == b.shape == sum(limit).shape
@@ -243,6 +244,12 @@ def is_within_the_bounds(case, dtype, op=None):
 @both_dtypes
 def test_a_lean_op_differs_from_the_textbooks_by_less_than_the_derived_bound(case, dtype):
     is_within_the_bounds(case, dtype)
+
+
+@every_case
+@both_dtypes
+def test_on_a_device_a_lean_op_obeys_the_same_bound(case, dtype, device_xp):
+    is_within_the_bounds(case, dtype, xp=device_xp)
 
 
 @every_case
@@ -417,27 +424,27 @@ def test_memory_that_is_kept_changes_no_bit():
 
 CACHE, BLOCKS = KeyValueCache.extend, minilora.optim._blocks
 BUGS = {  # what is wrong: (case or comparison, function, its line, the line with the bug)
-    "last queries dropped": ("attention", lean.attention, "range(0, T, QUERY_BLOCK)",
-                             "range(0, T - QUERY_BLOCK, QUERY_BLOCK)"),
-    "mask off by one": ("attention", lean.attention, "Q.dtype), -1)", "Q.dtype), -2)"),
-    "last key out of sight": ("attention", lean.attention, "Q.dtype), -1)", "Q.dtype), 0)"),
+    "last queries dropped": ("attention", lean.attention, "range(0, T, step)",
+                             "range(0, T - step, step)"),
+    "mask off by one": ("attention", lean._future, "dtype), -1)", "dtype), -2)"),
+    "last key out of sight": ("attention", lean._future, "dtype), -1)", "dtype), 0)"),
     "dq not scaled": ("attention", lean.attention, "@ K[:, :, keys]) * scale", "@ K[:, :, keys])"),
-    "dk of the last block alone": ("attention", lean.attention, "dK[:, :, keys] += ", "dK[:, :, keys] = "),
+    "dk of the last block alone": ("attention", lean.attention, "dK_seen += ", "dK_seen[...] = "),
     "softmax half way back": ("attention", lean.attention, "dscores -= along[..., queries]", "pass"),
-    "the group's mask not repeated": ("attention, one head", lean.attention, "xp.repeat(future, G, axis=1)",
-                                      "xp.tile(future, (1, G))"),
+    "the group's mask not repeated": ("attention, one head", lean._future, "xp.repeat(mask, G, axis=1)",
+                                      "xp.tile(mask, (1, G))"),
     "silu, wrong derivative": ("swiglu", lean.swiglu, "s *= 1 - silu", "s *= 1 - s"),
     "mean of a square too few": ("rms norm", lean.rms_norm, "rstd *= 1 / C", "rstd *= 1 / (C - 1)"),
     "rms norm taken for a scale": ("rms norm", lean.rms_norm, "along *= 1 / C", "along *= 0"),
     "gelu, other constant": ("gelu", lean.gelu, "a = 0.044715", "a = 0.0447"),
     "gelu, wrong derivative": ("gelu", lean.gelu, "d *= 6 * c * a", "d *= 5.999 * c * a"),
-    "other variance": ("layer norm", lean.layer_norm, "_row_dot(normed, normed) / C",
-                       "_row_dot(normed, normed) / (C - 1)"),
+    "other variance": ("layer norm", lean.layer_norm, "row_mean_dot(normed, normed)",
+                       "row_mean_dot(normed, normed) * 48 / 47"),
     "two terms of three": ("layer norm", lean.layer_norm, "d -= normed * along", "pass"),
     "last rows dropped": ("loss", lean.linear_cross_entropy, "range(0, n, step)",
                           "range(0, n - step, step)"),
     "dW of the last rows alone": ("loss", lean.linear_cross_entropy, "dW += ", "dW = "),
-    "softmax without one-hot": ("loss", lean.linear_cross_entropy, "E[at_target] -= row_sum[:, 0]", "pass"),
+    "softmax without one-hot": ("loss", lean.linear_cross_entropy, "E[at_target] -= sums[:, 0]", "pass"),
     "mean over silent rows": ("loss", lean.linear_cross_entropy, "loss / n)", "loss / targets.size)"),
     "last block not updated": ("Adam", BLOCKS, "range(0, len(first), n_rows)", "range(0, len(first) - n_rows, n_rows)"),
     "values over keys": ("cache", CACHE, "cached[1, :, start:stop]", "cached[0, :, start:stop]"),
@@ -447,9 +454,10 @@ BUGS = {  # what is wrong: (case or comparison, function, its line, the line wit
 def plant(monkeypatch, function, line, bug):
     """Let minilora use `function` with `bug` in the place of `line`."""
     source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(line) == 1, f"{function.__qualname__} has no such line any more: plant the bug in another"
+    assert source.count(line) == 1, f"{function.__name__} has no such line any more: plant the bug in another"
     place, names = KeyValueCache if function is CACHE else sys.modules[function.__module__], {}
-    exec(source.replace(line, bug), function.__globals__, names)  # it sees the module's names, QUERY_BLOCK and all
+    # It sees the names of its module, QUERY_BLOCK and all.
+    exec(source.replace(line, bug), inspect.unwrap(function).__globals__, names)
     monkeypatch.setattr(place, function.__name__, names[function.__name__])
 
 

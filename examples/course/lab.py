@@ -21,7 +21,7 @@ import threadpoolctl
 from compared.report import cpu_name
 
 from minilora import Adam, LoRAConfig, attach, init_adapter, load_model, quant, save_model
-from minilora.backend import array_module
+from minilora.backend import array_module, empty_kernel_cache
 from minilora.cli import demo
 from minilora.cli.asking import Chat, Lines
 from minilora.cli.folders import find_sources
@@ -127,6 +127,8 @@ class Run:
         self.out = Path(args.out)
         self.seeds = list(range(args.seed, args.seed + args.seeds))
         self.xp = array_module(args.backend)
+        if empty_kernel_cache(self.xp):
+            print(f"{args.backend} compiles its kernels in this first run, for minutes", flush=True)
         # As the commands do it: each batch in two parts, at once where there are two cores.
         self.parts = 2 if args.backend == "numpy" else 1
         self.threads = min(self.parts, cores())

@@ -63,11 +63,20 @@ def _parts_and_threads(args):
     return parts, threads
 
 
-def _run_demo(args):
-    from ..backend import array_module
+def _device(name):
+    """The array module of --backend. If it has to compile its kernels first, that is said."""
+    from ..backend import array_module, empty_kernel_cache
 
+    xp = array_module(name)
+    folder = empty_kernel_cache(xp)
+    if folder is not None:
+        warn(f"{name} compiles its kernels in this first run, for minutes; kept in {folder}")
+    return xp
+
+
+def _run_demo(args):
     run_demo = _small_demo if args.base is None else _base_demo
-    run_demo(args, array_module(args.backend))
+    run_demo(args, _device(args.backend))
 
 
 def _small_demo(args, xp):
@@ -169,7 +178,6 @@ def _run_finetune(args):
     adapter_settings = _adapter_settings(args)
     _check_evaluations(args)
 
-    from ..backend import array_module
     from ..training.finetune import finetune
     from ..training.finetune_config import FineTuneConfig
     from .folders import find_sources
@@ -194,7 +202,7 @@ def _run_finetune(args):
         log_file=args.log,
     )
     find_sources(args.base)
-    xp = array_module(args.backend)
+    xp = _device(args.backend)
     parts, threads = _parts_and_threads(args)
     finetune(config, xp, parts=parts, threads=threads, resume=args.resume, log=log)
 
@@ -224,7 +232,6 @@ def _run_generate(args):
         args.refuse("argument --stop: the text is empty, which ends everything at once")
     sampling = _sampling(args)
 
-    from ..backend import array_module
     from .generation import Continuation, continue_prompt
 
     job = Continuation(
@@ -238,7 +245,7 @@ def _run_generate(args):
         args.other_precision,
         args.cut_prompt,
     )
-    xp = array_module(args.backend)
+    xp = _device(args.backend)
     headings = _headings(args.adapter, args.num_samples)
     if not headings and sys.stdout.isatty():
         continue_prompt(job, xp, warn, write)
@@ -264,14 +271,13 @@ def _headings(adapters, samples):
 def _run_chat(args):
     sampling = _sampling(args)
 
-    from ..backend import array_module
     from .chat import chat
 
     chat(
         args.base,
         args.adapter,
         sampling,
-        array_module(args.backend),
+        _device(args.backend),
         read_line=line_reader(),
         write=write,
         warn=warn,
@@ -369,14 +375,13 @@ def _run_plot(args):
 
 
 def _run_compare(args):
-    from ..backend import array_module
     from .comparison import compare
 
     compare(
         args.base,
         args.adapters,
         args.data,
-        array_module(args.backend),
+        _device(args.backend),
         log,
         batch=args.batch,
         length=args.length,
