@@ -155,9 +155,6 @@ class _Walk:
         if isinstance(layer, LayerNorm):
             # x without its mean, over its deviation.
             self.keep_numbers(n)
-            if x.needs_gradient:
-                # And a column of ones, by which numbers are summed over channels.
-                self.keep_numbers(x.width)
         else:
             # y, and x / rms beside it unless the one can be told from the other.
             self.keep(y)

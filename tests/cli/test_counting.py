@@ -27,7 +27,7 @@ def counted(capsys):
     def run(*arguments):
         assert main(["count", *map(str, arguments)]) == 0
         out, err = capsys.readouterr()
-        assert err == "" and "0.0 " not in out and all(len(line) <= 160 for line in out.splitlines())
+        assert err == "" and " 0.0 " not in out and all(len(line) <= 160 for line in out.splitlines())
         return out.splitlines()
 
     return run

@@ -149,9 +149,8 @@ function addNorm(sums, model, x, trained) {
     return y;
   }
   if (model.norm === "LayerNorm") {
-    // x without its mean, over its deviation; and ones by which numbers are summed over channels.
+    // x without its mean, over its deviation.
     sums.byRow += x.width;
-    sums.fixed += x.needsGradient ? x.width : 0;
   } else {
     keep(sums, y);
     // x / rms, unless it can be told from y: then the weight may not change.
