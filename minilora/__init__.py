@@ -12,7 +12,7 @@ import importlib.util
 import sys
 import types
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 # {file: the public names that it defines}
 _PUBLIC = {

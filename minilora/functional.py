@@ -377,10 +377,21 @@ def dropout(x, p, rng):
         raise ValueError(f"dropout: p must lie in [0, 1), got {p}")
     if not np.any(p):
         return x
-    # NumPy draws, in float64, and the mask is moved: one seed drops the same on every backend.
-    mask = (check_rng(rng).random(x.shape) >= p) / (1 - p)
-    mask = to_device(mask.astype(x.dtype), get_array_module(x.data))
-    return record(x.data * mask, (x, lambda dy: dy * mask))
+    # NumPy draws, in float32 whatever x is, and booleans are moved, a byte each: one seed drops the
+    # same on every backend and in every dtype.
+    xp = get_array_module(x.data)
+    drawn = check_rng(rng).random(x.shape, np.float32)
+    kept = to_device(drawn >= np.asarray(p, np.float32), xp)
+    scale = 1 / (1 - p)
+    if np.ndim(scale):
+        scale = to_device(scale.astype(x.dtype), xp)
+
+    def drop(a):
+        y = a * kept
+        y *= scale
+        return y
+
+    return record(drop(x.data), (x, drop))
 
 
 def check_ids(what, ids, n):

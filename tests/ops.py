@@ -188,7 +188,8 @@ def linear_formula(x, weight, bias=0.0):
 
 
 def dropout_formula(x, p=0.4):
-    return np.where(np.random.default_rng(7).random(x.shape) < p, 0, x / (1 - p))
+    drawn = np.random.default_rng(7).random(x.shape, np.float32)
+    return np.where(drawn < np.float32(p), 0, x / (1 - p))
 
 
 def rates(n):

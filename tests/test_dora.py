@@ -178,7 +178,7 @@ def test_what_is_left_out_lies_along_the_rows_of_the_weight():
 def test_dropout_is_on_all_that_dora_adds_and_not_on_the_base():
     """(W' - W) x̃ + W x + b, as PEFT has it."""
     layer, x = a_layer(dropout=0.5)
-    mask = (np.random.default_rng(4).random(x.shape) >= 0.5) / 0.5
+    mask = (np.random.default_rng(4).random(x.shape, np.float32) >= 0.5) / 0.5
     read = x.data * mask
     merged = layer.merged()
     expected = layer.linear(x).data + read @ (merged.weight.data - layer.linear.weight.data).T

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops import OPS, draw, like, refuses
 from strategies import rngs, sides
+from test_lean import plant
 
 from minilora import Tensor, gradcheck, lean, no_grad
 from minilora import functional as F
@@ -209,6 +210,64 @@ def test_dropout_keeps_the_mean_and_the_rate_and_is_off_if_and_only_if_there_is_
     with no_grad():
         assert np.array_equal(F.dropout(x, 0.25, np.random.default_rng(0)).data, y.data)
     assert F.dropout(x, 0.25, None) is x and F.dropout(x, 0.0, np.random.default_rng(0)) is x
+
+
+RATES = [0.3, np.array([0.0, 0.1, 0.9]).reshape(3, 1)]
+
+
+def dropped(x, p):
+    """(the value, the gradient) of a dropout of x, on the host."""
+    x = Tensor(x, requires_grad=True)
+    y = F.dropout(x, p, np.random.default_rng(5))
+    y.backward(get_array_module(x.data).ones(x.shape, x.dtype))
+    assert y.dtype == x.grad.dtype == x.dtype
+    return to_numpy(y.data), to_numpy(x.grad)
+
+
+def check_one_mask(xp, p):
+    """One seed drops the same to the bit, in both dtypes and on both backends."""
+    x = np.random.default_rng(0).standard_normal((3, 1001))
+    kept = {}
+    for dtype in ("float32", "float64"):
+        numpys = dropped(x.astype(dtype), p)
+        ours = dropped(to_device(x.astype(dtype), xp), p)
+        assert all(np.array_equal(a, b) for a, b in zip(ours, numpys, strict=True))
+        kept[dtype] = ours[0] != 0
+        assert np.array_equal(kept[dtype], ours[1] != 0)
+    assert np.array_equal(kept["float32"], kept["float64"])
+    assert np.all(abs(kept["float32"].mean(-1) - (1 - np.ravel(p))) < 0.06)
+
+
+@pytest.mark.parametrize("p", RATES, ids=["one rate", "a rate each"])
+def test_one_seed_drops_the_same_on_every_backend_and_in_both_dtypes(p, xp):
+    check_one_mask(xp, p)
+
+
+DROPOUT_BUGS = {  # what is wrong: (a line of dropout, the line with the bug)
+    "drawn in the dtype of x": ("random(x.shape, np.float32)", "random(x.shape, x.dtype)"),
+    "too many are dropped": ("drawn >= ", "drawn / 2 >= "),
+    "the gradient of another mask": ("(x, drop)", "(x, lambda dy: drop(dy[..., ::-1])[..., ::-1])"),
+}
+
+
+@pytest.mark.parametrize("bug", DROPOUT_BUGS)
+def test_each_bug_planted_in_the_masks_is_found(bug, monkeypatch):
+    plant(monkeypatch, F.dropout, *DROPOUT_BUGS[bug])
+    with pytest.raises(AssertionError):
+        check_one_mask(np, RATES[0])
+
+
+def test_equal_rates_drop_what_one_rate_drops():
+    x = np.random.default_rng(0).standard_normal((3, 1001)).astype("float32")
+    for one, each in zip(dropped(x, 0.1), dropped(x, np.full((3, 1), 0.1)), strict=True):
+        assert np.array_equal(one, each)
+
+
+def test_a_mask_moves_once_as_a_byte_for_each_number(xp, monkeypatch):
+    moved = []
+    monkeypatch.setattr(F, "to_device", lambda a, xp: moved.append(a.nbytes) or to_device(a, xp))
+    dropped(xp.ones((2, 1001), "float32"), 0.3)
+    assert moved == [2 * 1001]
 
 
 def T(*shape, dtype=np.float64):

@@ -13,8 +13,9 @@ from ..disk.folder import load_config, load_folder, save_folder
 from ..fits import indented
 from ..tensor import check_same_layout
 
-# The first version of this library that wrote checkpoints as they are written here.
-VERSION = "0.5"
+# The first version of this library that wrote checkpoints as they are written here, and drew the
+# same random numbers after them.
+VERSION = "0.6"
 TENSORS = "checkpoint.safetensors"
 STATE = "checkpoint.json"
 # A folder that is being removed has this name instead of its own.

@@ -171,11 +171,11 @@ def test_of_many_differences_the_first_are_named_and_the_others_counted(saved):
 # Of another version, or damaged.
 
 
-@pytest.mark.parametrize("version", ["0.1", "0.4", "3.1"])
+@pytest.mark.parametrize("version", ["0.1", "0.4", "0.5", "3.1"])
 def test_a_checkpoint_of_another_version_is_refused_in_one_line_that_names_it(saved, version):
     folder, _ = saved
     changed(folder, lambda state: state.update(version=version))
-    message = is_refused(folder, f"written by minilora {version}, and this is 0.5: go on with that")
+    message = is_refused(folder, f"written by minilora {version}, and this is 0.6: go on with that")
     assert "\n" not in message
 
 

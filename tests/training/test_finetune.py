@@ -1106,7 +1106,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line_that_names_it(tm
     config = FineTuneConfig(base=str(old / "base"), data=str(old / "notes.txt"), out=str(old / "out"), alpha=4, r=2,
                             lr=1e-2, steps=8, batch=4, seed=3, eval_split=0.2, length=16, dropout=0.1)  # fmt: skip
     before = {path: path.read_bytes() for path in (old / "out").rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"written by minilora 0\.1, and this is 0\.5: go on with that") as refusal:
+    with pytest.raises(ValueError, match=r"written by minilora 0\.1, and this is 0\.6: go on with that") as refusal:
         run(config, resume=True)
     assert "\n" not in str(refusal.value)
     assert {path: path.read_bytes() for path in (old / "out").rglob("*") if path.is_file()} == before
