@@ -85,14 +85,15 @@ if not args.small:
     ids = tokenizer.encode(corpus.train)
     heldout = tokenizer.encode(corpus.heldout)
     steps = 30 if args.quick else 800
-    measure = lambda: heldout_loss(model, consecutive_windows(heldout, config.block_size, 32))
-    before = measure()
-    began = time.perf_counter()
-    # As the commands train: each batch is computed in two parts, at once where there are two cores,
+    # Each batch is computed in two parts, whatever the machine, at once where there are two cores,
     # and malloc keeps what a step frees for the next one. It saves time.
     parts = 2
     threads = min(parts, cores())
     keep_freed_memory()
+    windows = lambda: consecutive_windows(heldout, config.block_size, 32)
+    measure = lambda: heldout_loss(model, windows(), parts=parts, threads=threads)
+    before = measure()
+    began = time.perf_counter()
     train(
         model,
         Adam(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1),

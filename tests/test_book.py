@@ -26,7 +26,7 @@ FLOORS = {
              "c_attn", "peft_config", "adapter_file", "peft", "method_file", "loaders", "rounding", "template_sizes",
              "template_sandbox", "chat_template", "vocabulary", "conversation", "token_stream", "tokenizer",
              "quantized"],
-    "training": ["corpus", "batches", "text_files", "datasets", "parts", "threads", "loop", "checkpoint", "progress",
+    "training": ["corpus", "batches", "text_files", "datasets", "threads", "parts", "loop", "checkpoint", "progress",
                  "finetune_config", "learned", "run_log", "steps", "finetune"],
     "cli": ["ctrl_c", "messages", "parser", "keyboard", "folders", "questions", "text_stream", "generation",
             "commands", "comparison", "plot", "chat", "inspect", "counting", "playground", "asking", "demo_tables",

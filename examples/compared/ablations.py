@@ -83,11 +83,11 @@ class ForgetfulWorkers(PartWorkers):
     Adam's zero_grad would leave those of a base that it does not train.
     """
 
-    def backward(self, ids, targets, **options):
+    def backward(self, batches, **options):
         """As `PartWorkers.backward`."""
         for p in self.leaves:
             p.grad = None
-        return super().backward(ids, targets, **options)
+        return super().backward(batches, **options)
 
 
 def in_one_part(parts, threads, backend):

@@ -7,7 +7,7 @@ import numpy as np
 
 from minilora import Adam, attach, generate, load_adapter, load_gpt2, merge, no_grad, stack
 from minilora.training.parts import PartWorkers
-from minilora.training.threads import blas_threads, keep_freed_memory, parts_and_threads
+from minilora.training.threads import keep_freed_memory, parts_and_threads
 
 from .rounds import GEMM
 from .workloads import LR, NEW, adapter_of, trains
@@ -69,12 +69,10 @@ def forward(model, job):
 def training(model, adam, job, parts, threads):
     """A function that does one step, in `parts` which `threads` compute."""
     resources = contextlib.ExitStack()
-    if parts > 1:
-        resources.enter_context(blas_threads(max(1, job.threads // parts)))
     workers = resources.enter_context(PartWorkers(model, parts, threads))
 
     def step():
-        loss = workers.backward(job.inputs, job.targets)
+        loss = workers.backward([(job.inputs, job.targets)])
         adam.step()
         adam.zero_grad()
         return loss

@@ -129,7 +129,7 @@ class Run:
         self.xp = array_module(args.backend)
         if empty_kernel_cache(self.xp):
             print(f"{args.backend} compiles its kernels in this first run, for minutes", flush=True)
-        # As the commands do it: each batch in two parts, at once where there are two cores.
+        # Each batch in two parts, whatever the machine, and at once where there are two cores.
         self.parts = 2 if args.backend == "numpy" else 1
         self.threads = min(self.parts, cores())
         self.began = time.perf_counter()
@@ -248,7 +248,8 @@ class Run:
         """Mean loss of `model` on at most `most` windows of the text `ids`, in nats per token."""
         windows = consecutive_windows(ids, base.length, 16)
         n_batches = 1 if self.quick else -(-most // 16)
-        return heldout_loss(model, list(itertools.islice(windows, n_batches)))
+        batches = list(itertools.islice(windows, n_batches))
+        return heldout_loss(model, batches, parts=self.parts, threads=self.threads)
 
     def finish(self, setting, columns, rows, draw, **more):
         """Print the table, keep everything as JSON, and draw the picture.

@@ -35,6 +35,8 @@ def compare(
     quantize=None,
     other_precision=False,
     too_long=None,
+    parts=1,
+    threads=1,
 ):
     """Print the loss of a model on each of the `files`, without and with each of the `adapters`.
 
@@ -44,7 +46,7 @@ def compare(
     at once, `length` how many tokens a row of text has (None: as `load_data`). `quantize` is what
     the base is packed as, None to leave it as it is stored; `other_precision` as for
     `load_adapter`; `too_long` what becomes of rows longer than the context: "cut", "drop", or None:
-    refused.
+    refused. `parts` and `threads` are those of `heldout_loss`.
     Raises: ValueError or OSError, before anything is measured, for what does not fit.
     """
     path = find_sources(base, adapters)
@@ -56,11 +58,12 @@ def compare(
     ]
     for file, examples in zip(files, data, strict=True):
         log(f"data {file}: {examples}")
-    rows = [_measure_all(model, data, batch, "the base")]
+    how = {"parts": parts, "threads": threads}
+    rows = [_measure_all(model, data, batch, "the base", how)]
     for folder, adapter in zip(adapters, loaded, strict=True):
         # One at a time: all of them share the base.
         adapted = attach(model, adapter, check_base=False)
-        rows.append(_measure_all(adapted, data, batch, str(folder)))
+        rows.append(_measure_all(adapted, data, batch, str(folder), how))
     if len(adapters) == 1 and len(files) == 1:
         lines = _table_of_two(rows[0][0], rows[1][0])
     else:
@@ -83,17 +86,18 @@ def _load_all(base, files, length, too_long, log):
     return data
 
 
-def _measure_all(model, data, batch, label):
-    """[Measured on each of the `data`]."""
-    return [_measure(model, examples, batch, label) for examples in data]
+def _measure_all(model, data, batch, label, how):
+    """[Measured on each of the `data`]; `how` says in which parts, on which threads."""
+    return [_measure(model, examples, batch, label, how) for examples in data]
 
 
-def _measure(model, examples, batch, label):
+def _measure(model, examples, batch, label, how):
     bar = tqdm(examples.epoch(batch), desc=label, unit="batch", delay=1, leave=False)
-    loss = heldout_loss(model, bar)
+    loss = heldout_loss(model, bar, **how)
     if not isinstance(examples, Rows) or not examples.has_answers:
         return Measured(loss, None, None)
-    return Measured(loss, sum(exact_rows(model, examples.rows, batch)), len(examples.rows))
+    is_exact = exact_rows(model, examples.rows, batch, **how)
+    return Measured(loss, sum(is_exact), len(is_exact))
 
 
 def _table_of_two(without, with_it):

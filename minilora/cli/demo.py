@@ -150,7 +150,8 @@ def pretrain(size, corpus, xp, rng, log, parts=1, threads=1):
     base = GPT(size.model, rng).to_device(xp)
     text = characters.encode(corpus.train)
     heldout = characters.encode(corpus.heldout)
-    measure = lambda: heldout_loss(base, consecutive_windows(heldout, size.model.block_size, 32))
+    windows = lambda: consecutive_windows(heldout, size.model.block_size, 32)
+    measure = lambda: heldout_loss(base, windows(), parts=parts, threads=threads)
     first = measure()
     log(
         f"[1/5] Pre-training a {parameter_report(base).total:,}-parameter GPT on {len(text):,} "

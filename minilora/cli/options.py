@@ -148,7 +148,8 @@ def _add_parts_and_threads(parser):
         "--parts",
         type=whole_number(1),
         metavar="N",
-        help="parts that a batch is cut into (default 2); with the seed they determine every bit",
+        help="parts that a batch is cut into, each computed with one thread of BLAS (default: as "
+        "many as there are cores, at least 2); with the seed they determine every bit",
     )
     parser.add_argument(
         "--threads",
@@ -254,7 +255,16 @@ def finetune_options(parser):
         "--batch",
         type=whole_number(1),
         default=FineTuneConfig.batch,
-        help="rows in a step (default %(default)s)",
+        help="rows in a batch (default %(default)s)",
+    )
+    add(
+        "--accumulate",
+        type=whole_number(1),
+        default=FineTuneConfig.accumulate,
+        metavar="N",
+        help="batches in a step (default %(default)s): on a text, N batches of B rows in P parts "
+        "each give the bits of one batch of N B rows in N P parts, in less memory; of a .jsonl, "
+        "rows of one length share a batch, so that other batches have other rows",
     )
     add(
         "--length",
@@ -502,3 +512,4 @@ def compare_options(parser):
     _add_other_precision(parser)
     _add_too_long(parser)
     _add_backend(parser)
+    _add_parts_and_threads(parser)

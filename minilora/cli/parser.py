@@ -12,6 +12,7 @@ from .messages import log, one_line
 
 # {our flag: what other programs call it}, all without dashes.
 FLAG_SYNONYMS = {
+    "accumulate": ("gradient-accumulation-steps", "grad-accum", "gradient-accumulation"),
     "adapter": ("adapters", "adapter-path", "lora", "lora-path", "peft-model"),
     "alpha": ("lora-alpha",),
     "ask": ("question", "query"),

@@ -51,7 +51,7 @@ def parser_of(name):
 
 
 def _parts_and_threads(args):
-    """The two settings of a command that trains.
+    """The two settings of a command that trains or measures.
 
     With several threads the process keeps freed memory for the next step.
     """
@@ -191,6 +191,7 @@ def _run_finetune(args):
         lr=args.lr,
         steps=args.steps,
         batch=args.batch,
+        accumulate=args.accumulate,
         seed=args.seed,
         eval_split=args.eval_split,
         length=args.length,
@@ -377,6 +378,7 @@ def _run_plot(args):
 def _run_compare(args):
     from .comparison import compare
 
+    parts, threads = _parts_and_threads(args)
     compare(
         args.base,
         args.adapters,
@@ -388,6 +390,8 @@ def _run_compare(args):
         quantize=args.quantize,
         other_precision=args.other_precision,
         too_long=args.too_long,
+        parts=parts,
+        threads=threads,
     )
 
 

@@ -26,10 +26,11 @@ from .checkpoint import REMOVED, Checkpoint, is_checkpoint
 from .datasets import load_data
 from .learned import LearnedAdapter, LearnedModel, report_full
 from .loop import Interrupted
-from .parts import check_parts
+from .parts import PartWorkers
 from .progress import Progress, peak_memory
 from .run_log import RunLog, check_place, cut_back, run_digest
 from .steps import Steps, keep
+from .threads import check_parts
 
 # What a run gives: the Adapter, or with `full` the model; the loss of each step; the held-out loss
 # before, and that of what is given (None if nothing is held out); and, with `eval_every`, the
@@ -61,7 +62,7 @@ def finetune(config, xp=np, *, parts=1, threads=1, resume=False, log=print, quie
     last that was saved anyway).
     """
     check_parts(parts, threads)
-    # A part needs a row; and where there are fewer parts, each has more of BLAS.
+    # A part needs a row.
     parts = min(parts, config.batch)
     threads = min(threads, parts)
     _check_out(Path(config.out), resume)
@@ -69,13 +70,13 @@ def finetune(config, xp=np, *, parts=1, threads=1, resume=False, log=print, quie
         check_place(config.log_file, config.out, resume)
     run = _prepare(config, xp, parts, log, quiet)
     progress = _begin(run, resume, log)
-    with _resumable(run):
+    with PartWorkers(run.learned.model, parts, threads) as workers, _resumable(run):
         # From here on there is something to resume.
         keep(run, progress, is_due=True)
         with _open_log(run) as run_log:
-            steps = Steps(run, progress, run_log, log, quiet)
+            steps = Steps(run, workers, progress, run_log, log, quiet)
             steps.measure_before()
-            steps.take(parts, threads)
+            steps.take()
             after = steps.take_best()
         run.learned.save(config.out)
         run.checkpoint.remove()
@@ -173,12 +174,13 @@ def _prepare(config, xp, parts, log, quiet):
 def _identity(config, data, base_config, base_fingerprint, xp, parts):
     """What must be the same when the run goes on."""
     settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
+    blas = "one" if parts > 1 else "as many as there are"
     data_file = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
     identity = {
         "settings": settings,
         "data": {"sha256": data_file, "tokens": data.fingerprint()},
         "config": asdict(base_config),
-        "arrays": {"module": xp.__name__, "parts": parts},
+        "arrays": {"module": xp.__name__, "parts (--parts)": parts, "BLAS threads": blas},
         "base": base_fingerprint,
     }
     # As it will be read back: JSON makes a list of a tuple.

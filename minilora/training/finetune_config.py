@@ -20,15 +20,15 @@ class FineTuneConfig:
     text. out: the folder for the adapter. alpha (which has no default), r, target, dropout: those
     of LoRAConfig. dora: learn a magnitude for each row as well. full: train every weight of a copy
     of the base instead, and write a model. lr: the peak of the learning rate, after a warm-up and
-    before a cosine. steps: how many, of `batch` rows each. seed: of everything random. eval_split:
-    the share that is held out to measure the loss on. length: tokens in a window of a text (None:
-    256, or the model's context if that is shorter). save_every: steps between two checkpoints.
-    quantize: what the base's linear weights are packed as once it is loaded, "nf4", or None: as
-    they are stored. too_long: what becomes of rows longer than the context: "cut" at their ends,
-    "drop" left out, None refused. eval_every: steps between two measurements of the held-out loss,
-    of which the best decides what is kept (None: before and after, and the last step is kept).
-    patience: after how many measurements without improvement the run ends (None: never before
-    `steps`). log_file: a .jsonl for a line on each step.
+    before a cosine. steps: how many, of `accumulate` batches of `batch` rows each. seed: of
+    everything random. eval_split: the share that is held out to measure the loss on. length: tokens
+    in a window of a text (None: 256, or the model's context if that is shorter). save_every: steps
+    between two checkpoints. quantize: what the base's linear weights are packed as once it is
+    loaded, "nf4", or None: as they are stored. too_long: what becomes of rows longer than the
+    context: "cut" at their ends, "drop" left out, None refused. eval_every: steps between two
+    measurements of the held-out loss, of which the best decides what is kept (None: before and
+    after, and the last step is kept). patience: after how many measurements without improvement the
+    run ends (None: never before `steps`). log_file: a .jsonl for a line on each step.
     Raises: ConfigError (a ValueError) that names the field, what it must be, and its value.
     """
 
@@ -41,6 +41,7 @@ class FineTuneConfig:
     lr: float = 5e-4
     steps: int = 200
     batch: int = 4
+    accumulate: int = 1
     seed: int = 0
     eval_split: float = 0.0
     length: int | None = None
@@ -55,7 +56,7 @@ class FineTuneConfig:
     log_file: str | None = None
 
     def __post_init__(self):
-        for field in ("steps", "batch", "save_every"):
+        for field in ("steps", "batch", "accumulate", "save_every"):
             if not _is_whole(getattr(self, field), 1):
                 self._refuse(field, "a whole number of at least 1")
         if not _is_whole(self.seed, 0):

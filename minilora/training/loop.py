@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
@@ -13,7 +14,7 @@ from ..lean import LOGIT_ROWS
 from ..optim import clip_grad_norm
 from .batches import answer_rows, pad_rows
 from .parts import PartWorkers
-from .threads import blas_threads, cores, ctrl_c_deferred
+from .threads import ctrl_c_deferred
 
 
 class Interrupted(KeyboardInterrupt):
@@ -31,6 +32,8 @@ def train(
     seed=None,
     parts=1,
     threads=1,
+    accumulate=1,
+    workers=None,
     start=0,
     on_step=None,
     label="",
@@ -42,18 +45,22 @@ def train(
     are clipped to a joint norm of `max_norm`. Layers drop out if and only if there is a `seed`: it
     determines, with the step and the part, what each of them draws.
 
-    Each batch is cut into `parts`, which `threads` compute at once (see `PartWorkers`); a part has
-    its share of the cores for BLAS. On one machine seed and parts determine every bit, whatever the
-    threads.
+    Each batch is cut into `parts`, which `threads` compute at once (see `PartWorkers`), each part
+    with one thread of BLAS. On one kind of processor seed and parts determine every bit, whatever
+    the threads. `workers`, a `Workers` that was entered, takes the place of both. A step takes
+    `accumulate` batches: N of B rows in P parts each give what one of N·B rows in N·P parts gives.
 
     A run that goes on after `start` steps is given the batches from there. After each step
     `on_step(steps, loss)` is called with the number of steps since the very first; if it returns
     True, this step was the last. A progress bar is drawn unless `quiet`.
 
     Shapes: `batches` yields (inputs, targets), both (B, T) integers.
-    Raises: ValueError if a loss or a gradient is not finite, before that step touches a parameter,
-    or if the batches run out early.
+    Raises: ValueError if a loss or a gradient is not finite, before that step touches a parameter;
+    if the batches run out early; or if another training of this process needs another number of
+    threads of BLAS (`blas_threads`).
     """
+    if accumulate < 1:
+        raise ValueError(f"train: a step takes at least one batch, got accumulate {accumulate}")
     if steps < 1:
         raise ValueError(f"train: steps must be at least 1, got {steps}")
     if not 0 <= start <= steps:
@@ -61,20 +68,15 @@ def train(
     batches = iter(batches)
     losses = []
     with contextlib.ExitStack() as stack:
-        if parts > 1:
-            # By parts, not by threads: BLAS on another number of threads may round differently.
-            stack.enter_context(blas_threads(max(1, cores() // parts)))
-        workers = stack.enter_context(PartWorkers(model, parts, threads))
+        if workers is None:
+            workers = stack.enter_context(PartWorkers(model, parts, threads))
         progress = stack.enter_context(_ProgressBar(steps, start, label, quiet))
         for step in range(start, steps):
-            try:
-                ids, targets = next(batches)
-            except StopIteration:
-                raise ValueError(
-                    f"train: the batches ended after {step} of {steps} steps"
-                ) from None
+            of_step = list(islice(batches, accumulate))
+            if len(of_step) < accumulate:
+                raise ValueError(f"train: the batches ended after {step} of {steps} steps")
             optimizer.zero_grad()
-            loss = workers.backward(ids, targets, seed=seed, step=step)
+            loss = workers.backward(of_step, seed=seed, step=step)
             if not math.isfinite(loss):
                 raise ValueError(
                     f"train: the loss is {loss} at step {step}; lower the learning rate"
@@ -82,7 +84,7 @@ def train(
             clip_grad_norm(optimizer.params, max_norm)
             optimizer.step(None if schedule is None else schedule(step))
             losses.append(loss)
-            progress.show(loss, np.size(ids))
+            progress.show(loss, sum(np.size(ids) for ids, _ in of_step))
             if on_step is not None and on_step(step + 1, loss):
                 break
     return losses
@@ -123,53 +125,75 @@ class _ProgressBar:
         self.bar.update()
 
 
-def heldout_loss(model, batches, label=None):
+def heldout_loss(model, batches, label=None, *, parts=1, threads=1, workers=None):
     """Mean loss in nats over every token of `batches` that carries one, however they are cut.
 
-    Shapes: `batches` holds (inputs, targets), both (B, T) integers. A `label` shows a progress bar.
+    `parts`, `threads` and `workers` are those of `train`. A `label` shows a progress bar.
+
+    Shapes: `batches` holds (inputs, targets), both (B, T) integers.
     Raises: ValueError if no token carries a loss.
     """
     total = 0.0
     n_tokens = 0
     bar = _bar(batches, desc=label, unit="batch", disable=label is None, leave=False)
-    with no_grad():
-        for ids, targets in bar:
-            n = int((targets != IGNORE).sum())
-            total += n * model.loss(ids, targets).item()
+    with no_grad(), _evaluation(model, part_loss, bar, parts, threads, workers) as results:
+        for n, loss in results:
+            total += n * loss
             n_tokens += n
     if not n_tokens:
         raise ValueError("heldout_loss: there is no batch to measure the loss on")
     return total / n_tokens
 
 
-def exact_match(model, pairs, batch=64):
+@contextlib.contextmanager
+def _evaluation(model, function, batches, parts, threads, workers):
+    """What `function` gives of each part of the batches, in their order."""
+    with contextlib.ExitStack() as stack:
+        if workers is None:
+            workers = stack.enter_context(PartWorkers(model, parts, threads))
+        yield stack.enter_context(contextlib.closing(workers.evaluate(function, batches)))
+
+
+def part_loss(model, part):
+    """(how many targets of a Part carry a loss, their mean loss)."""
+    return np.count_nonzero(part.targets != IGNORE), model.loss(part.ids, part.targets).item()
+
+
+def exact_match(model, pairs, batch=64, *, parts=1, threads=1):
     """For each (prompt ids, answer ids): is this what greedy decoding gives? A list of bool.
 
     As `exact_rows`.
     """
-    return exact_rows(model, answer_rows(pairs), batch)
+    return exact_rows(model, answer_rows(pairs), batch, parts=parts, threads=threads)
 
 
-def exact_rows(model, rows, batch=64):
+def exact_rows(model, rows, batch=64, *, parts=1, threads=1):
     """For each Row: does greedy decoding give all of it that is learned? A list of bool.
 
     One forward pass tells. Greedy decoding reproduces an answer if and only if, at each of its
     positions, the likeliest token after the answer so far is the right one. Logits are made at
     these positions alone, for LOGIT_ROWS of them at a time. Of several answers in a row each is
-    asked for after the right ones before it.
+    asked for after the right ones before it. `parts` and `threads` are those of `train`.
     """
     # Rows alike in length share a batch, so that little is filled up.
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    starts = range(0, len(rows), batch)
+    batches = (pad_rows([rows[i] for i in by_length[n : n + batch]]) for n in starts)
     right = np.zeros(len(rows), bool)
-    with no_grad():
-        for start in range(0, len(rows), batch):
-            chosen = by_length[start : start + batch]
-            inputs, targets = pad_rows([rows[i] for i in chosen])
-            is_wrong = np.zeros(targets.shape, bool)
-            learned = targets != IGNORE
-            is_wrong[learned] = _likeliest(model, inputs, learned) != targets[learned]
-            right[chosen] = ~is_wrong.any(axis=1)
+    n_done = 0
+    with no_grad(), _evaluation(model, right_rows, batches, parts, threads, None) as results:
+        for is_right in results:
+            right[by_length[n_done : n_done + len(is_right)]] = is_right
+            n_done += len(is_right)
     return right.tolist()
+
+
+def right_rows(model, part):
+    """Of which rows of a Part does greedy decoding give all that is learned? Booleans (rows,)."""
+    is_wrong = np.zeros(part.targets.shape, bool)
+    learned = part.targets != IGNORE
+    is_wrong[learned] = _likeliest(model, part.ids, learned) != part.targets[learned]
+    return ~is_wrong.any(axis=1)
 
 
 def _likeliest(model, inputs, where):

@@ -17,11 +17,13 @@ class Steps:
     """The steps of `run`, of which `progress` is done.
 
     `run` has `config`, `learned`, `adam`, `batches`, `heldout` and `checkpoint`, as finetune.py
-    makes them. `run_log` is a RunLog or None, `log` is called with a line for each evaluation.
+    makes them. `workers` compute the parts of each batch. `run_log` is a RunLog or None, `log` is
+    called with a line for each evaluation.
     """
 
-    def __init__(self, run, progress, run_log, log, quiet):
+    def __init__(self, run, workers, progress, run_log, log, quiet):
         self.run = run
+        self.workers = workers
         self.progress = progress
         self.run_log = run_log
         self.log = log
@@ -33,7 +35,7 @@ class Steps:
             self.progress.before = self._measure("held-out loss before")
             self._log_evaluation(self.progress.before)
 
-    def take(self, parts, threads):
+    def take(self):
         """Take the steps that are left, or fewer if patience ends."""
         if self._is_hopeless():
             # The run was killed after its last evaluation.
@@ -50,15 +52,16 @@ class Steps:
             clock = time.perf_counter()
             return is_last
 
+        n_used = run.adam.steps * run.config.accumulate
         train(
             run.learned.model,
             run.adam,
-            self.progress.count_tokens(islice(run.batches, run.adam.steps, None)),
+            self.progress.count_tokens(islice(run.batches, n_used, None)),
             run.config.steps,
             schedule=self._rate,
             seed=run.config.seed,
-            parts=parts,
-            threads=threads,
+            accumulate=run.config.accumulate,
+            workers=self.workers,
             start=run.adam.steps,
             on_step=after_step,
             label="training",
@@ -128,7 +131,8 @@ class Steps:
         if run.heldout is None:
             return None
         batches = run.heldout.epoch(run.config.batch)
-        return heldout_loss(run.learned.model, batches, label=None if self.quiet else label)
+        label = None if self.quiet else label
+        return heldout_loss(run.learned.model, batches, label, workers=self.workers)
 
     def _log_evaluation(self, loss):
         if loss is not None:

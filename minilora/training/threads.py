@@ -6,8 +6,6 @@ import os
 import signal
 import threading
 
-from .parts import check_parts
-
 
 def cores():
     """How many processor cores this process may use."""
@@ -16,15 +14,24 @@ def cores():
     return os.cpu_count() or 1
 
 
+def check_parts(parts, threads):
+    """Raise ValueError unless 1 <= threads <= parts."""
+    if not 1 <= threads <= parts:
+        raise ValueError(
+            f"parts {parts}, threads {threads}: a batch is cut into at least one part, "
+            "and no more threads can work than there are parts"
+        )
+
+
 def parts_and_threads(parts, threads, backend):
     """(parts, threads) of a training command, where None stands for the default.
 
-    By default NumPy computes a batch in two parts, whatever the machine, for the same bits; and on
-    as many threads, if there are as many cores. A GPU computes it in one.
+    By default NumPy computes a batch in as many parts as there are cores, at least two, and on as
+    many threads as there are parts and cores. A GPU computes it in one.
     Raises: ValueError for less than one, more threads than parts, or several threads on a GPU.
     """
     if parts is None:
-        parts = 2 if backend == "numpy" else 1
+        parts = max(2, cores()) if backend == "numpy" else 1
     if threads is None:
         threads = min(parts, cores()) if backend == "numpy" else 1
     if threads > parts:
@@ -40,17 +47,80 @@ def parts_and_threads(parts, threads, backend):
     return parts, threads
 
 
-@contextlib.contextmanager
-def blas_threads(n):
-    """Within this block each matrix multiplication of the process uses `n` threads."""
-    import threadpoolctl
+class _Blas:
+    """How many threads BLAS has, and who relies on it. Both are of the process."""
 
-    # To find the BLAS, threadpoolctl has the C library call Python functions. An exception in one
-    # is printed and lost: the program would go on.
-    with ctrl_c_deferred():
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.n_holders = 0
+        # The numbers of the libraries that were found: before the first holder, and since then.
+        self.before = set()
+        self.now = set()
+        self.limiter = None
+
+    def hold(self, n):
+        """Set `n` threads, None for as many as there are, or join those who did the same."""
+        with self.lock:
+            if self.n_holders == 0:
+                self._begin(n)
+            wanted = self.before if n is None else {n}
+            # Where no BLAS is found there is nothing to disagree on.
+            if self.now and wanted != self.now:
+                raise ValueError(
+                    f"BLAS computes with {_listed(self.now)} threads for a training or measurement "
+                    f"that has not ended, and this one needs {_listed(wanted)}: sums would be "
+                    "rounded otherwise. Cut both into several parts, or run one of them in a "
+                    "process of its own"
+                )
+            self.n_holders += 1
+
+    def _begin(self, n):
+        import threadpoolctl
+
         controller = threadpoolctl.ThreadpoolController()
-    with controller.limit(limits=n, user_api="blas"):
+        libraries = [library for library in controller.info() if library["user_api"] == "blas"]
+        self.before = {library["num_threads"] for library in libraries}
+        self.now = self.before
+        self.limiter = None
+        if n is not None and self.before:
+            self.now = {n}
+            self.limiter = controller.limit(limits=n, user_api="blas")
+
+    def release(self):
+        """Let go; the last one sets back what was there before the first."""
+        with self.lock:
+            self.n_holders -= 1
+            if self.n_holders == 0 and self.limiter is not None:
+                self.limiter.restore_original_limits()
+
+
+def _listed(numbers):
+    return " and ".join(map(str, sorted(numbers)))
+
+
+_BLAS = _Blas()
+
+
+@contextlib.contextmanager
+def blas_threads(n=None):
+    """Within this block each matrix multiplication of the process uses `n` threads.
+
+    None is as many as it would use anyway, and nobody changes that within the block. Blocks on
+    several Python threads may overlap: the number is set by the first and set back by the last.
+    Raises: ValueError if a block that has not ended needs another number.
+    """
+    is_held = False
+    try:
+        # To find the BLAS, threadpoolctl has the C library call Python functions. An exception in
+        # one is printed and lost: the program would go on.
+        with ctrl_c_deferred():
+            _BLAS.hold(n)
+            is_held = True
         yield
+    finally:
+        if is_held:
+            with ctrl_c_deferred():
+                _BLAS.release()
 
 
 @contextlib.contextmanager

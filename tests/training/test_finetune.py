@@ -376,7 +376,7 @@ def one_generator_for_all_parts(patch):
 
 def as_many_parts_as_threads(patch):
     workers = lambda model, parts, threads: PartWorkers(model, threads, threads)
-    patch.setattr("minilora.training.loop.PartWorkers", workers)
+    patch.setattr("minilora.training.finetune.PartWorkers", workers)
 
 
 @pytest.mark.parametrize("bug", [one_generator_for_all_parts, as_many_parts_as_threads])
@@ -398,22 +398,37 @@ def test_two_seeds_give_two_adapters(inputs, tmp_path, parts, threads):
 def test_a_run_goes_on_in_as_many_parts_as_it_began_with(inputs, tmp_path):
     config = config_for(inputs, tmp_path)
     stop(config, parts=2)
-    with pytest.raises(ValueError, match="arrays parts: 2 in the checkpoint, 1 now"):
+    with pytest.raises(ValueError, match=r"arrays parts \(--parts\): 2 in the checkpoint, 1 now"):
         run(config, resume=True)
 
 
 def test_there_are_no_more_parts_than_rows(inputs, tmp_path, monkeypatch):
-    """And each part has its share of BLAS's threads among those that there are."""
-    settings, real = [], steps.train
-
-    def spied(*arguments, parts, threads, **options):
-        settings.append((parts, threads))
-        return real(*arguments, parts=parts, threads=threads, **options)
-
-    monkeypatch.setattr(steps, "train", spied)
+    made = spied(monkeypatch, PartWorkers, "__init__", lambda model, parts, threads: (parts, threads))
     for batch in (1, 2, 4):
         run(config_for(inputs, tmp_path / str(batch), batch=batch, eval_split=0.0), parts=3, threads=3)
-    assert settings == [(1, 1), (2, 2), (3, 3)]
+    assert made == [(1, 1), (2, 2), (3, 3)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_batches_accumulated_are_one_batch_of_all_their_rows(inputs, tmp_path, kind, monkeypatch):
+    """To the bit on a text. Rows are sorted by length within some batches, so there they differ with their size."""
+    shapes = spied(monkeypatch, GPT, "loss", lambda ids, targets: len(ids))
+    changes = {"eval_split": 0.0, "steps": 3}
+    config = config_for(inputs, tmp_path / "whole", kind, batch=4, **changes)
+    whole = run(config, parts=4)
+    config = config_for(inputs, tmp_path / "apart", kind, batch=2, accumulate=2, **changes)
+    stop(config, 2, parts=2, threads=2)
+    apart = run(config, parts=2, resume=True)
+    assert set(shapes) == {1}
+    assert len(apart.losses) == 3
+    assert same(apart, whole) == (kind == "txt")
+
+
+def test_a_run_goes_on_with_as_many_batches_a_step(inputs, tmp_path):
+    config = config_for(inputs, tmp_path, accumulate=2)
+    stop(config)
+    with pytest.raises(ValueError, match="settings accumulate: 2 in the checkpoint, 1 now"):
+        run(replace(config, accumulate=1), resume=True)
 
 
 def test_a_run_of_one_row_a_batch_is_the_same_however_many_parts_are_asked_for(inputs, tmp_path):
@@ -564,7 +579,7 @@ def scripted(monkeypatch, *losses):
     """Held-out losses are these, one after the other; returns the adapters that were measured, as they were then."""
     measured = []
 
-    def heldout_loss(model, batches, label=None):
+    def heldout_loss(model, batches, label, workers):
         measured.append({name: p.data.tobytes() for name, p in model.named_parameters() if p.requires_grad})
         return losses[len(measured) - 1]
 
@@ -683,7 +698,7 @@ def test_the_seconds_of_a_log_are_those_of_the_steps_alone(inputs, tmp_path, mon
         now[0] += 1
         true_step(self, lr)
 
-    def heldout_loss(model, batches, label=None):
+    def heldout_loss(model, batches, label, workers):
         now[0] += 100
         return 3.0
 

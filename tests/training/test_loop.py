@@ -63,22 +63,49 @@ def test_parts_learn_as_the_whole_does_and_give_the_same_bits_on_any_number_of_t
         assert five_steps("float64", parts=3, threads=threads) == in_parts
 
 
-@pytest.mark.parametrize("cores, parts, threads, share", [
-    (4, 2, 2, 2), (4, 2, 1, 2), (4, 3, 3, 1), (2, 4, 2, 1),
-], ids=str)  # fmt: skip
-def test_each_part_has_its_share_of_the_cores_whoever_computes_it(model, monkeypatch, cores, parts, threads, share):
-    blas_threads = set()
+def blas_threads_in_a_loss(patch):
+    """A set of all numbers of threads of BLAS with which a loss is computed from now on."""
+    found = set()
     true_loss = GPT.loss
 
     def look(self, ids, targets, rng=None):
         pools = threadpoolctl.threadpool_info()
-        blas_threads.update(pool["num_threads"] for pool in pools if pool["user_api"] == "blas")
+        found.update(pool["num_threads"] for pool in pools if pool["user_api"] == "blas")
         return true_loss(self, ids, targets, rng)
 
-    monkeypatch.setattr(GPT, "loss", look)
-    monkeypatch.setattr("minilora.training.loop.cores", lambda: cores)
-    train(model, Adam(model.parameters()), abc(), 1, quiet=True, parts=parts, threads=threads)
-    assert blas_threads == {share}
+    patch.setattr(GPT, "loss", look)
+    return found
+
+
+@pytest.mark.parametrize("parts, threads, expected", [(1, 1, 2), (2, 1, 1), (2, 2, 1), (3, 2, 1)], ids=str)
+def test_each_part_has_one_thread_of_blas_whoever_computes_it(model, monkeypatch, parts, threads, expected):
+    """A batch in one part has all there are."""
+    found = blas_threads_in_a_loss(monkeypatch)
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        train(model, Adam(model.parameters()), abc(), 1, quiet=True, parts=parts, threads=threads)
+        heldout_loss(model, list(islice(abc(), 1)), parts=parts, threads=threads)
+    assert found == {expected}
+
+
+def test_a_step_takes_as_many_batches_as_it_accumulates_and_is_that_of_one_batch_of_all_their_rows():
+    def run(batch, **how):
+        model = character_gpt(seed=3)
+        rows = np.random.default_rng(1).integers(0, 96, (24, 9))
+        batches = ((rows[i : i + batch, :-1], rows[i : i + batch, 1:]) for i in range(0, 24, batch))
+        return train(model, Adam(model.parameters()), batches, 3, quiet=True, seed=0, **how), contents(model)
+
+    whole = run(8, parts=4)
+    assert run(4, accumulate=2, parts=2) == run(2, accumulate=4, parts=1) == whole
+    assert run(4, accumulate=2, parts=2, threads=2) == whole
+
+
+def test_batches_that_end_within_a_step_are_named_and_no_batch_a_step_is_refused(model):
+    fingerprint = model.fingerprint()
+    with pytest.raises(ValueError, match="ended after 0 of 1"):
+        train(model, Adam(model.parameters()), islice(abc(), 2), 1, quiet=True, accumulate=3)
+    with pytest.raises(ValueError, match="at least one batch, got accumulate 0"):
+        train(model, Adam(model.parameters()), abc(), 1, quiet=True, accumulate=0)
+    assert model.fingerprint() == fingerprint
 
 
 def test_the_schedule_gives_the_rate_of_each_step(model):
@@ -193,6 +220,18 @@ def test_the_heldout_loss_of_questions_is_the_mean_over_the_tokens_of_the_answer
     for batches in (together, apart, from_a_generator):
         assert heldout_loss(model, batches) == pytest.approx(over_tokens, rel=1e-12)
     assert abs(over_tokens - np.mean(means)) > 1e-3
+
+
+def test_parts_give_the_heldout_loss_of_the_whole_and_threads_change_no_bit():
+    rng = np.random.default_rng(0)
+    for dtype, margin in (("float64", 1e-12), ("float32", 1e-5)):
+        model = character_gpt(dtype=dtype)
+        batches = [rng.integers(0, 96, (2, rows, 8)) for rows in (5, 5, 2)]
+        whole = heldout_loss(model, batches)
+        in_parts = heldout_loss(model, batches, parts=3)
+        assert in_parts == pytest.approx(whole, rel=margin)
+        for threads in (2, 3, 3):
+            assert heldout_loss(model, batches, parts=3, threads=threads) == in_parts
 
 
 def test_the_heldout_loss_of_nothing_is_refused(model):
@@ -312,6 +351,7 @@ class Watched:
     def __init__(self, model):
         self.model = model
         self.config = model.config
+        self.parameters = model.parameters
         self.sizes = []
 
     def hidden(self, ids):
@@ -369,6 +409,18 @@ def test_of_several_answers_in_a_row_each_must_be_right():
         row[i] = (row[i] + 1) % 96
     rows = [Row(row, has_loss) for row in (right, *wrong)]
     assert exact_rows(model, rows) == [True, False, False]
+
+
+def test_exact_match_in_parts_on_threads_is_that_of_the_whole():
+    model, rng = character_gpt(seed=1), np.random.default_rng(0)
+    pairs = [(rng.integers(1, 96, 1 + i % 4), rng.integers(1, 96, 1 + i % 3)) for i in range(11)]
+    for i in (0, 3, 4, 9):
+        prompt, answer = pairs[i]
+        pairs[i] = (prompt, generate(model, prompt[None], len(answer))[0, len(prompt) :])
+    whole = exact_match(model, pairs, batch=4)
+    assert 4 <= sum(whole) < 11
+    for parts, threads in ((3, 1), (3, 2), (5, 5)):
+        assert exact_match(model, pairs, batch=4, parts=parts, threads=threads) == whole
 
 
 def test_exact_match_of_nothing_is_nothing():

@@ -5,13 +5,19 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import threadpoolctl
+from strategies import character_gpt
 
+from minilora import Adam, LoRAConfig, attach, init_adapter
 from minilora.backend import array_module
+from minilora.training import threads
+from minilora.training.loop import heldout_loss, train
 from minilora.training.threads import blas_threads, cores, keep_freed_memory, parts_and_threads
 
 
@@ -45,7 +51,7 @@ def test_ctrl_c_while_blas_is_looked_for_is_not_lost_and_leaves_blas_as_it_was(m
         patch.setattr(threadpoolctl, "ThreadpoolController", looked_for)
         with pytest.raises(KeyboardInterrupt), blas_threads(1):
             raise AssertionError("Ctrl-C was lost")
-    assert found and blas_now() == before
+    assert found and blas_now() == before and threads._BLAS.n_holders == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -62,15 +68,104 @@ def test_blas_is_limited_from_another_thread_too():
     assert set(seen) == {1}
 
 
+@pytest.fixture
+def two_blas_threads():
+    """As on a machine of several cores, whatever the environment says."""
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        assert set(blas_now()) == {2}
+        yield
+
+
+def test_blocks_that_overlap_share_the_number_and_the_last_one_sets_it_back(two_blas_threads):
+    first, second = blas_threads(1), blas_threads(1)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert set(blas_now()) == {1}
+    second.__exit__(None, None, None)
+    assert set(blas_now()) == {2}
+
+
+@pytest.mark.parametrize("held, asked, told", [
+    (1, None, "computes with 1 threads.*needs 2"), (None, 1, "computes with 2 threads.*needs 1"),
+    (1, 3, "computes with 1 threads.*needs 3"),
+], ids=str)  # fmt: skip
+def test_a_block_that_needs_another_number_is_refused_and_disturbs_nobody(two_blas_threads, held, asked, told):
+    with blas_threads(held):
+        during = blas_now()
+        with pytest.raises(ValueError, match=f"{told}.*Cut both into several parts"), blas_threads(asked):
+            raise AssertionError
+        with blas_threads(held):
+            assert blas_now() == during
+    assert set(blas_now()) == {2}
+    with blas_threads(asked):
+        assert set(blas_now()) == {asked or 2}
+
+
+def test_where_no_blas_is_known_there_is_nothing_to_disagree_on(monkeypatch):
+    monkeypatch.setattr(threadpoolctl, "ThreadpoolController", lambda: SimpleNamespace(
+        info=lambda: []))  # fmt: skip
+    with blas_threads(1), blas_threads(None), blas_threads(3):
+        assert threads._BLAS.n_holders == 3
+
+
+def several_trainings_at_once_change_nothing():
+    """A failure of version 0.5: the rest of the process had one thread of BLAS, and bits differed from serial runs."""
+    base = character_gpt(n_embd=16)
+
+    def run(seed):
+        adapter = init_adapter(base, LoRAConfig(2, 4, "all-linear"), np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        batches = (rng.integers(0, 96, (2, 4, 9)) for _ in repeat(None))
+        losses = train(attach(base, adapter), Adam(adapter.parameters()), batches, 2 + seed, quiet=True, parts=2,
+                       threads=2)  # fmt: skip
+        return losses, heldout_loss(base, [rng.integers(0, 96, (2, 4, 9))], parts=2, threads=2)
+
+    before = blas_now()
+    serial = [run(seed) for seed in range(4)]
+    for _ in range(3):
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(run, range(4))) == serial
+        assert blas_now() == before
+
+
+def test_several_trainings_at_once_change_no_bit_and_leave_blas_as_it_was(two_blas_threads):
+    several_trainings_at_once_change_nothing()
+
+
+def each_sets_back_what_it_found(n=None):
+    return threadpoolctl.threadpool_limits(n, "blas")
+
+
+def test_a_number_that_each_sets_back_alone_is_noticed(two_blas_threads, monkeypatch):
+    """Two blocks that overlap as in a chain, as three trainings do that begin and end one after the other."""
+    monkeypatch.setitem(globals(), "blas_threads", each_sets_back_what_it_found)
+    with pytest.raises(AssertionError):
+        test_blocks_that_overlap_share_the_number_and_the_last_one_sets_it_back(None)
+
+
+def test_a_training_in_one_part_is_told_of_one_in_several(two_blas_threads):
+    model = character_gpt(n_embd=8)
+    batch = np.zeros((2, 2, 3), int)
+    fingerprint = model.fingerprint()
+    with blas_threads(1):
+        for how in ({}, {"parts": 1}):
+            with pytest.raises(ValueError, match="this one needs 2.*Cut both into several parts"):
+                train(model, Adam(model.parameters()), [batch], 1, quiet=True, **how)
+            with pytest.raises(ValueError, match="this one needs 2"):
+                heldout_loss(model, [batch], **how)
+    assert model.fingerprint() == fingerprint
+
+
 def test_the_cores_are_those_of_this_process():
     assert 1 <= cores() <= os.cpu_count()
 
 
 @pytest.mark.parametrize("n_cores, asked, given", [
-    (8, (None, None), (2, 2)), (1, (None, None), (2, 1)), (8, (None, 1), (2, 1)),
+    (8, (None, None), (8, 8)), (1, (None, None), (2, 1)), (8, (None, 1), (8, 1)),
     (8, (1, None), (1, 1)), (8, (4, None), (4, 4)), (2, (4, None), (4, 2)), (2, (4, 3), (4, 3)),
 ])
-def test_parts_do_not_depend_on_the_machine_and_threads_do(n_cores, asked, given, monkeypatch):
+def test_there_are_as_many_parts_and_threads_as_cores_unless_told(n_cores, asked, given, monkeypatch):
     monkeypatch.setattr("minilora.training.threads.cores", lambda: n_cores)
     assert parts_and_threads(*asked, "numpy") == given
 
@@ -81,7 +176,8 @@ def test_a_gpu_computes_one_part_after_the_other():
         parts_and_threads(2, 2, "cupy")
 
 
-def test_more_threads_than_parts_are_refused():
+def test_more_threads_than_parts_are_refused(monkeypatch):
+    monkeypatch.setattr(threads, "cores", lambda: 1)
     for parts in (2, None):
         with pytest.raises(ValueError, match="3 threads for 2 parts: give as many parts.* or at most 2 threads"):
             parts_and_threads(parts, 3, "numpy")
