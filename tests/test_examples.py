@@ -26,6 +26,8 @@ from minilora.disk.bases import SMOLLM2_COMMAND
 NOISE = "nothing, the same twice"
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# What needs a GPU is tested by test_benchmark_gpu.py.
+RUN_HERE = [example for example in EXAMPLES if example.stem != "gpu"]
 SOURCES = sorted((ROOT / "examples").rglob("*.py"))
 DERIVATIONS = [ROOT / "examples" / "layer_norm.md"]
 by_name = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -138,7 +140,7 @@ def test_there_are_examples():
     assert {"gradients", "lora_layer", "merge"} <= {example.stem for example in EXAMPLES}
 
 
-@by_name
+@pytest.mark.parametrize("example", RUN_HERE, ids=lambda path: path.stem)
 def test_an_example_ends_well_and_prints_a_table_and_nothing_else(example, ran):
     result, _ = ran(example.stem)
     assert result.returncode == 0, result.stderr

@@ -4,13 +4,14 @@ import numpy as np
 
 from minilora import GPT, GPTConfig, LoRAConfig, init_peft_adapter, save_adapter, save_gpt2
 
-from .workloads import ADAPTERS, NEW, PROMPT
+from .workloads import ADAPTERS, PROMPT
 
 
 def write_inputs(work, folder, seed):
     """Write a GPT-2, two adapters and a batch of random numbers into `folder`.
 
-    Those are base/, c_attn/ and all-linear/ (as PEFT has them) and ids.npy (B, T + 1).
+    Those are base/, c_attn/ and all-linear/ (as PEFT has them), ids.npy (B, T + 1) and new.npy, how
+    many tokens are written.
     """
     rng = np.random.default_rng(seed)
     config = GPTConfig(
@@ -18,7 +19,7 @@ def write_inputs(work, folder, seed):
         n_head=work.heads,
         n_embd=work.width,
         vocab_size=work.vocabulary,
-        block_size=max(work.T, PROMPT + NEW),
+        block_size=max(work.T, PROMPT + work.new),
     )
     base = GPT(config, rng)
     save_gpt2(base, folder / "base")
@@ -30,3 +31,4 @@ def write_inputs(work, folder, seed):
             pair.lora_B.data[:] = 0.1 * rng.standard_normal(pair.lora_B.shape)
         save_adapter(adapter, folder / name)
     np.save(folder / "ids.npy", rng.integers(0, work.vocabulary, (work.batch, work.T + 1)))
+    np.save(folder / "new.npy", work.new)

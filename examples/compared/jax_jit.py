@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from .workloads import LR, NEW, adapter_of, trains
+from .workloads import LR, adapter_of, trains
 
 BETA_1 = 0.9
 BETA_2 = 0.999
@@ -103,7 +103,7 @@ def prepare(task, variant, job):
     frozen = jax.tree.map(jnp.asarray, frozen)
     if task == "generate":
         prompt = jnp.asarray(job.prompt, jnp.int32)
-        compiled = jax.jit(lambda p, ids: written(p, config, ids))
+        compiled = jax.jit(lambda p, ids: written(p, config, ids, job.new))
 
         def write():
             tokens = compiled(trained | frozen, prompt)
@@ -152,11 +152,11 @@ def training(trained, frozen, loss_of, inputs, targets):
     return step
 
 
-def written(p, config, prompt):
-    """The NEW tokens after `prompt` (1, T), greedily, (NEW,)."""
+def written(p, config, prompt, n_tokens):
+    """The `n_tokens` after `prompt` (1, T), greedily, (n_tokens,)."""
     T = prompt.shape[1]
     H = config["n_head"]
-    empty = jnp.zeros((config["n_layer"], 2, 1, T + NEW, H, config["n_embd"] // H))
+    empty = jnp.zeros((config["n_layer"], 2, 1, T + n_tokens, H, config["n_embd"] // H))
     likeliest = lambda h: (h[:, -1] @ p["wte.weight"].T).argmax(-1).astype(jnp.int32)
     h, caches = hidden(p, config, prompt, empty)
 
@@ -166,5 +166,5 @@ def written(p, config, prompt):
         return (likeliest(h), caches, start + 1), token[0]
 
     # The last pass computes a token that nobody reads.
-    _, tokens = jax.lax.scan(one_token, (likeliest(h), caches, T), None, length=NEW)
+    _, tokens = jax.lax.scan(one_token, (likeliest(h), caches, T), None, length=n_tokens)
     return tokens

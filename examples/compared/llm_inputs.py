@@ -18,9 +18,9 @@ GGUF = "gguf.json"
 def write_inputs(work, folder, seed):
     """Write a base, an adapter and a batch of random numbers into `folder`.
 
-    Those are base/, adapter/ (on every linear, in PEFT's layout) and ids.npy (B, T + 1); and
-    gguf.json, the path of the file that the base came from. SmolLM2 itself is the base where it is
-    installed, else random weights of the same shape.
+    Those are base/, adapter/ (on every linear, in PEFT's layout), ids.npy (B, T + 1) and new.npy,
+    how many tokens are written; and gguf.json, the path of the file that the base came from.
+    SmolLM2 itself is the base where it is installed, else random weights of the same shape.
     """
     rng = np.random.default_rng(seed)
     source = real_base(work)
@@ -38,6 +38,7 @@ def write_inputs(work, folder, seed):
     save_adapter(adapter, folder / "adapter")
     n_positions = max(work.T, PROMPT)
     np.save(folder / "ids.npy", rng.integers(0, work.vocabulary, (work.batch, n_positions + 1)))
+    np.save(folder / "new.npy", work.new)
 
 
 def real_base(work):

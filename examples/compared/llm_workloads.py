@@ -52,6 +52,8 @@ class LlmWorkload(NamedTuple):
     batch: int
     r: int = 8
     alpha: float = 16
+    # How many tokens are written.
+    new: int = NEW
 
     def linears(self):
         """{name: (in, out)} of one block."""
@@ -70,7 +72,7 @@ class LlmWorkload(NamedTuple):
 
     def tokens(self, task):
         """How many tokens one unit trains on, or writes."""
-        return self.batch * self.T if task in TRAINING_TASKS else NEW
+        return self.batch * self.T if task in TRAINING_TASKS else self.new
 
     def flops(self, task):
         """Floating-point operations of the products that one unit cannot do without.
@@ -84,8 +86,8 @@ class LlmWorkload(NamedTuple):
             n_pairs = self.batch * self.T * (self.T + 1) // 2
         else:
             # The last token is written and never read.
-            n_read = PROMPT + NEW - 1
-            n_logits = NEW
+            n_read = PROMPT + self.new - 1
+            n_logits = self.new
             n_pairs = n_read * (n_read + 1) // 2
         total = 0
         for layer in range(self.layers):

@@ -5,9 +5,12 @@ from minilora.quant import quantize
 from minilora.training.threads import keep_freed_memory, parts_and_threads
 
 from .llm_inputs import gguf_of
-from .llm_workloads import NEW, PROMPT, masked
+from .llm_workloads import PROMPT, masked
 from .numpy_minilora import training
+from .on_gpu import array_module_for, peak_memory
 from .workloads import LR
+
+__all__ = ["peak_memory", "prepare"]
 
 
 def prepare(task, variant, job):
@@ -15,7 +18,8 @@ def prepare(task, variant, job):
 
     `variant` is how the base is stored: "" (float32, mapped from its folder), "gguf" (4 and 8 bits,
     mapped from its file) or "nf4" (4 bits, made when it is loaded). Writing merges the adapter
-    first; "unmerged" leaves it beside the weights.
+    first; "unmerged" leaves it beside the weights. "tf32" rounds the factors of a GPU's products to
+    TF32.
     """
     if task in ("first-token", "shared"):
         return first_token(job, variant)
@@ -31,11 +35,12 @@ def prepare(task, variant, job):
     if task == "generate":
         prompt = job.inputs[:1, :PROMPT]
         written = model if variant == "unmerged" else merge(model)
-        return lambda: generate(written, prompt, NEW)[0].tolist()
+        return lambda: generate(written, prompt, job.new)[0].tolist()
     if task == "answers":
         job = job._replace(targets=masked(job.targets))
     rows = len(job.inputs)
-    parts, threads = parts_and_threads(None, min(job.threads, rows), "numpy")
+    backend = "numpy" if job.device == "cpu" else "cupy"
+    parts, threads = parts_and_threads(None, min(job.threads, rows), backend)
     return training(model, Adam(adapter.parameters(), lr=LR), job, min(parts, rows), threads)
 
 
@@ -43,7 +48,7 @@ def load_base(job, variant):
     """The base, stored as `variant` says."""
     if variant == "gguf":
         return load_model(gguf_of(job.folder))
-    base = load_model(job.folder / "base")
+    base = load_model(job.folder / "base", array_module_for(job.device, variant))
     return quantize(base, "nf4") if variant == "nf4" else base
 
 

@@ -5,12 +5,15 @@ import time
 
 import numpy as np
 
-from minilora import Adam, attach, generate, load_adapter, load_gpt2, merge, no_grad, stack
+from minilora import Adam, attach, generate, load_adapter, load_model, merge, no_grad, stack
 from minilora.training.parts import PartWorkers
 from minilora.training.threads import keep_freed_memory, parts_and_threads
 
+from .on_gpu import array_module_for, peak_memory, wait_for
 from .rounds import GEMM
-from .workloads import LR, NEW, adapter_of, trains
+from .workloads import LR, adapter_of, trains
+
+__all__ = ["forward", "matrix_products", "peak_memory", "prepare", "training"]
 
 # M, K, N of the products that are timed alone.
 GEMM_SHAPES = ((512, 768, 3072), (2048, 384, 1152), (2048, 2048, 2048))
@@ -21,17 +24,19 @@ def prepare(task, variant, job):
 
     `variant` is "", or how many adapters the rows of a batch share out, 0 for one that is attached
     as usual. All of those compute a batch in one part, because a stack has a row for each of its
-    rows.
+    rows. "tf32" rounds the factors of a GPU's products to TF32; "merged" merges before it writes,
+    not each time.
     """
     if task == GEMM:
         return matrix_products()
     keep_freed_memory()
-    base = load_gpt2(job.folder / "base")
+    xp = array_module_for(job.device, variant)
+    base = load_model(job.folder / "base", xp)
     if task == "full":
         base = base.trainable_copy()
         model = base
         trained = model.parameters()
-    elif variant in ("", "0"):
+    elif not variant.isdigit() or variant == "0":
         adapter = _load_adapter(job, task, base)
         model = attach(base, adapter)
         trained = adapter.parameters()
@@ -43,14 +48,17 @@ def prepare(task, variant, job):
         trained = [p for adapter in adapters for p in adapter.parameters()]
 
     if task == "generate":
-        return lambda: generate(merge(model), job.prompt, NEW)[0].tolist()
+        if variant == "merged":
+            model = merge(model)
+            return lambda: generate(model, job.prompt, job.new)[0].tolist()
+        return lambda: generate(merge(model), job.prompt, job.new)[0].tolist()
     if not trains(task):
         return lambda: forward(model, job)
     # As many as the commands take, but no part without a row.
     rows = len(job.inputs)
-    parts, threads = parts_and_threads(None, min(job.threads, rows), "numpy")
+    parts, threads = parts_and_threads(None, min(job.threads, rows), xp.__name__)
     parts = min(parts, rows)
-    if variant:
+    if variant.isdigit():
         parts = 1
         threads = 1
     return training(model, Adam(trained, lr=LR), job, parts, threads)
@@ -75,6 +83,7 @@ def training(model, adam, job, parts, threads):
         loss = workers.backward([(job.inputs, job.targets)])
         adam.step()
         adam.zero_grad()
+        wait_for(job.device)
         return loss
 
     # The stack lives as long as the step, or BLAS's threads would be set back right here.

@@ -13,6 +13,10 @@ from pathlib import Path
 EXAMPLES = Path(__file__).resolve().parent.parent
 
 
+# How a worker is asked for the memory that one unit takes on a GPU.
+MEMORY = "memory"
+
+
 class WorkerEnded(Exception):
     """A worker ended before it was stopped: the message is the last line it printed."""
 
@@ -21,8 +25,10 @@ class Worker:
     """The process of one Program (see rounds.py). It is started at once; `answer` waits."""
 
     def __init__(self, program, folder, threads):
+        self.out_of_time = False
         self.stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        arguments = [program.module, program.variant, program.task, str(folder), str(threads)]
+        arguments = [program.module, program.variant, program.task]
+        arguments += [str(folder), str(threads), program.device]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "compared.worker", *arguments],
             env=_environment(threads),
@@ -43,6 +49,8 @@ class Worker:
 
     def _last_words(self):
         self.process.wait()
+        if self.out_of_time:
+            return "its time was over"
         self.stderr.seek(0)
         lines = [line.strip() for line in self.stderr.read().splitlines() if line.strip()]
         return lines[-1] if lines else f"ended with status {self.process.returncode}"
@@ -66,15 +74,32 @@ class Worker:
             answer["foreign"] = max(0.0, busy_after - busy_before - answer["cpu"])
         return answer
 
+    def peak_memory(self):
+        """What one more unit takes of a GPU's memory: {"allocated", "reserved"} in bytes.
+
+        Raises: WorkerEnded.
+        """
+        with contextlib.suppress(BrokenPipeError):
+            print(MEMORY, file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def end(self):
+        """End the process because its time is over, from another thread: `answer` then says so."""
+        self.out_of_time = True
+        self._kill()
+
     def stop(self):
         """End the process, whatever it is doing, and those it started: compilers have helpers."""
+        self._kill()
+        self.process.communicate()
+        self.stderr.close()
+
+    def _kill(self):
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError):
                 # It was started as a session of its own, with one process group.
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
-        self.process.communicate()
-        self.stderr.close()
 
 
 def _environment(threads):

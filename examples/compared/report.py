@@ -134,6 +134,7 @@ def describe_machine(threads):
     """What the numbers are measured on, as a dict."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     packages = ("minilora", "numpy", "threadpoolctl", "torch", "transformers", "peft", "jax")
+    packages += ("cupy-cuda12x", "cupy-cuda13x")
     versions = {package: installed_version(package) for package in packages}
     return {
         "cpu": cpu_name(),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import threading
 import time
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class Program(NamedTuple):
     """What runs in one process: a module of this folder, a variant of it, and a task.
 
     `label` is its name in the table. Its first `steps` losses must be those of the first program,
-    up to the relative `tolerance`.
+    up to the relative `tolerance`. `device` is "cpu" or "cuda".
     """
 
     label: str
@@ -31,6 +32,7 @@ class Program(NamedTuple):
     task: str
     tolerance: float = 1e-4
     steps: int = WARM_UP
+    device: str = "cpu"
 
 
 class DifferentResults(Exception):
@@ -73,37 +75,58 @@ class Workers:
 
         return self.ask(labels, one_call)
 
+    def end(self):
+        """End all of them because their time is over, from another thread."""
+        for worker in self.running.values():
+            worker.end()
+
     def stop(self):
         """End all of them."""
         for worker in self.running.values():
             worker.stop()
 
 
-def measure_in_turns(programs, folder, threads, rounds, seconds):
+def measure_in_turns(programs, folder, threads, rounds, seconds, deadline=math.inf):
     """Call each program in turn, in an order that rotates from round to round.
 
-    A call takes the fastest of them `seconds`, or one unit if that takes longer. Returns a dict:
+    A call takes the fastest of them `seconds`, or one unit if that takes longer. There are fewer
+    rounds if another one would end after `deadline`, of `time.monotonic`, when all are ended
+    whatever they are doing. Returns a dict:
     `rounds`, one {label: seconds per unit} each; `foreign`, one share each; `rates`, the FLOP/s of
-    the GEMM shapes, each round, or None; `units` per call; and by label `memory` (start, peak),
-    `same_tokens` and `failed`.
+    the GEMM shapes, each round, or None; `units` per call; and by label `memory` (start, peak, and
+    on a GPU `device`: allocated, reserved), `losses` (of the first units), `same_tokens` and
+    `failed`.
     Raises: DifferentResults.
     """
     labels = [program.label for program in programs]
+    on_device = [program.label for program in programs if program.device != "cpu"]
     workers = Workers()
+    timer = threading.Timer(min(deadline - time.monotonic(), threading.TIMEOUT_MAX), workers.end)
+    timer.daemon = True
     try:
         workers.start(programs, folder, threads)
+        timer.start()
         memory = workers.ask(labels, lambda label, worker: worker.answer())
         warm_up = [workers.call(labels, settling=0, units=1) for _ in range(WARM_UP)]
-        same_tokens = compare(programs, _first_results(warm_up, workers.failed))
+        first_results = _first_results(warm_up, workers.failed)
+        same_tokens = compare(programs, first_results)
         settling, units = units_per_call(warm_up[-1], seconds)
+        memory_on_device = workers.ask(on_device, lambda label, worker: worker.peak_memory())
         answers = []
         for k in range(rounds):
+            began = time.monotonic()
             first = k % len(labels)
             answers.append(workers.call(labels[first:] + labels[:first], settling, units))
+            now = time.monotonic()
+            if now + (now - began) > deadline:
+                break
     finally:
+        timer.cancel()
         workers.stop()
     for label in memory.keys() - workers.failed.keys():
         memory[label]["peak"] = answers[-1][label]["peak"]
+        if label in memory_on_device:
+            memory[label]["device"] = memory_on_device[label]
     times = []
     for answer_of in answers:
         lived = answer_of.keys() - workers.failed.keys()
@@ -114,6 +137,7 @@ def measure_in_turns(programs, folder, threads, rounds, seconds):
         "foreign": [foreign_share(a.values(), os.cpu_count()) if a else None for a in answers],
         "rates": [a[GEMM]["results"][0] if GEMM in a else None for a in answers],
         "memory": memory,
+        "losses": _losses(first_results),
         "same_tokens": same_tokens,
         "failed": workers.failed,
     }
@@ -123,6 +147,11 @@ def _first_results(warm_up, failed):
     """{label: the result of each call}, without those that ended meanwhile."""
     labels = warm_up[-1].keys() - failed.keys()
     return {label: [call[label]["results"][0] for call in warm_up] for label in labels}
+
+
+def _losses(results):
+    """{label: its results}, of programs that compute losses."""
+    return {label: found for label, found in results.items() if isinstance(found[0], float)}
 
 
 def units_per_call(answers, seconds):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -32,11 +33,13 @@ class Session:
         # The measurement that is going on, for messages.
         self.current = "the start"
 
-    def measure(self, size, work, task, programs):
+    def measure(self, size, work, task, programs, deadline=math.inf):
         """What `measure_in_turns` returns for `programs` on a workload, which is called `size`."""
         self.current = f"{size} {task}"
         inputs = self.inputs(size, work)
-        outcome = measure_in_turns(programs, inputs, self.threads, self.rounds, self.seconds)
+        outcome = measure_in_turns(
+            programs, inputs, self.threads, self.rounds, self.seconds, deadline
+        )
         self.remarks += report.remarks(size, task, outcome)
         return outcome
 

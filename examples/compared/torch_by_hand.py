@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from .workloads import LR, NEW, adapter_of, trains
+from .workloads import LR, adapter_of, trains
 
 
 class Linear(nn.Linear):
@@ -124,14 +124,14 @@ class GPT(nn.Module):
         logits = F.linear(self.hidden(ids), self.wte)
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 
-    def generate(self, ids):
-        """NEW tokens more than (1, T), greedily, with a cache that is allocated once."""
+    def generate(self, ids, n_tokens):
+        """`n_tokens` tokens more than (1, T), greedily, with a cache that is allocated once."""
         C = self.wte.shape[1]
         H = self.h[0].heads
-        caches = torch.empty(len(self.h), 2, 1, H, ids.shape[1] + NEW, C // H)
+        caches = torch.empty(len(self.h), 2, 1, H, ids.shape[1] + n_tokens, C // H)
         start = 0
         unread = ids
-        for _ in range(NEW):
+        for _ in range(n_tokens):
             last = self.hidden(unread, caches, start)[:, -1]
             start += unread.shape[1]
             unread = F.linear(last, self.wte).argmax(-1, keepdim=True)
@@ -153,7 +153,7 @@ def prepare(task, variant, job):
     model = GPT(job.folder / "base", None if adapter is None else job.folder / adapter)
     if task == "generate":
         prompt = torch.from_numpy(job.prompt)
-        return torch.inference_mode()(lambda: model.generate(prompt))
+        return torch.inference_mode()(lambda: model.generate(prompt, job.new))
 
     loss_of_batch = torch.compile(model) if variant == "compile" else model
     inputs = torch.from_numpy(job.inputs)
@@ -170,6 +170,18 @@ def prepare(task, variant, job):
     if trains(task):
         return training(model, loss_of)
     return torch.inference_mode()(lambda: loss_of().item())
+
+
+def peak_memory(run):
+    """{"allocated", "reserved"}: bytes of the GPU while one unit runs, at most.
+
+    In use by tensors, and held by PyTorch's allocator, which had given back what it did not use.
+    """
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    allocated = torch.cuda.max_memory_allocated()
+    return {"allocated": allocated, "reserved": torch.cuda.max_memory_reserved()}
 
 
 def training(model, loss_of):

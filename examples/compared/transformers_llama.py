@@ -5,19 +5,22 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from .llm_workloads import NEW, PROMPT, TRAINING_TASKS, masked
-from .torch_by_hand import training
+from .llm_workloads import PROMPT, TRAINING_TASKS, masked
+from .torch_by_hand import peak_memory, training
+
+__all__ = ["peak_memory", "prepare"]
 
 
 def prepare(task, variant, job):
     """A function that does one unit of `task`.
 
-    `variant` is "", or "merged" for writing with the adapter merged into the weights. Attention is
-    transformers' default, sdpa.
+    `variant` is "", or "merged" for writing with the adapter merged into the weights, or "tf32",
+    which rounds the factors of a GPU's products. Attention is transformers' default, sdpa.
     """
+    torch.backends.cuda.matmul.allow_tf32 = variant == "tf32"
     torch.set_num_threads(job.threads)
     transformers.utils.logging.disable_progress_bar()
-    prompt = torch.from_numpy(job.inputs[:1, :PROMPT])
+    prompt = torch.from_numpy(job.inputs[:1, :PROMPT]).to(job.device)
     if task in ("first-token", "shared"):
         return first_token(job, prompt)
     train = task in TRAINING_TASKS
@@ -25,17 +28,17 @@ def prepare(task, variant, job):
         load_base(job), job.folder / "adapter", is_trainable=train
     )
     # No dropout, as in minilora. Gradients are computed all the same.
-    model.eval()
+    model.eval().to(job.device)
     if not train:
         if variant == "merged":
             model = model.merge_and_unload()
-        return lambda: write(model, prompt, NEW)
+        return lambda: write(model, prompt, job.new)
 
-    inputs = torch.from_numpy(job.inputs)
+    inputs = torch.from_numpy(job.inputs).to(job.device)
     targets = job.targets
     if task == "answers":
         targets = masked(targets)
-    targets = torch.from_numpy(targets)
+    targets = torch.from_numpy(targets).to(job.device)
 
     def loss_of():
         # Not labels=...: it would shift the targets by one more.

@@ -1,6 +1,6 @@
 """One library in one process: reads from stdin how many units to do, and answers in JSON.
 
-    python -m compared.worker MODULE VARIANT TASK FOLDER THREADS
+    python -m compared.worker MODULE VARIANT TASK FOLDER THREADS DEVICE
 """
 
 import importlib
@@ -15,6 +15,7 @@ import numpy as np
 
 from minilora.training.threads import keep_freed_memory
 
+from .processes import MEMORY
 from .workloads import PROMPT
 
 
@@ -22,22 +23,26 @@ class Job(NamedTuple):
     """What `prepare` of every library is given.
 
     folder: as `write_inputs` leaves it. inputs and targets: (B, T) integers. prompt: (1, PROMPT).
+    new: how many tokens are written. device: "cpu" or "cuda".
     """
 
     folder: Path
     inputs: np.ndarray
     targets: np.ndarray
     prompt: np.ndarray
+    new: int
     threads: int
+    device: str
 
 
-def read_job(folder, threads):
+def read_job(folder, threads, device="cpu"):
     """The Job that `write_inputs` has written into `folder`."""
     ids = np.load(folder / "ids.npy")
     inputs = np.ascontiguousarray(ids[:, :-1])
     targets = np.ascontiguousarray(ids[:, 1:])
     prompt = ids.reshape(1, -1)[:, :PROMPT]
-    return Job(folder, inputs, targets, prompt, threads)
+    new = int(np.load(folder / "new.npy"))
+    return Job(folder, inputs, targets, prompt, new, threads, device)
 
 
 def memory():
@@ -57,7 +62,7 @@ def memory():
 
 def main():
     """Import, prepare, then write one line for each line that is read, until there are no more."""
-    module, variant, task, folder, threads = sys.argv[1:]
+    module, variant, task, folder, threads, device = sys.argv[1:]
     # Whatever a library prints must not come between the answers: it goes to stderr.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -70,10 +75,13 @@ def main():
     if variant == "malloc":
         keep_freed_memory()
         variant = ""
-    run = library.prepare(task, variant, read_job(Path(folder), int(threads)))
+    run = library.prepare(task, variant, read_job(Path(folder), int(threads), device))
     reply(start=start)
 
     for line in sys.stdin:
+        if line.strip() == MEMORY:
+            reply(**library.peak_memory(run))
+            continue
         settling, units = map(int, line.split())
         cpu = time.process_time()
         # After a pause threads, caches and clocks are cold: the first unit can take thrice as long.

@@ -34,6 +34,8 @@ class Workload(NamedTuple):
     vocabulary: int
     r: int = 8
     alpha: float = 16
+    # How many tokens are written.
+    new: int = NEW
 
     def linears(self):
         """{name in GPT-2's file: (in, out)} of one block."""
@@ -86,7 +88,7 @@ def adapter_of(task):
 
 def tokens(work, task):
     """How many tokens one unit trains on, reads, or writes."""
-    return NEW if task == "generate" else work.batch * work.T
+    return work.new if task == "generate" else work.batch * work.T
 
 
 def flops(work, task):
@@ -99,8 +101,8 @@ def flops(work, task):
     """
     if task == "generate":
         # The last token is written and never read. Only the last position needs the head.
-        n_read = PROMPT + NEW - 1
-        n_logits = NEW
+        n_read = PROMPT + work.new - 1
+        n_logits = work.new
         n_pairs = n_read * (n_read + 1) // 2
     else:
         n_read = work.batch * work.T
