@@ -4,12 +4,14 @@ Arrays are drawn as a seed, so that hypothesis shrinks the shape and the seed an
 values lie well inside the float range, and a failure prints in one line.
 """
 
+import contextlib
 import json
 import weakref
 from collections import namedtuple
 from itertools import pairwise
 
 import numpy as np
+import threadpoolctl
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -110,6 +112,14 @@ def learned(adapter, seed=1, size=0.5):
         B = pair.lora_B.data
         B += get_array_module(B).asarray((size * rng.standard_normal(B.shape)).astype(B.dtype))
     return adapter
+
+
+@contextlib.contextmanager
+def two_blas_threads():
+    """As on a machine of two cores, whatever the environment says, and no thread of Python owns the number."""
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        threadpoolctl.OpenBLASController.clear_controlling_thread()
+        yield
 
 
 def contents(module):

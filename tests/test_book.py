@@ -26,8 +26,8 @@ FLOORS = {
              "c_attn", "peft_config", "adapter_file", "peft", "method_file", "loaders", "rounding", "template_sizes",
              "template_sandbox", "chat_template", "vocabulary", "conversation", "token_stream", "tokenizer",
              "quantized"],
-    "training": ["corpus", "batches", "text_files", "datasets", "threads", "parts", "loop", "checkpoint", "progress",
-                 "finetune_config", "learned", "run_log", "steps", "finetune"],
+    "training": ["corpus", "batches", "text_files", "datasets", "threads", "parts", "loop", "workers", "checkpoint",
+                 "progress", "finetune_config", "learned", "run_log", "steps", "finetune"],
     "cli": ["ctrl_c", "messages", "parser", "keyboard", "folders", "questions", "text_stream", "generation",
             "commands", "comparison", "plot", "chat", "inspect", "counting", "playground", "asking", "demo_tables",
             "demo_run", "demo", "demo_base", "options", "table", "main"],
@@ -41,6 +41,7 @@ GUESTS = {"disk.tensor_file": {"safetensors", "ml_dtypes"}, "disk.tokenizer": {"
           "disk.vocabulary": {"tokenizers"}, "disk.template_sandbox": {"jinja2"},
           "disk.template_sizes": {"jinja2"},
           "training.datasets": {"tqdm"}, "training.loop": {"tqdm"}, "training.threads": {"threadpoolctl"},
+          "training.workers": {"mpi4py"},
           "cli.commands": {"tqdm"}, "cli.comparison": {"tqdm"}, "cli.plot": {"matplotlib"}, "cli.generation": {"tqdm"},
           "disk.quantized": {"tqdm"}}  # fmt: skip
 

@@ -8,6 +8,7 @@ from .parser import (
     Names,
     dtype_name,
     number_from_zero,
+    number_or_mpi,
     positive_number,
     real_number,
     share_above_zero,
@@ -143,20 +144,42 @@ def _add_too_long(parser):
     )
 
 
-def _add_parts_and_threads(parser):
-    parser.add_argument(
+def _add_parts(parser, in_a_step=False, by_processes=False):
+    """A group of its own in the help: what is computed apart, and by whom."""
+    title = "the parts of a batch, and who computes them"
+    add = parser.group(title, "How a step is cut decides every bit; who computes a part, none.")
+    if in_a_step:
+        add(
+            "--accumulate",
+            type=whole_number(1),
+            default=1,
+            metavar="N",
+            help="batches in a step (default %(default)s): of a text, N batches of B rows in P "
+            "parts each give the bits of one batch of N*B rows in N*P parts, in less memory; of a "
+            ".jsonl, other rows share a batch, as their lengths decide",
+        )
+    add(
         "--parts",
         type=whole_number(1),
         metavar="N",
         help="parts that a batch is cut into, each computed with one thread of BLAS (default: as "
-        "many as there are cores, at least 2); with the seed they determine every bit",
+        "many as there are cores, at least 2)",
     )
-    parser.add_argument(
+    add(
         "--threads",
         type=whole_number(1),
         metavar="N",
-        help="parts computed at once (default: as many as there are parts and cores)",
+        help="parts computed at once, in this process (default: as many as there are parts and "
+        "cores)",
     )
+    if by_processes:
+        add(
+            "--workers",
+            type=number_or_mpi,
+            metavar="N",
+            help="parts computed at once, each in a process of its own, in the place of threads; "
+            "mpi: in those of mpiexec -n N python -m mpi4py.futures -m minilora finetune ...",
+        )
 
 
 # The commands, in the order of the help.
@@ -189,7 +212,7 @@ def demo_options(parser):
         help="answer from what the last run kept, without training",
     )
     _add_backend(parser)
-    _add_parts_and_threads(parser)
+    _add_parts(parser)
 
 
 def finetune_options(parser):
@@ -258,15 +281,6 @@ def finetune_options(parser):
         help="rows in a batch (default %(default)s)",
     )
     add(
-        "--accumulate",
-        type=whole_number(1),
-        default=FineTuneConfig.accumulate,
-        metavar="N",
-        help="batches in a step (default %(default)s): on a text, N batches of B rows in P parts "
-        "each give the bits of one batch of N B rows in N P parts, in less memory; of a .jsonl, "
-        "rows of one length share a batch, so that other batches have other rows",
-    )
-    add(
         "--length",
         type=whole_number(1),
         help="tokens in a row of text (default 256, or the model's context if shorter)",
@@ -316,7 +330,7 @@ def finetune_options(parser):
         help="go on with a run that was interrupted or killed",
     )
     _add_backend(parser)
-    _add_parts_and_threads(parser)
+    _add_parts(parser, in_a_step=True, by_processes=True)
 
 
 def generate_options(parser):
@@ -512,4 +526,4 @@ def compare_options(parser):
     _add_other_precision(parser)
     _add_too_long(parser)
     _add_backend(parser)
-    _add_parts_and_threads(parser)
+    _add_parts(parser)

@@ -79,11 +79,12 @@ FLAG_SYNONYMS = {
     "system": ("system-prompt", "system-message"),
     "target": ("target-modules", "lora-target-modules", "targets", "modules", "lora-layers"),
     "temperature": ("temp",),
-    "threads": ("num-threads", "n-threads", "workers", "num-workers", "jobs"),
+    "threads": ("num-threads", "n-threads"),
     "top-k": ("topk",),
     "top-p": ("topp", "nucleus"),
     "tuned": ("finetuned", "fine-tuned", "finetuned-model", "tuned-model", "target-model"),
     "weights": ("scales", "coefficients", "adapter-weights", "ratios"),
+    "workers": ("num-workers", "n-workers", "num-processes", "nproc-per-node", "processes", "jobs"),
 }
 
 
@@ -115,6 +116,16 @@ class CommandParser(argparse.ArgumentParser):
         """As argparse's; the names of the flags are noted."""
         self.flags += [name for name in names if name.startswith("-")]
         return super().add_argument(*names, **options)
+
+    def group(self, title, description):
+        """What adds arguments as `add_argument` does, in a place of their own in the help."""
+        of_group = self.add_argument_group(title, description)
+
+        def add(*names, **options):
+            self.flags += names
+            return of_group.add_argument(*names, **options)
+
+        return add
 
     def parse_args(self, argv):
         """The arguments as attributes. Raises: SystemExit after --help, or if one is wrong."""
@@ -202,6 +213,15 @@ def whole_number(least):
         )
 
     return read
+
+
+def number_or_mpi(text):
+    """The type of an argument: a whole number of at least 1, or the word mpi."""
+    if text == "mpi":
+        return text
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, or mpi, got {text!r}")
 
 
 def dtype_name(text):

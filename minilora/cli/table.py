@@ -3,6 +3,7 @@
 A command imports what it calls when it is run, so that this table alone costs no time.
 """
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Callable
@@ -174,9 +175,28 @@ def _check_evaluations(args):
         )
 
 
+def _check_workers(args):
+    """Refuse workers beside what computes the parts otherwise."""
+    if args.workers is None:
+        return
+    if args.threads is not None:
+        args.refuse(
+            "argument --workers: processes compute the parts in the place of --threads; leave out "
+            "one of the two"
+        )
+    if args.backend != "numpy":
+        args.refuse(f"argument --workers: they compute with NumPy; leave out {args.backend}")
+    if args.full:
+        args.refuse(
+            "argument --workers: with --full each part would take all weights to a worker and all "
+            "gradients back; give --threads"
+        )
+
+
 def _run_finetune(args):
     adapter_settings = _adapter_settings(args)
     _check_evaluations(args)
+    _check_workers(args)
 
     from ..training.finetune import finetune
     from ..training.finetune_config import FineTuneConfig
@@ -204,8 +224,26 @@ def _run_finetune(args):
     )
     find_sources(args.base)
     xp = _device(args.backend)
+    if args.workers is not None:
+        # Threads of this process would have nothing to do.
+        args.threads = 1
     parts, threads = _parts_and_threads(args)
-    finetune(config, xp, parts=parts, threads=threads, resume=args.resume, log=log)
+    with _executor(args.workers) as workers:
+        finetune(config, xp, parts=parts, threads=threads, resume=args.resume, log=log, **workers)
+
+
+@contextlib.contextmanager
+def _executor(workers):
+    """What `finetune` is told of --workers, with an executor as long as the block lasts."""
+    if workers is None:
+        yield {}
+        return
+
+    from ..training.workers import mpi_pool, process_pool
+
+    with mpi_pool() if workers == "mpi" else process_pool(workers) as executor:
+        n = executor.num_workers if workers == "mpi" else workers
+        yield {"executor": executor, "n_workers": n}
 
 
 def _sampling(args):

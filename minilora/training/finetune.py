@@ -10,7 +10,9 @@ import hashlib
 import json
 import shutil
 from collections import namedtuple
+from concurrent.futures import BrokenExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from .progress import Progress, peak_memory
 from .run_log import RunLog, check_place, cut_back, run_digest
 from .steps import Steps, keep
 from .threads import check_parts
+from .workers import RemoteWorkers
 
 # What a run gives: the Adapter, or with `full` the model; the loss of each step; the held-out loss
 # before, and that of what is given (None if nothing is held out); and, with `eval_every`, the
@@ -48,7 +51,18 @@ MAY_CHANGE = ("base", "data", "out", "save_every", "log_file")
 _Run = namedtuple("_Run", "config learned adam batches heldout identity checkpoint")
 
 
-def finetune(config, xp=np, *, parts=1, threads=1, resume=False, log=print, quiet=False):
+def finetune(
+    config,
+    xp=np,
+    *,
+    parts=1,
+    threads=1,
+    executor=None,
+    n_workers=1,
+    resume=False,
+    log=print,
+    quiet=False,
+):
     """Train an adapter for the model in `config.base` on `config.data`; returns a Result.
 
     `config` is a FineTuneConfig. The adapter is saved in the folder `config.out`; with
@@ -56,21 +70,33 @@ def finetune(config, xp=np, *, parts=1, threads=1, resume=False, log=print, quie
     `checkpoint`, from which `resume=True` goes on. With `config.eval_every` the adapter is saved
     as it was where the held-out loss was lowest after a step. `log` is called with each line of the
     report; `quiet` shows no progress bars. `xp` is the array module to compute with; `parts` and
-    `threads` are those of `train`.
+    `threads` are those of `train`. With an `executor` of concurrent.futures `n_workers` of its
+    workers compute the parts, in the place of threads: `process_pool`, `mpi_pool`, or another.
     Raises: ValueError or FileNotFoundError, before anything is computed or written, for files and
-    settings that do not fit; Interrupted on Ctrl-C, with the last whole step saved (of a model, the
-    last that was saved anyway).
+    settings that do not fit, or workers that would compute other bits; Interrupted on Ctrl-C, and
+    RuntimeError if a worker dies, with the last whole step saved (of a model, the last that was
+    saved anyway).
     """
     check_parts(parts, threads)
+    if executor is not None:
+        _check_executor(config, xp, threads)
     # A part needs a row.
     parts = min(parts, config.batch)
     threads = min(threads, parts)
     _check_out(Path(config.out), resume)
     if config.log_file is not None:
         check_place(config.log_file, config.out, resume)
-    run = _prepare(config, xp, parts, log, quiet)
+    blas = "one" if parts > 1 or executor is not None else "as many as there are"
+    arrays = {"module": xp.__name__, "parts (--parts)": parts, "BLAS threads": blas}
+    run = _prepare(config, xp, arrays, log, quiet)
     progress = _begin(run, resume, log)
-    with PartWorkers(run.learned.model, parts, threads) as workers, _resumable(run):
+    if executor is None:
+        workers = PartWorkers(run.learned.model, parts, threads)
+    else:
+        make = partial(model_of, config)
+        workers = RemoteWorkers(run.learned.model, make, executor, n_workers, parts)
+        log(f"{n_workers} workers of {type(executor).__name__} compute {parts} parts")
+    with workers, _resumable(run):
         # From here on there is something to resume.
         keep(run, progress, is_due=True)
         with _open_log(run) as run_log:
@@ -82,6 +108,29 @@ def finetune(config, xp=np, *, parts=1, threads=1, resume=False, log=print, quie
         run.checkpoint.remove()
     _report(run, progress, after, log)
     return Result(run.learned.module, progress.losses, progress.before, after, progress.evaluations)
+
+
+def _check_executor(config, xp, threads):
+    """Raise unless workers can be of use to such a run."""
+    if threads > 1:
+        raise ValueError(
+            f"{threads} threads beside workers: the workers compute all parts; give 1 thread"
+        )
+    if xp is not np:
+        raise ValueError(f"workers with {xp.__name__}: they compute with NumPy; leave one of them")
+    if config.full:
+        raise ValueError(
+            "workers with full=True (--full): each part would take all weights to a worker and "
+            "all gradients back; use threads, or train an adapter"
+        )
+
+
+def model_of(config):
+    """The model that a run of this FineTuneConfig trains, with an adapter as drawn: for workers."""
+    base = load_model(find_base(config.base))
+    if config.quantize is not None:
+        base = quantized_base(base, config.quantize, lambda line: None, quiet=True)
+    return LearnedAdapter(base, config, np.random.default_rng(config.seed)).model
 
 
 def _begin(run, resume, log):
@@ -128,7 +177,7 @@ def _check_out(out, resume):
     check_unused(out, ignore=[CHECKPOINT])
 
 
-def _prepare(config, xp, parts, log, quiet):
+def _prepare(config, xp, arrays, log, quiet):
     """Load and draw everything that a run needs: a _Run. Whatever does not fit is refused here."""
     path = find_base(config.base)
     base = load_model(path, xp)
@@ -166,21 +215,20 @@ def _prepare(config, xp, parts, log, quiet):
         learned = LearnedAdapter(base, config, adapter_rng)
     log(learned.summary)
     adam = Adam(learned.module.parameters(), lr=config.lr)
-    identity = _identity(config, data, base.config, learned.fingerprint, xp, parts)
+    identity = _identity(config, data, base.config, learned.fingerprint, arrays)
     checkpoint = Checkpoint(Path(config.out) / CHECKPOINT, identity, learned.module, adam)
     return _Run(config, learned, adam, batches, heldout, identity, checkpoint)
 
 
-def _identity(config, data, base_config, base_fingerprint, xp, parts):
+def _identity(config, data, base_config, base_fingerprint, arrays):
     """What must be the same when the run goes on."""
     settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
-    blas = "one" if parts > 1 else "as many as there are"
     data_file = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
     identity = {
         "settings": settings,
         "data": {"sha256": data_file, "tokens": data.fingerprint()},
         "config": asdict(base_config),
-        "arrays": {"module": xp.__name__, "parts (--parts)": parts, "BLAS threads": blas},
+        "arrays": arrays,
         "base": base_fingerprint,
     }
     # As it will be read back: JSON makes a list of a tuple.
@@ -198,15 +246,21 @@ def _resumable(run):
             f"{error}. To start again with other settings, remove {checkpoint.folder} or choose "
             "another folder"
         ) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenExecutor) as error:
         if checkpoint.snapshot is not None:
             checkpoint.save()
         if not is_checkpoint(checkpoint.folder):
             # It fell into the first save.
             raise
-        raise Interrupted(
-            f"interrupted after step {checkpoint.saved_steps()} of {run.config.steps}, which is "
-            f"kept in {checkpoint.folder}; to go on, give the same command with --resume"
+        kept = (
+            f"after step {checkpoint.saved_steps()} of {run.config.steps}, which is kept in "
+            f"{checkpoint.folder}; to go on, give the same command with --resume"
+        )
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"interrupted {kept}") from None
+        raise RuntimeError(
+            f"a worker died (killed, or out of memory?) {kept}, with any number of workers "
+            f"({type(error).__name__})"
         ) from None
 
 

@@ -17,7 +17,7 @@ from ..backend import get_array_module, on_host
 from ..functional import IGNORE
 from ..packed import StoredTensor
 from ..tensor import Tensor
-from .threads import blas_threads, check_parts
+from .threads import blas_threads, check_parts, limit_this_thread
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,9 @@ class PartWorkers(Workers):
         # Made where they are needed: to evaluate takes none.
         self.idle_replicas = deque()
         # A pool starts no thread before there is work for it.
-        self.pool = _ThisThread() if threads == 1 else ThreadPoolExecutor(threads)
+        self.pool = _ThisThread()
+        if threads > 1:
+            self.pool = ThreadPoolExecutor(threads, initializer=limit_this_thread, initargs=(1,))
         self.blas = contextlib.nullcontext()
         if all(p.xp is np for p in model.parameters()):
             # By parts, not by threads: BLAS on another number of threads may round differently.

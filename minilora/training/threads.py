@@ -78,20 +78,63 @@ class _Blas:
         import threadpoolctl
 
         controller = threadpoolctl.ThreadpoolController()
-        libraries = [library for library in controller.info() if library["user_api"] == "blas"]
-        self.before = {library["num_threads"] for library in libraries}
+        self.before = _numbers(controller)
         self.now = self.before
         self.limiter = None
-        if n is not None and self.before:
-            self.now = {n}
-            self.limiter = controller.limit(limits=n, user_api="blas")
+        if n is None or not self.before:
+            return
+        limiter = _limit(controller, n)
+        found = _numbers(controller)
+        if found != {n}:
+            _set_back(limiter)
+            raise ValueError(
+                f"BLAS keeps {_listed(found)} threads where {n} are needed: another thread of "
+                "Python has set them with threadpoolctl, and has not ended; set them there"
+            )
+        self.now = found
+        self.limiter = limiter
 
     def release(self):
         """Let go; the last one sets back what was there before the first."""
         with self.lock:
             self.n_holders -= 1
             if self.n_holders == 0 and self.limiter is not None:
-                self.limiter.restore_original_limits()
+                _set_back(self.limiter)
+
+
+def _numbers(controller):
+    """How many threads the libraries of BLAS have: one number, if all is well."""
+    libraries = [library for library in controller.info() if library["user_api"] == "blas"]
+    return {library["num_threads"] for library in libraries}
+
+
+def _limit(controller, n):
+    """Set `n` threads of BLAS; returns what sets back those before."""
+    import threadpoolctl
+
+    limiter = controller.limit(limits=n, user_api="blas")
+    # threadpoolctl lets the first thread alone set them, and others silently do nothing. Here
+    # whoever comes last sets them back.
+    threadpoolctl.OpenBLASController.clear_controlling_thread()
+    return limiter
+
+
+def _set_back(limiter):
+    """Set what there was before `_limit`."""
+    import threadpoolctl
+
+    limiter.restore_original_limits()
+    threadpoolctl.OpenBLASController.clear_controlling_thread()
+
+
+def limit_this_thread(n):
+    """Have this thread of Python multiply with `n` threads for good, where BLAS counts by thread.
+
+    An OpenBLAS that is built on OpenMP does; elsewhere `blas_threads` is for the whole process.
+    """
+    import threadpoolctl
+
+    _limit(threadpoolctl.ThreadpoolController(), n)
 
 
 def _listed(numbers):
@@ -121,6 +164,37 @@ def blas_threads(n=None):
         if is_held:
             with ctrl_c_deferred():
                 _BLAS.release()
+
+
+def blas_kernel():
+    """What decides how BLAS rounds: library, version and the kernels that fit this processor."""
+    import threadpoolctl
+
+    with ctrl_c_deferred():
+        found = threadpoolctl.threadpool_info()
+    kernels = set()
+    for library in found:
+        if library["user_api"] == "blas":
+            words = [library.get(key) for key in ("internal_api", "version", "architecture")]
+            kernels.add(" ".join(word for word in words if word))
+    return " and ".join(sorted(kernels)) or "unknown"
+
+
+@contextlib.contextmanager
+def ctrl_c_kept_from_children():
+    """Processes that are started within this block never hear of Ctrl-C; this one does after it.
+
+    A terminal tells all processes of a program, and a child would print a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        # Windows: there a child hears of it until it says otherwise itself.
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

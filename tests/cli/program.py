@@ -30,6 +30,7 @@ def start_python(
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     path=(),
+    start_new_session=False,
     **environment,
 ):
     """A Python with these arguments. Modules are looked for in the folders `path` first."""
@@ -43,6 +44,7 @@ def start_python(
         cwd=folder,
         env=os.environ | environment,
         preexec_fn=heed_ctrl_c,
+        start_new_session=start_new_session,
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,

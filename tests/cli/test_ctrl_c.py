@@ -1,10 +1,15 @@
 """Ctrl-C, wherever it falls: in imports, in commands, in examples. Each time one line, and exit code 130."""
 
 import os
+import re
+import signal
+import time
 
 import pytest
-from program import ROOT, finish, start, start_python
+from program import ROOT, TEXT, finish, start, start_python
+from strategies import character_gpt
 
+from minilora import save_model
 from minilora.cli.ctrl_c import report_interrupt
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -86,6 +91,44 @@ def test_on_a_terminal_the_line_begins_below_what_ctrl_c_has_printed(monkeypatch
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert report_interrupt("minilora", KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "\nminilora: interrupted\n"
+
+
+def has_ended(group):
+    """Is no process of the group left, within a minute?"""
+    for _ in range(600):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@posix
+def test_a_run_on_workers_ends_with_ctrl_c_and_with_a_kill_and_leaves_no_process(tmp_path):
+    """A terminal sends Ctrl-C to the workers as well. Whoever is killed has no time to tell them anything."""
+    save_model(character_gpt(n_embd=8), tmp_path / "base")
+    (tmp_path / "t.txt").write_text(TEXT)
+    log = tmp_path / "log.jsonl"
+    command = ["finetune", "--base", "base", "--data", "t.txt", "--out", "out", "--alpha", "4", "--length", "8",
+               "--steps", "100000", "--save-every", "5", "--log", str(log), "--parts", "2", "--workers", "2"]
+
+    def interrupted(send, *arguments):
+        process = start(tmp_path, *command, *arguments, start_new_session=True)
+        size = log.stat().st_size if log.exists() else 0
+        while process.poll() is None and not (log.exists() and log.stat().st_size > size + 1500):
+            time.sleep(0.05)
+        send(process.pid)
+        code, _, err = finish(process)
+        assert has_ended(process.pid)
+        return code, err
+
+    code, err = interrupted(lambda pid: os.killpg(pid, signal.SIGINT))
+    *_, last = err.rstrip().splitlines()
+    assert code == 130 and "Traceback" not in err
+    assert re.search(r"minilora: interrupted after step \d+ of 100000, which is kept in .*--resume$", last)
+    code, err = interrupted(lambda pid: os.kill(pid, signal.SIGKILL), "--resume")
+    assert code == -signal.SIGKILL and "Traceback" not in err
 
 
 @posix

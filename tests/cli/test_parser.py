@@ -43,6 +43,8 @@ def refused(parser, *words):
         ("finetune", "--log-file", "--log"),
         ("finetune", "--device", "--backend"),
         ("finetune", "--num-threads", "--threads"),
+        ("finetune", "--num-workers", "--workers"),
+        ("finetune", "--gradient-accumulation-steps", "--accumulate"),
         ("finetune", "--alhpa", "--alpha"),
         ("finetune", "--Seed", "--seed"),
         ("generate", "--max-tokens", "--max-new-tokens"),

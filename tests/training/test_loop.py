@@ -11,7 +11,7 @@ import pytest
 import threadpoolctl
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import character_gpt, contents, seeds
+from strategies import character_gpt, contents, seeds, two_blas_threads
 from tqdm import tqdm
 
 from minilora import GPT, Adam, generate
@@ -81,7 +81,7 @@ def blas_threads_in_a_loss(patch):
 def test_each_part_has_one_thread_of_blas_whoever_computes_it(model, monkeypatch, parts, threads, expected):
     """A batch in one part has all there are."""
     found = blas_threads_in_a_loss(monkeypatch)
-    with threadpoolctl.threadpool_limits(2, "blas"):
+    with two_blas_threads():
         train(model, Adam(model.parameters()), abc(), 1, quiet=True, parts=parts, threads=threads)
         heldout_loss(model, list(islice(abc(), 1)), parts=parts, threads=threads)
     assert found == {expected}

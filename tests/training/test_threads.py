@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import strategies
 import threadpoolctl
 from strategies import character_gpt
 
@@ -62,28 +63,45 @@ def test_blas_is_limited_from_another_thread_too():
         with blas_threads(1):
             seen.extend(blas_now())
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
+    with strategies.two_blas_threads():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert set(blas_now()) == {2}
     assert set(seen) == {1}
+
+
+def test_where_another_thread_has_taken_the_number_nothing_is_silent():
+    told = []
+
+    def work():
+        with pytest.raises(ValueError, match="BLAS keeps 2 threads where 1 are needed") as error, blas_threads(1):
+            raise AssertionError
+        told.append(str(error.value))
+
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert told and threads._BLAS.n_holders == 0
 
 
 @pytest.fixture
 def two_blas_threads():
-    """As on a machine of several cores, whatever the environment says."""
-    with threadpoolctl.threadpool_limits(2, "blas"):
+    with strategies.two_blas_threads():
         assert set(blas_now()) == {2}
         yield
 
 
 def test_blocks_that_overlap_share_the_number_and_the_last_one_sets_it_back(two_blas_threads):
     first, second = blas_threads(1), blas_threads(1)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert set(blas_now()) == {1}
-    second.__exit__(None, None, None)
-    assert set(blas_now()) == {2}
+    with ThreadPoolExecutor(1) as another:
+        another.submit(first.__enter__).result()
+        second.__enter__()
+        another.submit(first.__exit__, None, None, None).result()
+        assert set(blas_now()) == {1}
+        second.__exit__(None, None, None)
+        assert set(blas_now()) == {2}
 
 
 @pytest.mark.parametrize("held, asked, told", [
