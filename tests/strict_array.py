@@ -19,6 +19,8 @@ _LISTS = {"tup"}  # parameters that are sequences of arrays
 
 # How often each operation was asked for: on a GPU every one of them launches a kernel. Views are free.
 CALLS = collections.Counter()
+# How often numbers went to the host: on a GPU each of these waits until all that was asked before is computed.
+WAITS = collections.Counter()
 FREE = {"empty", "empty_like", "reshape", "swapaxes", "transpose", "broadcast_to", "squeeze"}
 
 
@@ -66,6 +68,7 @@ class ndarray:
 
     def get(self):
         """A copy on the host."""
+        WAITS["get"] += 1
         return self._host.copy()
 
     def view(self, dtype):
@@ -181,10 +184,21 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_"):
     setattr(ndarray, f"__{_name.strip('_')}__", _binary(_name)[0])
 for _name, _f in (("neg", operator.neg), ("abs", operator.abs), ("invert", operator.invert)):
     setattr(ndarray, f"__{_name}__", lambda self, f=_f: _wrap(f(self._host)))
-for _name, _type in (("float", float), ("int", int), ("bool", bool)):
-    setattr(ndarray, f"__{_name}__", lambda self, f=_type: f(self._host))
+
+
+
+def _to_host(name, convert):
+    def method(self, *args):
+        WAITS[name] += 1
+        return convert(self._host, *args)
+
+    return method
+
+
+for _type in (float, int, bool):
+    setattr(ndarray, f"__{_type.__name__}__", _to_host(_type.__name__, _type))
 for _name in ("item", "tolist", "tobytes"):
-    setattr(ndarray, _name, lambda self, *args, f=_name: getattr(self._host, f)(*args))
+    setattr(ndarray, _name, _to_host(_name, getattr(np.ndarray, _name)))
 for _name in ("reshape", "transpose"):
     setattr(ndarray, _name, _spread(_name))
 for _name, _names in {
@@ -241,6 +255,7 @@ def asnumpy(a):
 
 
 def _add_at(a, indices, b):
+    CALLS["add.at"] += 1
     np.add.at(_operand(a), _index(indices), _operand(b))
 
 

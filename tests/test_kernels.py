@@ -3,17 +3,25 @@
 A sum of n products, in any order, is off by at most γ_n Σ |products|, γ_n = n u / (1 - n u) (Higham 2002, eq. 3.13).
 """
 
+import functools
 import inspect
+import sys
 
 import numpy as np
 import pytest
 import strict_array
-from test_lean import is_within_the_bounds
+from strategies import tiny_gpt, tiny_llama
+from test_lean import is_within_the_bounds, plant
 
+import minilora.gpt
+import minilora.nn
 import minilora.optim
+import minilora.training.loop
 from minilora import GPT, Adam, GPTConfig, LoRAConfig, Tensor, attach, init_adapter, kernels, lean
 from minilora.backend import to_device, to_numpy
 from minilora.optim import clip_grad_norm
+from minilora.packed import StoredTensor
+from minilora.training.loop import train
 
 U = 2.0**-24
 gamma = lambda n: n * U / (1 - n * U)
@@ -161,3 +169,63 @@ def test_a_block_of_a_model_asks_a_device_for_no_more_calls_than_these(targets, 
     calls = calls_of_a_step(3, targets)
     calls.subtract(calls_of_a_step(2, targets))
     assert calls.total() <= most, calls.most_common()
+
+
+# --- how often a step waits -------------------------------------------------------------------------------------------
+
+MODELS = {
+    "a GPT": tiny_gpt, "a GPT with rotary positions": functools.partial(tiny_gpt, "rope"), "a Llama": tiny_llama,
+    "a Llama from a file": lambda dtype: tiny_llama(dtype=dtype).map_tensors(lambda t: StoredTensor(t.data)),
+}  # fmt: skip
+
+
+def third_step(model, full=False, seed=None):
+    """(what waits, what is called) in the third step that `train` takes, as training does it."""
+    rng = np.random.default_rng(0)
+    base = model(dtype="float32").to_device(strict_array)
+    trained = base.trainable_copy()
+    learned = trained
+    if not full:
+        learned = init_adapter(base, LoRAConfig(2, 4, "all-linear", dropout=0.5), rng)
+        trained = attach(base, learned)
+    ids = rng.integers(0, base.config.vocab_size, (3, 2, 8))
+    counts = {}
+
+    def after_step(step, loss):
+        counts[step] = strict_array.WAITS.copy(), strict_array.CALLS.copy()
+        strict_array.WAITS.clear()
+        strict_array.CALLS.clear()
+
+    batches = [(batch[:, :-1], batch[:, 1:]) for batch in ids]
+    train(trained, Adam(learned.parameters()), batches, 3, seed=seed, on_step=after_step, quiet=True)
+    return counts[3]
+
+
+@pytest.mark.parametrize("seed", [None, 0], ids=["without dropout", "with dropout"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_waits_for_its_loss_and_for_the_norm_and_for_nothing_else(model, seed):
+    waits, _ = third_step(MODELS[model], seed=seed)
+    assert waits == {"item": 1, "float": 1}
+
+
+WAITING = {  # what is wrong: (model, the module that uses a function, that function, its line, the line with the bug)
+    "an op reads a number": ("a GPT", minilora.gpt, lean.gelu, "X = x.data", "X = x.data; float(X.max())"),
+    "a gradient reads one": ("a Llama", minilora.nn, lean.rms_norm, "d *= rstd", "d *= rstd; bool(d.max() > 0)"),
+    "the norm, tensor by tensor": ("a Llama", minilora.training.loop, clip_grad_norm,
+                                   "float(sum_of_squares([p.grad for p in params]))",
+                                   "sum(float((p.grad * p.grad).sum()) for p in params)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", WAITING)
+def test_a_planted_wait_is_found(bug, monkeypatch):
+    model, user, function, line, planted = WAITING[bug]
+    plant(monkeypatch, function, line, planted)
+    monkeypatch.setattr(user, function.__name__, getattr(sys.modules[function.__module__], function.__name__))
+    waits, _ = third_step(MODELS[model])
+    assert waits.total() > 2
+
+
+def test_only_full_training_adds_in_no_fixed_order():
+    """`add.at`, the gradient of the embedding, is atomic on a GPU."""
+    assert {full: third_step(tiny_gpt, full)[1]["add.at"] > 0 for full in (False, True)} == {False: False, True: True}

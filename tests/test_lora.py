@@ -447,6 +447,13 @@ def test_every_backend_computes_what_numpy_does(xp):
     assert all(agree(xp, ours, numpys) for ours, numpys in zip(results[xp], results[np], strict=True))
 
 
+def test_one_seed_draws_the_same_adapter_on_every_backend(device_xp):
+    host = tiny_mlp(6, 5, 4)
+    there = new_adapter(host.to_device(device_xp))
+    assert all(isinstance(p.data, device_xp.ndarray) for p in there.parameters())
+    assert contents(there) == contents(new_adapter(host)) != contents(new_adapter(host, seed=1))
+
+
 def test_an_adapter_of_one_backend_is_refused_on_a_base_of_another(device_xp):
     base = tiny_mlp(6, 5)
     adapter, there = new_adapter(base), base.to_device(device_xp)

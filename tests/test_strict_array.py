@@ -93,6 +93,17 @@ def test_a_reduction_is_a_0d_array_that_item_and_float_bring_home():
     assert (type(total), total.shape, total.item(), float(total), bool(total > 1)) == (ndarray, (), 15.0, 15.0, True)
 
 
+@pytest.mark.parametrize("bring, name", [
+    (float, "float"), (int, "int"), (bool, "bool"), (lambda x: x.item(), "item"), (lambda x: x.tolist(), "tolist"),
+    (lambda x: x.tobytes(), "tobytes"), (lambda x: x.get(), "get"), (sx.asnumpy, "get"),
+], ids=["float", "int", "bool", "item", "tolist", "tobytes", "get", "asnumpy"])  # fmt: skip
+def test_each_way_to_the_host_is_counted_as_a_wait(bring, name):
+    x = sx.asarray(HOST).sum()
+    sx.WAITS.clear()
+    bring(x)
+    assert sx.WAITS == {name: 1}
+
+
 def test_moving_there_and_back_copies():
     host = HOST.copy()
     x = sx.asarray(host)

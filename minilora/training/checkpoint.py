@@ -21,7 +21,7 @@ STATE = "checkpoint.json"
 # A folder that is being removed has this name instead of its own.
 REMOVED = ".checkpoint.done"
 
-# Copies of all tensors, {name: array}, and what JSON holds: {"steps": ..., "progress": ...}.
+# All tensors, {name: array}, and what JSON holds: {"steps": ..., "progress": ...}.
 Snapshot = namedtuple("Snapshot", "arrays state")
 
 
@@ -54,7 +54,7 @@ class Checkpoint:
 
     def mark_best(self):
         """Copy the module as it is now: the best so far. The next snapshot has it."""
-        self.best = _copies(self.module.state_dict())
+        self.best = _copies(_on_host(self.module.state_dict()))
 
     def take_back_best(self):
         """Write the best into the module."""
@@ -86,7 +86,7 @@ class Checkpoint:
         return Snapshot(arrays, {"steps": adam_state["steps"], "progress": progress})
 
     def _write(self, arrays, state):
-        arrays = {name: to_numpy(array) for name, array in arrays.items()}
+        arrays = _on_host(arrays)
         state = {"version": VERSION, "identity": self.identity, **state}
         save_folder(self.folder, TENSORS, arrays, STATE, state)
 
@@ -148,8 +148,12 @@ class Checkpoint:
 
 
 def _copies(arrays):
-    """{name: array} as copies on the host."""
-    return {name: to_numpy(array).copy() for name, array in arrays.items()}
+    """{name: array} as copies, where they are: what comes home from a GPU waits for it."""
+    return {name: array.copy() for name, array in arrays.items()}
+
+
+def _on_host(arrays):
+    return {name: to_numpy(array) for name, array in arrays.items()}
 
 
 def _with_prefix(prefix, tensors):

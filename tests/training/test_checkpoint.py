@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import strict_array
 from strategies import contents, small_gpt, trained_adapter
 
 from minilora import Adam
@@ -41,6 +42,22 @@ def saved(tmp_path):
     checkpoint.take_snapshot(PROGRESS)
     checkpoint.save()
     return tmp_path / "checkpoint", state_of(adapter, adam)
+
+
+def test_a_snapshot_stays_where_the_tensors_are_and_only_saving_waits_for_a_device(tmp_path):
+    host, _ = adapter_and_adam(seed=1)
+    adapter = host.to_device(strict_array)
+    checkpoint = Checkpoint(tmp_path / "checkpoint", IDENTITY, adapter, Adam(adapter.parameters()))
+    strict_array.WAITS.clear()
+    checkpoint.take_snapshot(PROGRESS)
+    assert strict_array.WAITS.total() == 0
+    for p in adapter.parameters():
+        p.data.fill(0)
+    checkpoint.save()
+    assert strict_array.WAITS.total() == len(checkpoint.snapshot.arrays)
+    _, tensors, _ = load_folder(tmp_path / "checkpoint", TENSORS, STATE)
+    for name, array in host.state_dict().items():
+        assert np.array_equal(tensors[f"module.{name}"], array)
 
 
 def changed(folder, change_state=None, change_tensors=None):
