@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from .backend import check_rng, get_array_module, on_host, to_device
+from .kernels import times_rows
 from .tensor import check_same, record
 
 # A target with this value carries no loss.
@@ -31,7 +32,7 @@ def linear(x, weight, bias=None):
 
     # Leading axes become rows: one matrix multiplication each way.
     X = x.data.reshape(-1, W.shape[1])  # (N, in)
-    Y = X @ W.T  # (N, out)
+    Y = times_rows(X, W)  # X Wᵀ, (N, out)
     if bias is not None:
         Y += bias.data
 
@@ -292,18 +293,21 @@ def check_attention(q, k, v, n_head):
     Raises: TypeError or ValueError, with the three shapes, if it cannot.
     """
     check_same("attention", q, k, v)
-    fits = q.ndim == k.ndim == 3 and n_head >= 1 and q.shape[-1] % n_head == 0
-    fits = fits and 0 not in q.shape and 0 not in k.shape
+    q_shape = q.shape
+    k_shape = k.shape
+    v_shape = v.shape
+    fits = len(q_shape) == len(k_shape) == 3 and n_head >= 1 and q_shape[-1] % n_head == 0
+    fits = fits and 0 not in q_shape and 0 not in k_shape
     if fits:
-        B, T, C = q.shape
-        S = k.shape[1]
+        B, T, C = q_shape
+        S = k_shape[1]
         D = C // n_head
-        n_kv_head = k.shape[2] // D
-        fits = k.shape == v.shape == (B, S, n_kv_head * D) and S >= T
+        n_kv_head = k_shape[2] // D
+        fits = k_shape == v_shape == (B, S, n_kv_head * D) and S >= T
         fits = fits and n_kv_head >= 1 and n_head % n_kv_head == 0
     if not fits:
         raise ValueError(
-            f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit with {n_head} heads"
+            f"attention: q {q_shape}, k {k_shape}, v {v_shape} do not fit with {n_head} heads"
         )
     return n_kv_head
 

@@ -107,6 +107,8 @@ def _tokens(model, ids, cache, max_new_tokens, choose, stops):
         token = np.where(stopped, unread[:, -1], choose(logits))
         unread = token[:, None].copy()
         yield token
+        if not stops:
+            continue
         stopped |= np.isin(unread[:, -1], stops)
         if stopped.all():
             return

@@ -180,9 +180,10 @@ def attention(q, k, v, n_head, hidden=None):
     """`functional.attention` in blocks of queries; the gradient computes the probabilities again.
 
     Only QUERY_BLOCK positions have scores in memory at a time, against the keys that the last of
-    them sees. Of the softmax, each row's largest score and sum are kept. The G queries of a group
-    lie one after the other, as G rows of the matrix that meets their one key: so keys and values
-    are not repeated, and a product sums their gradients.
+    them sees. Of the softmax, each row's largest score and sum are kept; all of it is kept only
+    where there are no more keys than QUERY_BLOCK. The G queries of a group lie one after the other,
+    as G rows of the matrix that meets their one key: so keys and values are not repeated, and a
+    product sums their gradients.
 
     `hidden`, a boolean array (B, S), says which keys no query of a batch row sees: those of the
     padding before a short prompt.
@@ -232,11 +233,12 @@ def attention(q, k, v, n_head, hidden=None):
         if n > 1:
             # The last n keys are the block's own positions.
             own = block[:, :, -n:]
-            own += _future(xp, str(Q.device), n, G, Q.dtype.name)
+            own += _future(xp, str(Q.device), n, G, Q.dtype.char)
         if mask is not None:
             block += mask[:, :, keys]
         return block
 
+    kept = None
     for queries, keys in blocks:
         E = scores(queries, keys)
         row_max[..., queries] = E.max(axis=-2, keepdims=True)
@@ -244,6 +246,9 @@ def attention(q, k, v, n_head, hidden=None):
         xp.exp(E, out=E)
         sums[..., queries] = column_sum(E)
         O[:, :, queries] = E.swapaxes(-1, -2) @ V[:, :, keys]
+        if S <= QUERY_BLOCK:
+            # There is one block, and it is small.
+            kept = E
     # P = E / sums. A sum divides a row of the output, D numbers, not a row of E, S of them.
     O /= sums.swapaxes(-1, -2)
     y = join(O, T)
@@ -257,9 +262,11 @@ def attention(q, k, v, n_head, hidden=None):
         # Σ dP P over the keys is Σ dO O over the channels. O is in y, which others keep as well.
         along = row_dot(dO, split(y)).swapaxes(-1, -2)
         for queries, keys in blocks:
-            E = scores(queries, keys)
-            E -= row_max[..., queries]
-            xp.exp(E, out=E)
+            E = kept
+            if E is None:
+                E = scores(queries, keys)
+                E -= row_max[..., queries]
+                xp.exp(E, out=E)
             # A slice with a name, for `dV[:, :, keys] += ...` would copy the sum onto itself.
             dV_seen = dV[:, :, keys]
             dV_seen += E @ dO[:, :, queries]

@@ -26,6 +26,7 @@ import numpy as np
 
 from .backend import get_array_module, to_device
 from .functional import check_linear
+from .kernels import times_rows
 from .tensor import Tensor, check_same, record
 
 # {kind: (weights in a block, bytes of a block)}, as in GGUF files.
@@ -357,7 +358,7 @@ def packed_linear(x, weight, bias=None):
     x_shape = x.shape
     dtype = x.dtype
     n_out, n_in = weight.shape
-    Y = x.data.reshape(-1, n_in) @ packed.widened().astype(dtype, copy=False).T
+    Y = times_rows(x.data.reshape(-1, n_in), packed.widened().astype(dtype, copy=False))
     if bias is not None:
         Y += bias.data
 

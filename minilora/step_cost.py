@@ -185,11 +185,17 @@ class _Walk:
         # Scores, and the sums of values.
         self.forward += 2 * product
         if y.needs_gradient:
-            # The scores once more, and the gradients of probabilities, queries, keys and values.
-            self.backward += 5 * product
+            # The gradients of probabilities, queries, keys and values.
+            self.backward += 4 * product
             # Copies in the order of heads, and of each row of scores the largest and the sum.
             for width in (q.width, k.width, v.width, n_head, n_head):
                 self.keep_numbers(self.n_rows * width)
+            if self.length <= QUERY_BLOCK:
+                # Of so few positions the scores themselves are kept.
+                self.keep_numbers(self.n_rows * n_head * self.length)
+            else:
+                # The scores once more.
+                self.backward += product
             self.keep(y)
         return self.linear(y, layer.o_proj)
 

@@ -89,6 +89,19 @@ def _check_broadcast(op, a, b, but_last=0):
         raise ValueError(f"{op}: shapes {a} and {b} do not broadcast; reshape one") from None
 
 
+def _as_array(data):
+    """A number, a list or an array of any backend, as the array that a Tensor is to hold."""
+    if isinstance(data, Tensor):
+        raise TypeError(
+            "Tensor(tensor) is ambiguous; write Tensor(t.data) for a new leaf that shares its array"
+        )
+    if not hasattr(data, "dtype") or isinstance(data, np.generic):
+        return np.asarray(data)
+    # It refuses what is no array.
+    get_array_module(data)
+    return data
+
+
 # NumPy's ufuncs that are operators, and what a Tensor calls them where it stands on the right.
 _REFLECTED = {
     "add": "__radd__",
@@ -160,19 +173,14 @@ class Tensor:
     __slots__ = ("data", "node")
 
     def __init__(self, data, requires_grad=False):
-        if isinstance(data, Tensor):
-            raise TypeError(
-                "Tensor(tensor) is ambiguous; "
-                "write Tensor(t.data) for a new leaf that shares its array"
-            )
-        if not hasattr(data, "dtype") or isinstance(data, np.generic):
-            data = np.asarray(data)
-        get_array_module(data)
+        # The usual case is passed over: a step makes hundreds of Tensors.
+        if type(data) is not np.ndarray:
+            data = _as_array(data)
+        dtype = data.dtype
         # "f" is float32 and "d" float64. To compare dtypes takes ten times as long as two letters.
-        if data.dtype.char not in "fd" or not data.dtype.isnative:
+        if dtype.char not in "fd" or not dtype.isnative:
             raise TypeError(
-                f"a Tensor holds float32 or float64, got {data.dtype}; "
-                "convert with .astype(np.float32)"
+                f"a Tensor holds float32 or float64, got {dtype}; convert with .astype(np.float32)"
             )
         self.data = data
         self.node = Node(data.shape) if requires_grad else None

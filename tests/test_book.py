@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The reading order, and under it the floors, each with its own: a file imports only what stands before it.
 BOOK = ["backend", "graph", "tensor", "functional", "gradcheck", "nn", "optim", "gpt", "lora_config", "lora"]
 FLOORS = {
-    "book": ["backend", "graph", "tensor", "functional", "packed", "kernels", "lean", "structure", "mistakes",
+    "book": ["backend", "kernels", "graph", "tensor", "functional", "packed", "lean", "structure", "mistakes",
              "differences", "verdict", "subject", "compare", "directions", "gradcheck", "nn", "quant", "optim",
              "decoder", "gpt", "llama", "lora_config", "fits", "lora", "method", "dora", "ia3", "bias_only",
              "bottleneck", "prefix", "prompt", "generate", "stack", "low_rank", "compose", "architectures", "count",

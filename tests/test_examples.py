@@ -289,8 +289,9 @@ def test_the_environment_finds_the_planted_gradient_and_no_other(labs):
     assert caught.startswith("found at (3, 5): says") and caught in result.stdout
     assert all(row["skipped"] == [0] and row["worst"][0] < 1e-6 for row in kept["rows"])
     assert {"wte.weight", "h.0.attn.q_proj.lora_A", "ln_f.bias"} < {row["name"] for row in kept["rows"]}
-    least = {kind: min(errors) for kind, errors in kept["by_step"].items()}
-    assert least["right"] < 1e-7 and 0.9e-3 < least["wrong"] < 1.1e-3
+    # At the best step; at the smallest ones rounding alone is larger than the mistake.
+    right, wrong = min(zip(kept["by_step"]["right"], kept["by_step"]["wrong"], strict=True))
+    assert right < 1e-7 and 0.9e-3 < wrong < 1.1e-3
 
 
 def test_incidents_are_scored_answer_by_answer_and_kept_as_they_were_written(labs):

@@ -64,6 +64,35 @@ def test_a_planted_bug_in_a_sum_is_found(name, bug, monkeypatch):
     assert not sums_are_right(name, np, (5, 7))
 
 
+LAYOUTS = {"rows": lambda w: w, "columns": lambda w: np.asfortranarray(w), "every other row": lambda w: w[::2]}
+
+
+def times_rows_is_right(xp, n, layout, dtype, times_rows=None):
+    """x wᵀ within γ_in Σ |x w|, whatever the layout of w, and however few of its numbers are a large weight."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((n, 30)).astype(dtype)
+    w = LAYOUTS[layout](rng.standard_normal((26, 30)).astype(dtype))
+    found = to_numpy((times_rows or kernels.times_rows)(to_device(x, xp), to_device(w, xp)))
+    wide_x, wide_w = x.astype(np.float64), w.astype(np.float64)
+    assert found.dtype == dtype and found.shape == (n, len(w))
+    return bool(np.all(abs(found - wide_x @ wide_w.T) <= gamma(31) * (abs(wide_x) @ abs(wide_w).T)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("n", [0, 1, 2])
+@pytest.mark.parametrize("large", [1, 26 * 30, 1 << 20])
+def test_a_row_times_the_rows_of_a_weight_is_their_product(n, layout, dtype, large, xp, monkeypatch):
+    monkeypatch.setattr(kernels, "DOT_SIZE", large)
+    assert times_rows_is_right(xp, n, layout, dtype)
+
+
+def test_a_product_with_the_columns_or_of_the_last_row_is_found(monkeypatch):
+    monkeypatch.setattr(kernels, "DOT_SIZE", 1)
+    bugs = [lambda x, w: np.vecdot(x, w[::-1])[None], lambda x, w: x[-1:] @ np.roll(w, 1, axis=1).T]
+    assert not any(times_rows_is_right(np, 1, "rows", "float32", bug) for bug in bugs)
+
+
 def test_tensors_of_several_dtypes_have_one_sum_of_squares(xp):
     arrays = [to_device(np.full(n, 2.0, dtype), xp) for n, dtype in ((3, "float32"), (4, "float64"))]
     assert float(kernels.sum_of_squares(arrays)) == 28

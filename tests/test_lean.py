@@ -387,7 +387,7 @@ def test_one_part_on_no_thread_is_the_plain_step_to_the_bit():
     (base, adapter), (other_base, other) = small_model(), small_model()
     ids = np.random.default_rng(1).integers(0, 19, (3, 71))
     with PartWorkers(attach(other_base, other)) as workers:
-        loss = workers.backward(ids[:, :-1], ids[:, 1:])
+        loss = workers.backward([(ids[:, :-1], ids[:, 1:])])
     assert same(gradients(attach(base, adapter), adapter), (loss, [p.grad for p in other.parameters()]))
 
 

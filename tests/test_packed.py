@@ -274,7 +274,7 @@ def test_parts_on_threads_compute_with_it():
     adapters = [learned(new_adapter(base)) for _ in range(2)]
     for adapter, threads in zip(adapters, (1, 2), strict=True):
         with PartWorkers(attach(base, adapter), parts=2, threads=threads) as workers:
-            workers.backward(IDS[:, :-1], IDS[:, 1:])
+            workers.backward([(IDS[:, :-1], IDS[:, 1:])])
     for a, b in zip(*(a.parameters() for a in adapters), strict=True):
         assert np.array_equal(a.grad, b.grad)
 

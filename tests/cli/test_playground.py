@@ -68,7 +68,7 @@ BUGS = {
     "nothing packed": ("const packed = model.packed_bytes", "const packed = model.packed_numbers * size"),
     "the head forgotten": ("sums.fixed += trained ? table : 0;", ""),
     "W's gradient free": ("(1 + gradients) * 2 * widthIn", "(1 + (x.needsGradient ? 1 : 0)) * 2 * widthIn"),
-    "no scores backward": ("sums.flopsByScore += 5 * q.width;", ""),
+    "no scores backward": ("sums.flopsByScore += 4 * q.width;", ""),
     "all pairs": ("sum += (stop - start) * stop;", "sum += (stop - start) * length;"),
     "inputs kept twice": ("value.kept = true;", ""),
     "frozen inputs kept": ("if (trained) {\n    keep", "if (true) {\n    keep"),

@@ -56,9 +56,9 @@ function trainingBytes(trained, frozen, size, activations) {
 // null instead of it: all of the model is trained.
 function stepOf(model, rankOf, batch, length, size) {
   const all = rankOf === null;
-  const first = costOfBlock(model, rankOf, all);
+  const first = costOfBlock(model, rankOf, all, length);
   // All further blocks are alike.
-  const later = costOfBlock(model, rankOf, first.needsGradient);
+  const later = costOfBlock(model, rankOf, first.needsGradient, length);
   const head = costOfHead(model, all, later.needsGradient);
   const rows = batch * length;
   const scores = 2 * batch * pairs(length);
@@ -102,7 +102,7 @@ function keep(sums, value) {
 }
 
 // x + attention(norm(x)), then x + mlp(norm(x)).
-function costOfBlock(model, rankOf, needsGradient) {
+function costOfBlock(model, rankOf, needsGradient, length) {
   const sums = noCost();
   const all = rankOf === null;
   const linear = (x, name) => addLinear(sums, x, model.shapes[name], all ? null : rankOf(name));
@@ -118,13 +118,20 @@ function costOfBlock(model, rankOf, needsGradient) {
       sums.byPosition += 2 * (q.width / model.heads);
     }
   }
-  // The scores, and the sums of values; backward the scores once more, and four gradients.
+  // The scores, and the sums of values; backward four gradients.
   sums.flopsByScore += 2 * q.width;
   const mixed = { width: q.width, needsGradient: [q, k, v].some((value) => value.needsGradient) };
   if (mixed.needsGradient) {
     // Copies in the order of heads, and of each row of scores the largest and the sum.
     sums.byRow += q.width + k.width + v.width + 2 * model.heads;
-    sums.flopsByScore += 5 * q.width;
+    sums.flopsByScore += 4 * q.width;
+    if (length <= DATA.query_block) {
+      // Of so few positions the scores themselves are kept.
+      sums.byRow += model.heads * length;
+    } else {
+      // The scores once more.
+      sums.flopsByScore += q.width;
+    }
     keep(sums, mixed);
   }
   y = linear(mixed, "o_proj");
