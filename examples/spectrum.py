@@ -20,6 +20,7 @@ from course import lab, texts
 from course.picture import COLOURS, with_range
 
 from minilora import Tensor
+from minilora.backend import to_device, to_numpy
 from minilora.lora import linear_names
 
 run = lab.begin(__file__, __doc__)
@@ -39,8 +40,8 @@ def decomposed(tuned):
     """{name of a weight: (U, S, Vt) of what training has added to it}."""
     before = base.model.state_dict()
     after = tuned.state_dict()
-    svd = run.xp.linalg.svd
-    return {name: svd(after[name] - before[name], full_matrices=False) for name in names}
+    added = {name: to_numpy(after[name] - before[name]) for name in names}
+    return {name: np.linalg.svd(update, full_matrices=False) for name, update in added.items()}
 
 
 def spectrum(S):
@@ -71,7 +72,8 @@ def truncated(tuned, svds, k):
         if name not in svds:
             return None
         U, S, Vt = svds[name]
-        return Tensor(base.model.state_dict()[name] + (U[:, :k] * S[:k]) @ Vt[:k])
+        update = to_device((U[:, :k] * S[:k]) @ Vt[:k], run.xp)
+        return Tensor(base.model.state_dict()[name] + update)
 
     return tuned.rebuild(replace)
 
