@@ -5,9 +5,10 @@ import time
 
 import numpy as np
 
-from minilora import Adam, attach, generate, load_adapter, load_model, merge, no_grad, stack
+from minilora import Adam, attach, generate, load_adapter, load_model, merge, stack
+from minilora.training.loop import heldout_loss
 from minilora.training.parts import PartWorkers
-from minilora.training.threads import keep_freed_memory, parts_and_threads
+from minilora.training.threads import blas_threads, keep_freed_memory, parts_and_threads
 
 from .on_gpu import array_module_for, peak_memory, wait_for
 from .rounds import GEMM
@@ -49,11 +50,9 @@ def prepare(task, variant, job):
 
     if task == "generate":
         if variant == "merged":
-            model = merge(model)
-            return lambda: generate(model, job.prompt, job.new)[0].tolist()
-        return lambda: generate(merge(model), job.prompt, job.new)[0].tolist()
-    if not trains(task):
-        return lambda: forward(model, job)
+            merged = merge(model)
+            return lambda: written(merged, job)
+        return lambda: written(merge(model), job)
     # As many as the commands take, but no part without a row.
     rows = len(job.inputs)
     parts, threads = parts_and_threads(None, min(job.threads, rows), xp.__name__)
@@ -61,6 +60,8 @@ def prepare(task, variant, job):
     if variant.isdigit():
         parts = 1
         threads = 1
+    if not trains(task):
+        return forward(model, job, parts, threads)
     return training(model, Adam(trained, lr=LR), job, parts, threads)
 
 
@@ -68,10 +69,23 @@ def _load_adapter(job, task, base):
     return load_adapter(job.folder / adapter_of(task), base, say=lambda receipt: None)
 
 
-def forward(model, job):
-    """The loss, without a graph."""
-    with no_grad():
-        return model.loss(job.inputs, job.targets).item()
+def written(model, job):
+    """The ids that the plain `model` writes after the prompt, with one thread of BLAS."""
+    with blas_threads(1):
+        return generate(model, job.prompt, job.new)[0].tolist()
+
+
+def forward(model, job, parts, threads):
+    """A function that gives the loss without a graph, in `parts` which `threads` compute."""
+    resources = contextlib.ExitStack()
+    workers = resources.enter_context(PartWorkers(model, parts, threads))
+
+    def measure():
+        return heldout_loss(model, [(job.inputs, job.targets)], workers=workers)
+
+    # As below.
+    measure.resources = resources
+    return measure
 
 
 def training(model, adam, job, parts, threads):

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..disk import characters
 from ..generate import generate
+from ..training.threads import blas_threads
 from .text_stream import TextStream
 
 # The token that ends a line of characters, and how many tokens an answer may have.
@@ -31,7 +32,8 @@ class Lines:
     def answer(self, model, question):
         """What `model` answers, on one line."""
         ids = self.prompt(question)[None]
-        written = generate(model, ids, LONGEST_ANSWER, stop=NEWLINE)[0, ids.shape[1] :]
+        with blas_threads(1):
+            written = generate(model, ids, LONGEST_ANSWER, stop=NEWLINE)[0, ids.shape[1] :]
         line = characters.decode(written).split("\n")[0]
         return line if line.strip() else BLANKS
 
@@ -69,7 +71,8 @@ class Chat:
     def answer(self, model, question):
         """What `model` answers, on one line; one that does not end is cut, and ends in "..."."""
         ids = self.prompt(question)[None]
-        written = generate(model, ids, LONGEST_ANSWER, stop=self.tokenizer.ends)
+        with blas_threads(1):
+            written = generate(model, ids, LONGEST_ANSWER, stop=self.tokenizer.ends)
         stream = TextStream(self.tokenizer)
         for token in written[0, ids.shape[1] :].tolist():
             stream.push(token)

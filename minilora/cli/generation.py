@@ -4,6 +4,7 @@ Knows folders, models and tokenizers, and no arguments.
 """
 
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from ..disk.tokenizer import load_tokenizer
 from ..generate import generate_tokens
 from ..lora import attach, merge
 from ..stack import stack
+from ..training.threads import blas_threads
 from .folders import find_sources
 from .text_stream import TextStream
 
@@ -32,8 +34,11 @@ class Sampling:
     seed: int = 0
 
     def tokens(self, model, ids, n, rng, stop, cache=None):
-        """An iterator over the columns of at most n new tokens, as `generate_tokens`."""
-        return generate_tokens(
+        """An iterator over the columns of at most n new tokens, as `generate_tokens`.
+
+        One row is written with one thread of BLAS, see `one_row_at_a_time`.
+        """
+        tokens = generate_tokens(
             model,
             ids,
             n,
@@ -44,6 +49,19 @@ class Sampling:
             rng=rng,
             cache=cache,
         )
+        return one_row_at_a_time(tokens) if len(ids) == 1 else tokens
+
+
+def one_row_at_a_time(tokens):
+    """The items of the iterator `tokens`, all but the first computed with one thread of BLAS.
+
+    The first reads the prompt, many rows at once. After it a single row meets each weight. Then
+    memory sets the pace, and on a busy machine threads would wait for each other at every product:
+    a token could take ten times as long.
+    """
+    yield from islice(tokens, 1)
+    with blas_threads(1):
+        yield from tokens
 
 
 @dataclass(frozen=True)
