@@ -30,7 +30,7 @@ from minilora.optim import warmup_cosine
 from minilora.training.batches import consecutive_windows, random_windows
 from minilora.training.corpus import load_corpus
 from minilora.training.loop import heldout_loss, train
-from minilora.training.threads import cores, keep_freed_memory
+from minilora.training.threads import keep_freed_memory, parts_and_threads
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--quick", action="store_true", help="few steps, a tiny model: learns little")
@@ -85,10 +85,9 @@ if not args.small:
     ids = tokenizer.encode(corpus.train)
     heldout = tokenizer.encode(corpus.heldout)
     steps = 30 if args.quick else 800
-    # Each batch is computed in two parts, whatever the machine, at once where there are two cores,
+    # As the commands train: each batch is computed in parts, at once where there are several cores,
     # and malloc keeps what a step frees for the next one. It saves time.
-    parts = 2
-    threads = min(parts, cores())
+    parts, threads = parts_and_threads(None, None, "numpy")
     keep_freed_memory()
     windows = lambda: consecutive_windows(heldout, config.block_size, 32)
     measure = lambda: heldout_loss(model, windows(), parts=parts, threads=threads)

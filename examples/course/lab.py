@@ -32,7 +32,7 @@ from minilora.optim import warmup_cosine
 from minilora.training.batches import consecutive_windows, random_windows
 from minilora.training.corpus import load_corpus
 from minilora.training.loop import exact_match, heldout_loss, train
-from minilora.training.threads import cores, keep_freed_memory
+from minilora.training.threads import cores, keep_freed_memory, parts_and_threads
 
 from . import picture
 
@@ -129,9 +129,8 @@ class Run:
         self.xp = array_module(args.backend)
         if empty_kernel_cache(self.xp):
             print(f"{args.backend} compiles its kernels in this first run, for minutes", flush=True)
-        # Each batch in two parts, whatever the machine, and at once where there are two cores.
-        self.parts = 2 if args.backend == "numpy" else 1
-        self.threads = min(self.parts, cores())
+        # As the commands do it: each batch in as many parts as there are cores, at once.
+        self.parts, self.threads = parts_and_threads(None, None, args.backend)
         self.began = time.perf_counter()
         # A line is in a pipe or a file as soon as it is printed. A notebook does so by itself.
         if hasattr(sys.stdout, "reconfigure"):

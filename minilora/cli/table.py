@@ -185,7 +185,9 @@ def _check_workers(args):
             "one of the two"
         )
     if args.backend != "numpy":
-        args.refuse(f"argument --workers: they compute with NumPy; leave out {args.backend}")
+        args.refuse(
+            f"argument --workers: they compute with NumPy; leave out --backend {args.backend}"
+        )
     if args.full:
         args.refuse(
             "argument --workers: with --full each part would take all weights to a worker and all "

@@ -33,7 +33,7 @@ from .progress import Progress, peak_memory
 from .run_log import RunLog, check_place, cut_back, run_digest
 from .steps import Steps, keep
 from .threads import check_parts
-from .workers import RemoteWorkers
+from .workers import RemoteWorkers, check_workers
 
 # What a run gives: the Adapter, or with `full` the model; the loss of each step; the held-out loss
 # before, and that of what is given (None if nothing is held out); and, with `eval_every`, the
@@ -78,10 +78,11 @@ def finetune(
     saved anyway).
     """
     check_parts(parts, threads)
-    if executor is not None:
-        _check_executor(config, xp, threads)
     # A part needs a row.
     parts = min(parts, config.batch)
+    if executor is not None:
+        _check_executor(config, xp, threads)
+        check_workers(n_workers, parts)
     threads = min(threads, parts)
     _check_out(Path(config.out), resume)
     if config.log_file is not None:

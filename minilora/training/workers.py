@@ -53,11 +53,7 @@ class RemoteWorkers(Workers):
     """
 
     def __init__(self, model, make, executor, n, parts):
-        if not 1 <= n <= parts:
-            raise ValueError(
-                f"{n} workers for {parts} parts: give as many parts, which changes how numbers "
-                f"are rounded, or at most {parts} workers"
-            )
+        check_workers(n, parts)
         super().__init__(model, parts, n)
         self.executor = executor
         self.recipe = Recipe(pickle.dumps(make), identity_of(model))
@@ -88,6 +84,15 @@ class RemoteWorkers(Workers):
 
     def _arrays(self):
         return [leaf.data for leaf in self.leaves]
+
+
+def check_workers(n, parts):
+    """Raise ValueError unless 1 <= n <= parts."""
+    if not 1 <= n <= parts:
+        raise ValueError(
+            f"{n} workers for {parts} parts: give as many parts, which changes how numbers are "
+            f"rounded, or at most {parts} workers"
+        )
 
 
 def identity_of(model):
