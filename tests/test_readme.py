@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import workers
 from ops import Op
 
 import minilora
@@ -361,6 +362,43 @@ def test_the_machine_it_names_is_the_one_that_measured(file):
     shown = [*versions, f"Python {machine['python']}", machine["cpu"].rpartition(" ")[2].replace("GHz", " GHz")]
     assert [each for each in shown if each not in page] == []
     assert (machine["cores"], machine["threads"]) == (2, 2) and "two cores" in page and "two threads" in page
+
+
+# What many workers cost.
+
+
+def costs_of_workers():
+    """The three tables of workers.md, from what was measured."""
+    kept = results("workers")
+    steps, told = [], []
+    for base, rows in kept["measured"].items():
+        for who, each in rows.items():
+            sent = f"{each['bytes'] / 1e3:,.0f}" if "bytes" in each else "0"
+            numbers = [f"{1e3 * each[name]:,.0f}" for name in ("seconds", "cpu")]
+            steps.append(row(base, who, *numbers, *[f"{each[name] / 1e6:,.0f}" for name in ("rss", "pss")], sent))
+        ratios = [f"{workers.predicted(rows, n) / rows[workers.name_of(n)]['seconds']:.2f}" for n in (1, 2)]
+        told.append(row(base, f"{1e3 * rows['2 processes']['task']:.1f}", *ratios))
+    on_paper = []
+    for name, fields in kept["on_paper"].items():
+        paper = workers.Paper(**fields)
+        gains = [f"{n * paper.part / paper.step(n):.1f}" for n in workers.MACHINES]
+        arrays = f"{paper.array_bytes / 1e6:,.1f}"
+        on_paper.append(row(name, arrays, f"{paper.part:,.0f}", *gains, f"{paper.pays_up_to():,.0f}"))
+    return {"| base | who |": steps, "| base | an empty task": told, "| model |": on_paper}
+
+
+def test_what_workers_cost_is_what_was_measured_and_computed():
+    for begin, rows in costs_of_workers().items():
+        page = PAGES["workers.md"]
+        start = page.index(begin)
+        assert page[start : page.index("\n\n", start)].splitlines()[2:] == rows
+
+
+def test_the_machine_that_measured_workers_is_named():
+    machine = results("workers")["machine"]
+    page = joined(PAGES["workers.md"])
+    shown = [f"Python {machine['python']}", f"NumPy {machine['numpy']}", machine["blas"].split()[-1]]
+    assert [each for each in shown if each not in page] == [] and machine["cores"] == 2 and "two cores" in page
 
 
 # What it says of the repository.

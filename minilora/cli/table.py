@@ -241,8 +241,11 @@ def _executor(workers):
         yield {}
         return
 
+    from ..training.threads import keep_freed_memory
     from ..training.workers import mpi_pool, process_pool
 
+    # Arrays that come and go with each part are large too.
+    keep_freed_memory()
     with mpi_pool() if workers == "mpi" else process_pool(workers) as executor:
         n = executor.num_workers if workers == "mpi" else workers
         yield {"executor": executor, "n_workers": n}

@@ -107,7 +107,7 @@ def finetune(
             after = steps.take_best()
         run.learned.save(config.out)
         run.checkpoint.remove()
-    _report(run, progress, after, log)
+    _report(run, progress, after, executor is not None, log)
     return Result(run.learned.module, progress.losses, progress.before, after, progress.evaluations)
 
 
@@ -265,7 +265,7 @@ def _resumable(run):
         ) from None
 
 
-def _report(run, progress, after, log):
+def _report(run, progress, after, has_workers, log):
     """Log what was learned, and what it took."""
     for line in progress.report(after, run.config.steps):
         log(line)
@@ -275,4 +275,6 @@ def _report(run, progress, after, log):
     peak = peak_memory()
     if peak is not None:
         line += f"; at most {peak / 1e6:,.0f} MB of memory"
+        if has_workers:
+            line += ", its workers aside"
     log(line)

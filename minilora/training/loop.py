@@ -68,8 +68,7 @@ def train(
     batches = iter(batches)
     losses = []
     with contextlib.ExitStack() as stack:
-        if workers is None:
-            workers = stack.enter_context(PartWorkers(model, parts, threads))
+        workers = _entered(stack, model, parts, threads, workers)
         progress = stack.enter_context(_ProgressBar(steps, start, label, quiet))
         for step in range(start, steps):
             of_step = list(islice(batches, accumulate))
@@ -88,6 +87,18 @@ def train(
             if on_step is not None and on_step(step + 1, loss):
                 break
     return losses
+
+
+def _entered(stack, model, parts, threads, workers):
+    """`workers`, or those that `parts` and `threads` ask for, as long as the stack lasts."""
+    if workers is None:
+        return stack.enter_context(PartWorkers(model, parts, threads))
+    if (parts, threads) != (1, 1):
+        raise ValueError(
+            f"parts {parts} and threads {threads} beside workers: they have a number of parts of "
+            "their own; leave both out"
+        )
+    return workers
 
 
 def _bar(*arguments, **options):
@@ -149,8 +160,7 @@ def heldout_loss(model, batches, label=None, *, parts=1, threads=1, workers=None
 def _evaluation(model, function, batches, parts, threads, workers):
     """What `function` gives of each part of the batches, in their order."""
     with contextlib.ExitStack() as stack:
-        if workers is None:
-            workers = stack.enter_context(PartWorkers(model, parts, threads))
+        workers = _entered(stack, model, parts, threads, workers)
         yield stack.enter_context(contextlib.closing(workers.evaluate(function, batches)))
 
 

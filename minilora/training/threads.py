@@ -63,6 +63,8 @@ class _Blas:
         with self.lock:
             if self.n_holders == 0:
                 self._begin(n)
+            else:
+                self._check_this_thread()
             wanted = self.before if n is None else {n}
             # Where no BLAS is found there is nothing to disagree on.
             if self.now and wanted != self.now:
@@ -93,6 +95,17 @@ class _Blas:
             )
         self.now = found
         self.limiter = limiter
+
+    def _check_this_thread(self):
+        import threadpoolctl
+
+        found = _numbers(threadpoolctl.ThreadpoolController())
+        if found != self.now:
+            raise ValueError(
+                f"BLAS has {_listed(found)} threads for this thread of Python and "
+                f"{_listed(self.now)} for another that relies on it: run one training or "
+                "measurement at a time in a process"
+            )
 
     def release(self):
         """Let go; the last one sets back what was there before the first."""

@@ -1,8 +1,8 @@
 """Parts computed in other processes, by any Executor of concurrent.futures. Knows no scheduler.
 
 A worker makes the model once and keeps it. A task takes it the trained arrays and one part, and
-brings back a loss and gradients: with an adapter these are kilobytes, and the base stays where it
-is. Processes that map one file of a base share its memory.
+brings back a loss and gradients: those of an adapter, while the base stays where it is. Processes
+that map one file of a base share its memory.
 """
 
 import hashlib

@@ -18,6 +18,7 @@ from minilora import GPT, Adam, generate
 from minilora.disk.characters import decode, encode, encode_pairs
 from minilora.training.batches import Row, answer_rows, consecutive_windows, pad_rows, row_batches
 from minilora.training.loop import exact_match, exact_rows, heldout_loss, train
+from minilora.training.parts import PartWorkers
 
 
 @pytest.fixture
@@ -106,6 +107,15 @@ def test_batches_that_end_within_a_step_are_named_and_no_batch_a_step_is_refused
     with pytest.raises(ValueError, match="at least one batch, got accumulate 0"):
         train(model, Adam(model.parameters()), abc(), 1, quiet=True, accumulate=0)
     assert model.fingerprint() == fingerprint
+
+
+def test_parts_beside_workers_are_refused(model):
+    with PartWorkers(model, 2) as workers:
+        for how in ({"parts": 2}, {"parts": 2, "threads": 2}):
+            with pytest.raises(ValueError, match="beside workers"):
+                train(model, Adam(model.parameters()), abc(), 1, quiet=True, workers=workers, **how)
+            with pytest.raises(ValueError, match="beside workers"):
+                heldout_loss(model, [], workers=workers, **how)
 
 
 def test_the_schedule_gives_the_rate_of_each_step(model):

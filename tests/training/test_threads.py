@@ -93,6 +93,15 @@ def two_blas_threads():
         yield
 
 
+def test_where_blas_counts_by_thread_the_second_training_is_refused(two_blas_threads, monkeypatch):
+    """As an OpenBLAS on OpenMP does."""
+    with blas_threads(1):
+        monkeypatch.setattr(threads, "_numbers", lambda controller: {2})
+        told = "2 threads for this thread of Python and 1 for another.*one training or measurement at a time"
+        with pytest.raises(ValueError, match=told), blas_threads(1):
+            raise AssertionError
+
+
 def test_blocks_that_overlap_share_the_number_and_the_last_one_sets_it_back(two_blas_threads):
     first, second = blas_threads(1), blas_threads(1)
     with ThreadPoolExecutor(1) as another:
