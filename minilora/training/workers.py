@@ -8,13 +8,14 @@ that map one file of a base share its memory.
 import hashlib
 import multiprocessing
 import os
-import pickle
 import platform
 import signal
 import sys
 import threading
+import uuid
+from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -30,11 +31,13 @@ from .threads import blas_kernel, blas_threads, ctrl_c_kept_from_children, keep_
 class Recipe:
     """How a worker makes the model, and what it must find when it has.
 
-    make: a pickled function of no arguments. identity: pairs of what is compared and its value.
+    make: a function of no arguments, which the executor carries there. identity: pairs of what is
+    compared and its value. number: that of a run, by which a worker knows its recipe again.
     """
 
-    make: bytes
+    make: Callable = field(compare=False)
     identity: tuple
+    number: str
 
 
 class RemoteWorkers(Workers):
@@ -56,7 +59,7 @@ class RemoteWorkers(Workers):
         check_workers(n, parts)
         super().__init__(model, parts, n)
         self.executor = executor
-        self.recipe = Recipe(pickle.dumps(make), identity_of(model))
+        self.recipe = Recipe(make, identity_of(model), uuid.uuid4().hex)
 
     def __enter__(self):
         try:
@@ -142,8 +145,8 @@ def _model_of(recipe):
     """The model of the last recipe, which a worker keeps: to load it takes longer than a part."""
     where = f"a worker on {platform.node()} (process {os.getpid()})"
     try:
-        model = pickle.loads(recipe.make)()
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+        model = recipe.make()
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"{where} cannot make the model: {error}") from error
     found = dict(identity_of(model))
     for what, expected in recipe.identity:

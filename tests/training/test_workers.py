@@ -211,16 +211,20 @@ def test_a_worker_that_leaves_blas_alone_is_noticed(config, monkeypatch):
     assert blas_in_a_part(config, monkeypatch) == {2}
 
 
-def test_a_worker_loads_the_model_once(config, monkeypatch):
+def test_a_worker_loads_the_model_once_for_a_run(config):
     made = []
-    true_loads = pickle.loads
-    monkeypatch.setattr(workers.pickle, "loads", lambda data: made.append(1) or true_loads(data))
-    workers._model_of.cache_clear()
     model = model_of(config)
+
+    def make():
+        made.append(1)
+        return model_of(config)
+
     with ThreadPoolExecutor(1) as pool:
-        for _ in range(2):
-            a_step_of(RemoteWorkers(model, partial(model_of, config), pool, 1, 3), model, [batch(3, 0)])
-    assert len(made) == 1
+        for n in (1, 2):
+            who = RemoteWorkers(model, make, pool, 1, 3)
+            for _ in range(2):
+                a_step_of(who, model, [batch(3, 0)])
+            assert len(made) == n
 
 
 def test_train_is_given_workers(config, two_processes):
