@@ -170,6 +170,7 @@ def in_blocks_of_two(function):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lean, "QUERY_BLOCK", 2)
             patch.setattr(lean, "LOGIT_ROWS", 2)
+            patch.setattr(lean, "GELU_BLOCK", 2)
             return function(*tensors)
 
     return small
@@ -334,6 +335,8 @@ OPS = [
     Op("lean layer_norm of a batch", lean.layer_norm, layer_norm_formula,
        shapes=lambda n, m, k: [(k, n, m), (m,), (m,)], edges=3),
     Op("lean gelu", lean.gelu, gelu_formula,
+       shapes=lambda n, m, k: [(n, m)], edges=1),
+    Op("lean gelu, in blocks", in_blocks_of_two(lean.gelu), gelu_formula,
        shapes=lambda n, m, k: [(n, m)], edges=1),
     Op("lean attention", lambda q, k, v: lean.attention(q, k, v, 2), attention_formula,
        shapes=lambda n, m, k: [(n, m, 2 * k)] * 3, edges=3, dims=(2, 4, 2)),
