@@ -201,6 +201,8 @@ def test_what_count_says_is_what_it_prints(capsys):
 # The tables of time and memory, made again from what was measured.
 
 SIZES = ["tiny", "mid", "small"]
+# On each processor the files of results are named with it. The version that ran is told beside it.
+PROCESSORS = {"EPYC": "_epyc", "Xeon": ""}
 COMPARED = {  # what the row says: (file of results, task, library, what is told of minilora's row and the library's)
     "a LoRA step on the attention inputs, over transformers + PEFT": ("benchmark", "lora", "transformers", "time"),
     "the same, over a GPT and LoRA written by hand in PyTorch": ("benchmark", "lora", "torch", "time"),
@@ -254,11 +256,15 @@ def table(begin):
     return page[start : page.index("\n\n", start)].splitlines()[2:]
 
 
-def compared(label):
-    """A cell for each size: the row of the table of libraries."""
+def compared(label, processor):
+    """A cell for each size: the row of the table of libraries; empty cells where it was not measured."""
     file, task, library, what = COMPARED[label]
+    file += PROCESSORS[processor]
     cells = []
     for size in SIZES:
+        if not (RESULTS / f"{file}.json").exists():
+            cells.append("")
+            continue
         (contest,) = [each for each in measured(file) if (each["size"], each["task"]) == (size, task)]
         ours, its = ({row["library"]: row for row in contest["rows"]}[name] for name in ("minilora", library))
         cells.append({
@@ -271,12 +277,14 @@ def compared(label):
 
 
 def test_its_comparison_is_what_was_measured():
-    assert table("| minilora's time or memory") == [row(label, *compared(label)) for label in COMPARED]
+    """Of two processors, side by side."""
+    rows = [[label, *compared(label, "EPYC"), *compared(label, "Xeon")] for label in COMPARED]
+    assert table("| minilora's time or memory") == [row(*cells) for cells in rows]
 
 
 def test_the_four_numbers_of_the_readme_are_what_was_measured():
-    tiny, _, small = compared("the same, over a GPT and LoRA written by hand in PyTorch")
-    tiny_memory, _, small_memory = compared("peak memory of a LoRA step, over PyTorch by hand")
+    tiny, _, small = compared("a LoRA step on the attention inputs, over transformers + PEFT", "EPYC")
+    tiny_memory, _, small_memory = compared("peak memory of a LoRA step, over transformers + PEFT", "EPYC")
     assert (f"a LoRA step takes {tiny} times as long on a tiny model and {small} times on GPT-2's shape, "
             f"in {tiny_memory} and {small_memory} of the memory") in joined(README)  # fmt: skip
 
@@ -353,13 +361,15 @@ def test_its_tricks_are_what_was_measured():
     assert table("| switched off | task |") == tricks()
 
 
-@pytest.mark.parametrize("file", ["benchmark", "variants", "scaling", "tricks"])
+@pytest.mark.parametrize("file", ["benchmark", "benchmark_epyc", "variants", "scaling", "tricks"])
 def test_the_machine_it_names_is_the_one_that_measured(file):
     machine = results(file)["machine"]
     names = {"numpy": "NumPy", "torch": "PyTorch", "transformers": "transformers", "peft": "PEFT", "jax": "JAX"}
-    versions = [f"{names[name]} {machine['versions'][name].partition('+')[0]}" for name in names]
+    used = [name for name in names if name in machine["versions"]]
+    versions = [f"{names[name]} {machine['versions'][name].partition('+')[0]}" for name in used]
     page = joined(PAGES["benchmark.md"])
-    shown = [*versions, f"Python {machine['python']}", machine["cpu"].rpartition(" ")[2].replace("GHz", " GHz")]
+    processor = machine["cpu"].rpartition(" ")[2].replace("GHz", " GHz")
+    shown = [*versions, f"Python {machine['python']}", processor]
     assert [each for each in shown if each not in page] == []
     assert (machine["cores"], machine["threads"]) == (2, 2) and "two cores" in page and "two threads" in page
 

@@ -6,7 +6,7 @@ from minilora.training.threads import keep_freed_memory, parts_and_threads
 
 from .llm_inputs import gguf_of
 from .llm_workloads import PROMPT, masked
-from .numpy_minilora import training
+from .numpy_minilora import training, written
 from .on_gpu import array_module_for, peak_memory
 from .workloads import LR
 
@@ -33,9 +33,9 @@ def prepare(task, variant, job):
     # Not before everything is loaded, or what loading has freed would be kept too.
     keep_freed_memory()
     if task == "generate":
-        prompt = job.inputs[:1, :PROMPT]
-        written = model if variant == "unmerged" else merge(model)
-        return lambda: generate(written, prompt, job.new)[0].tolist()
+        job = job._replace(prompt=job.inputs[:1, :PROMPT])
+        writer = model if variant == "unmerged" else merge(model)
+        return lambda: written(writer, job)
     if task == "answers":
         job = job._replace(targets=masked(job.targets))
     rows = len(job.inputs)

@@ -14,7 +14,7 @@ from .on_gpu import array_module_for, peak_memory, wait_for
 from .rounds import GEMM
 from .workloads import LR, adapter_of, trains
 
-__all__ = ["forward", "matrix_products", "peak_memory", "prepare", "training"]
+__all__ = ["forward", "matrix_products", "peak_memory", "prepare", "training", "written"]
 
 # M, K, N of the products that are timed alone.
 GEMM_SHAPES = ((512, 768, 3072), (2048, 384, 1152), (2048, 2048, 2048))
@@ -70,7 +70,7 @@ def _load_adapter(job, task, base):
 
 
 def written(model, job):
-    """The ids that the plain `model` writes after the prompt, with one thread of BLAS."""
+    """The ids that `model` writes after the prompt, with one thread of BLAS, as the commands do."""
     with blas_threads(1):
         return generate(model, job.prompt, job.new)[0].tolist()
 
