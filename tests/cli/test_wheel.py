@@ -72,7 +72,7 @@ def test_the_wheel_brings_what_the_commands_need_and_no_extra_of_old(wheel):
     always = {line.split(">")[0].strip() for line in needed if "extra ==" not in line}
     assert always == {"numpy", "safetensors", "tokenizers", "gguf", "jinja2", "tqdm", "threadpoolctl", "ml_dtypes"}
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"test", "peers", "plot", "cuda12", "cuda13"}
+    assert extras == {"test", "peers", "plot", "mpi", "cuda12", "cuda13"}
 
 
 def test_the_demo_runs_from_the_wheel_outside_the_clone(installed, tmp_path):
