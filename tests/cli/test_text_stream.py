@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minilora.cli.text_stream import TextStream
@@ -44,9 +44,15 @@ texts_of_letters = st.text(LETTERS, min_size=1, max_size=4)
 
 
 @given(st.lists(st.integers(0, 7), max_size=12), st.lists(texts_of_letters, max_size=3))
+@example([0, 5, 0], ["\n", "a\na"])
 def test_a_text_ends_before_the_first_stop_in_it_wherever_tokens_begin(ids, stops):
-    whole = "".join(Letters.TEXTS[i] for i in ids)
-    places = [whole.find(stop) for stop in stops if stop in whole]
+    """With the first token that completes a stop, whatever longer stop a further token would have completed."""
+    whole, places = "", []
+    for i in ids:
+        whole += Letters.TEXTS[i]
+        places = [whole.find(stop) for stop in stops if stop in whole]
+        if places:
+            break
     pieces, stream = streamed(Letters(), ids, stops)
     assert "".join(pieces) == stream.text == whole[: min(places, default=len(whole))]
     assert stream.ended == bool(places)
