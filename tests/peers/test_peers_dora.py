@@ -225,7 +225,7 @@ def test_with_the_same_mask_dropout_does_the_same(tmp_path, rng):
     base = ours(folder)
     model = attach(base, load_adapter(tmp_path / "adapter", base, **QUIET))
     there = adapted(folder, tmp_path / "adapter").train()
-    mask = (np.random.default_rng(1).random((*ids.shape, 16)) >= 0.4) / 0.6
+    mask = (np.random.default_rng(1).random((*ids.shape, 16), np.float32) >= np.float32(0.4)) / 0.6
     layer = there.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
     layer.lora_dropout["default"] = Masked(torch.from_numpy(mask))
     dropped = model(ids, rng=np.random.default_rng(1)).data
