@@ -32,9 +32,7 @@ class Lines:
     def answer(self, model, question):
         """What `model` answers, on one line."""
         ids = self.prompt(question)[None]
-        with blas_threads(1):
-            written = generate(model, ids, LONGEST_ANSWER, stop=NEWLINE)[0, ids.shape[1] :]
-        line = characters.decode(written).split("\n")[0]
+        line = characters.decode(_written(model, ids, NEWLINE)).split("\n")[0]
         return line if line.strip() else BLANKS
 
 
@@ -71,14 +69,18 @@ class Chat:
     def answer(self, model, question):
         """What `model` answers, on one line; one that does not end is cut, and ends in "..."."""
         ids = self.prompt(question)[None]
-        with blas_threads(1):
-            written = generate(model, ids, LONGEST_ANSWER, stop=self.tokenizer.ends)
         stream = TextStream(self.tokenizer)
-        for token in written[0, ids.shape[1] :].tolist():
+        for token in _written(model, ids, self.tokenizer.ends).tolist():
             stream.push(token)
         stream.finish()
         line = " ".join(stream.text.split()) or BLANKS
         return line if stream.ended else f"{line} ..."
+
+
+def _written(model, ids, stop):
+    """The ids (n,) that `model` writes after `ids` (1, T), with one thread of BLAS for its row."""
+    with blas_threads(1):
+        return generate(model, ids, LONGEST_ANSWER, stop=stop)[0, ids.shape[1] :]
 
 
 def pairs(asking, questions):

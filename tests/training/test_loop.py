@@ -8,13 +8,12 @@ from itertools import islice, repeat
 
 import numpy as np
 import pytest
-import threadpoolctl
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import character_gpt, contents, seeds, two_blas_threads
+from strategies import blas_threads_in_a_loss, character_gpt, contents, seeds, two_blas_threads
 from tqdm import tqdm
 
-from minilora import GPT, Adam, generate
+from minilora import Adam, generate
 from minilora.disk.characters import decode, encode, encode_pairs
 from minilora.training.batches import Row, answer_rows, consecutive_windows, pad_rows, row_batches
 from minilora.training.loop import exact_match, exact_rows, heldout_loss, train
@@ -62,20 +61,6 @@ def test_parts_learn_as_the_whole_does_and_give_the_same_bits_on_any_number_of_t
     assert in_parts[0] == pytest.approx(whole, rel=1e-12)
     for threads in (1, 2, 3, 3):
         assert five_steps("float64", parts=3, threads=threads) == in_parts
-
-
-def blas_threads_in_a_loss(patch):
-    """A set of all numbers of threads of BLAS with which a loss is computed from now on."""
-    found = set()
-    true_loss = GPT.loss
-
-    def look(self, ids, targets, rng=None):
-        pools = threadpoolctl.threadpool_info()
-        found.update(pool["num_threads"] for pool in pools if pool["user_api"] == "blas")
-        return true_loss(self, ids, targets, rng)
-
-    patch.setattr(GPT, "loss", look)
-    return found
 
 
 @pytest.mark.parametrize("parts, threads, expected", [(1, 1, 2), (2, 1, 1), (2, 2, 1), (3, 2, 1)], ids=str)

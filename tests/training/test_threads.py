@@ -13,17 +13,13 @@ import numpy as np
 import pytest
 import strategies
 import threadpoolctl
-from strategies import character_gpt
+from strategies import blas_now, character_gpt
 
 from minilora import Adam, LoRAConfig, attach, init_adapter
 from minilora.backend import array_module
 from minilora.training import threads
 from minilora.training.loop import heldout_loss, train
 from minilora.training.threads import blas_threads, cores, keep_freed_memory, parts_and_threads
-
-
-def blas_now():
-    return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
 
 
 def test_blas_has_n_threads_within_the_block_and_what_it_had_after_it():

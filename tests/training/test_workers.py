@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import threadpoolctl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import character_gpt, contents, seeds, two_blas_threads
+from strategies import blas_threads_in_a_loss, character_gpt, contents, seeds, two_blas_threads
 
-from minilora import GPT, Adam, save_model
+from minilora import Adam, save_model
 from minilora.functional import IGNORE
 from minilora.training import workers
 from minilora.training.finetune import finetune, model_of
@@ -186,15 +185,7 @@ def test_each_planted_bug_is_noticed(config, monkeypatch, bug):
 
 def blas_in_a_part(config, patch):
     """All numbers of threads of BLAS with which workers of this process compute."""
-    found = set()
-    true_loss = GPT.loss
-
-    def look(self, ids, targets, rng=None):
-        pools = threadpoolctl.threadpool_info()
-        found.update(pool["num_threads"] for pool in pools if pool["user_api"] == "blas")
-        return true_loss(self, ids, targets, rng)
-
-    patch.setattr(GPT, "loss", look)
+    found = blas_threads_in_a_loss(patch)
     model = model_of(config)
     with two_blas_threads(), ThreadPoolExecutor(1) as pool:
         for parts in (1, 2):
