@@ -6,9 +6,11 @@ values lie well inside the float range, and a failure prints in one line.
 
 import contextlib
 import json
+import re
 import weakref
 from collections import namedtuple
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import threadpoolctl
@@ -360,6 +362,12 @@ def write_tensors(path, arrays, metadata=None, bfloat16=()):
         header[name], data = {"dtype": code, "shape": list(array.shape), "data_offsets": span}, data + array.tobytes()
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def resident_file_pages():
+    """How many bytes of mapped files are in this process's memory."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssFile:\s+(\d+)", status)[1])
 
 
 def put(**fields):

@@ -26,7 +26,7 @@ from .folder import save_folder
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .own import OWN
-from .tensor_file import all_finite, half_kind, rounded, widened
+from .tensor_file import all_finite, half_kind, release_pages, rounded, widened
 
 # Another kind of model is a record in a file of its own, as gpt2.py has it, and a row here.
 # The families are asked in this order. The last one leaves every name as it is, also the names in a
@@ -306,6 +306,9 @@ def _filled(base, family, blank, tensors):
         ends = np.cumsum([shapes[part][0] for part in parts])
         for part, rows in zip(parts, np.split(whole, ends[:-1]), strict=True):
             loaded[part] = _stored(rows, dtype, part in may_pack)
+        if turned:
+            # It was copied, and is not read in the file again.
+            release_pages([whole])
     return blank.rebuild(lambda name, x: loaded[name] if isinstance(x, Tensor) else None)
 
 

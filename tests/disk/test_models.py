@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import strict_array
 from safetensors.numpy import load_file, save_file
-from strategies import bits, small_gpt, small_llama, tiny_mlp, trained_adapter
+from strategies import bits, resident_file_pages, small_gpt, small_llama, tiny_mlp, trained_adapter
 
 from minilora import attach, load_adapter, load_model, merge, save_adapter, save_gpt2, save_model
 from minilora.backend import get_array_module
@@ -116,6 +116,18 @@ def test_saving_takes_one_copy_of_the_numbers_and_loading_those_that_are_turned(
         # Nothing is mapped there.
         loading += 1.1
     assert peaks[0] < 1.2 and peaks[1] < loading, peaks
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system as Linux answers")
+def test_what_was_turned_is_not_kept_a_second_time_as_the_pages_of_its_file(tmp_path):
+    model = small_gpt(n_embd=512)
+    turned = sum(p.data.nbytes for name, p in model.named_parameters() if name.startswith("h."))
+    save_model(model, tmp_path)
+    before = resident_file_pages()
+    loaded = load_model(tmp_path)
+    assert resident_file_pages() - before < turned / 2
+    # The pages come back where they are asked for.
+    assert bits(loaded) == bits(model)
 
 
 # What was loaded is frozen, and stays in its file.

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import tempfile
 import tracemalloc
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from strategies import seeds, write_tensors
+from strategies import resident_file_pages, seeds, write_tensors
 
 from minilora.disk import tensor_file
 from minilora.disk.tensor_file import all_finite, read_shards, read_tensors, release_pages, rounded, widened
@@ -280,12 +279,6 @@ def test_bfloat16_is_rounded_to_nearest():
     assert rounded("x", x, "bfloat16").astype("f4").tolist() == [1, 1, 1, 1 + 2**-6, -0.0, 0.333984375]
     with pytest.raises(ValueError, match="too large for bfloat16"):
         rounded("x", np.array([3.4e38], "f4"), "bfloat16")
-
-
-def resident_file_pages():
-    """How many bytes of mapped files are in this process's memory."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"RssFile:\s+(\d+)", status)[1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the system as Linux answers")
