@@ -83,6 +83,8 @@ def row_mean_dot(a, b):
 def sum_of_squares(arrays):
     """Σ a² over all numbers of all `arrays`, of one backend: a scalar of it."""
     xp = get_array_module(*arrays)
+    if xp is np:
+        return sum(np.vecdot(a, a).sum() for a in map(np.atleast_1d, arrays))
     if not has_kernels(xp):
         return sum((a * a).sum() for a in arrays)
     return xp.stack([_dot_kernel(xp)(a, a) for a in arrays]).sum()

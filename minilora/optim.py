@@ -1,6 +1,9 @@
 """Adam, its learning-rate schedule, and gradient clipping. Knows tensors, not models."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 
 import numpy as np
 
@@ -8,8 +11,9 @@ from .backend import get_array_module, to_device
 from .kernels import adam_kernel, has_kernels, sum_of_squares
 from .tensor import Tensor, check_same_layout
 
-# How many numbers Adam updates at a time on the host.
-BLOCK = 2**16
+# How many numbers Adam updates at a time on the host, and from how many on threads pay.
+BLOCK = 2**18
+THREADS_PAY = 2**25
 
 
 class Adam:
@@ -21,6 +25,8 @@ class Adam:
 
     Two moments are held for each trainable tensor, of its shape and dtype. Frozen tensors are left
     out and cost nothing. Parameters are updated in place: no other model may share their arrays.
+    On the host `threads` share the work on a large model; for a small one, or an adapter, it would
+    not pay. They change no bit, because no number depends on another.
 
     Raises: ValueError if nothing is trainable, a hyper-parameter is out of range, or a gradient is
     missing at `step()`.
@@ -36,7 +42,9 @@ class Adam:
     array([2.])
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, threads=1
+    ):
         params = list(params)
         for p in params:
             if not isinstance(p, Tensor):
@@ -56,6 +64,9 @@ class Adam:
                 f"Adam: out of range: lr={lr}, betas={betas}, eps={eps}, "
                 f"weight_decay={weight_decay}"
             )
+        if threads < 1:
+            raise ValueError(f"Adam: at least one thread has to update, got threads={threads}")
+        self.threads = threads
         self.lr = lr
         self.betas = betas
         self.eps = eps
@@ -84,22 +95,12 @@ class Adam:
         m_correction = 1 - beta1**self.steps
         v_correction = 1 - beta2**self.steps
         decay = 1 - lr * self.weight_decay
-        for p, m_whole, v_whole in zip(self.params, self.m, self.v, strict=True):
-            xp = get_array_module(p.data)
-            if has_kernels(xp):
-                # The same five lines, as one kernel.
-                numbers = (1 - beta1, 1 - beta2, decay, lr / m_correction)
-                numbers += (math.sqrt(v_correction), self.eps)
-                adam_kernel(xp)(p.grad, *numbers, p.data, m_whole, v_whole)
-                continue
-            for w, g, m, v in _blocks(p.data, p.grad, m_whole, v_whole):
-                m += (1 - beta1) * (g - m)
-                v += (1 - beta2) * (g * g - v)
-                if self.weight_decay:
-                    w *= decay
-                # √v̂ + eps; the other correction goes into the rate, which is one number.
-                denominator = xp.sqrt(v) / math.sqrt(v_correction) + self.eps
-                w -= (lr / m_correction) * (m / denominator)
+        # √v̂ + eps has its own correction; the other one goes into the rate, which is one number.
+        numbers = (1 - beta1, 1 - beta2, decay, lr / m_correction, math.sqrt(v_correction))
+        blocks = []
+        for p, m, v in zip(self.params, self.m, self.v, strict=True):
+            blocks += _blocks(p.data, p.grad, m, v)
+        _for_each(partial(_update, numbers, self.eps), blocks, self.threads)
 
     def state_dict(self):
         """What another Adam needs, beside the parameters, to go on from here.
@@ -139,6 +140,36 @@ class Adam:
                 f"({missing[0]}); call loss.backward() first, or give Adam only what the loss "
                 "depends on"
             )
+
+
+def _update(numbers, eps, block):
+    """One step of the arrays (w, g, m, v) in `block`, in place but for the gradient g."""
+    new_in_m, new_in_v, decay, rate, v_root = numbers
+    w, g, m, v = block
+    xp = get_array_module(w)
+    if has_kernels(xp):
+        # The same lines, as one kernel.
+        adam_kernel(xp)(g, *numbers, eps, w, m, v)
+        return
+    m += new_in_m * (g - m)
+    v += new_in_v * (g * g - v)
+    if decay != 1:
+        w *= decay
+    denominator = xp.sqrt(v) / v_root + eps
+    w -= rate * (m / denominator)
+
+
+def _for_each(function, blocks, threads):
+    """Call `function(block)` for each of the blocks of arrays, on so many threads if it pays."""
+    if threads == 1 or sum(block[0].size for block in blocks) < THREADS_PAY:
+        for block in blocks:
+            function(block)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        # The context carries np.errstate into the thread.
+        futures = [pool.submit(copy_context().run, function, block) for block in blocks]
+    for future in futures:
+        future.result()
 
 
 def _blocks(*arrays):

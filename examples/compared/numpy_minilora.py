@@ -62,7 +62,7 @@ def prepare(task, variant, job):
         threads = 1
     if not trains(task):
         return forward(model, job, parts, threads)
-    return training(model, Adam(trained, lr=LR), job, parts, threads)
+    return training(model, Adam(trained, lr=LR, threads=threads), job, parts, threads)
 
 
 def _load_adapter(job, task, base):

@@ -89,7 +89,7 @@ def finetune(
         check_place(config.log_file, config.out, resume)
     blas = "one" if parts > 1 or executor is not None else "as many as there are"
     arrays = {"module": xp.__name__, "parts (--parts)": parts, "BLAS threads": blas}
-    run = _prepare(config, xp, arrays, log, quiet)
+    run = _prepare(config, xp, arrays, threads, log, quiet)
     progress = _begin(run, resume, log)
     if executor is None:
         workers = PartWorkers(run.learned.model, parts, threads)
@@ -178,7 +178,7 @@ def _check_out(out, resume):
     check_unused(out, ignore=[CHECKPOINT])
 
 
-def _prepare(config, xp, arrays, log, quiet):
+def _prepare(config, xp, arrays, threads, log, quiet):
     """Load and draw everything that a run needs: a _Run. Whatever does not fit is refused here."""
     path = find_base(config.base)
     base = load_model(path, xp)
@@ -215,7 +215,7 @@ def _prepare(config, xp, arrays, log, quiet):
     else:
         learned = LearnedAdapter(base, config, adapter_rng)
     log(learned.summary)
-    adam = Adam(learned.module.parameters(), lr=config.lr)
+    adam = Adam(learned.module.parameters(), lr=config.lr, threads=threads)
     identity = _identity(config, data, base.config, learned.fingerprint, arrays)
     checkpoint = Checkpoint(Path(config.out) / CHECKPOINT, identity, learned.module, adam)
     return _Run(config, learned, adam, batches, heldout, identity, checkpoint)
