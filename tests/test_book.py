@@ -30,7 +30,8 @@ FLOORS = {
                  "progress", "finetune_config", "learned", "run_log", "steps", "finetune"],
     "cli": ["ctrl_c", "messages", "parser", "keyboard", "folders", "questions", "text_stream", "generation",
             "commands", "comparison", "plot", "chat", "inspect", "counting", "playground", "asking", "demo_tables",
-            "demo_run", "demo", "demo_base", "options", "table", "main"],
+            "demo_run", "demo", "demo_base", "hardware", "shared_options", "options", "finetune_options", "finetuning",
+            "table", "main"],
 }
 ORDER = [name if floor == "book" else f"{floor}.{name}" for floor, names in FLOORS.items() for name in names]
 # Though one stands after the other, neither may know it.

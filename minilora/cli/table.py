@@ -3,7 +3,6 @@
 A command imports what it calls when it is run, so that this table alone costs no time.
 """
 
-import contextlib
 import shlex
 import sys
 from collections.abc import Callable
@@ -11,6 +10,9 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from . import options
+from .finetune_options import finetune_options
+from .finetuning import run_finetune
+from .hardware import device, parts_and_threads_of
 from .keyboard import line_reader, read_all
 from .messages import log, warn, write
 from .parser import CommandParser
@@ -51,33 +53,9 @@ def parser_of(name):
     return parser
 
 
-def _parts_and_threads(args):
-    """The two settings of a command that trains or measures.
-
-    With several threads the process keeps freed memory for the next step.
-    """
-    from ..training.threads import keep_freed_memory, parts_and_threads
-
-    parts, threads = parts_and_threads(args.parts, args.threads, args.backend)
-    if threads > 1:
-        keep_freed_memory()
-    return parts, threads
-
-
-def _device(name):
-    """The array module of --backend. If it has to compile its kernels first, that is said."""
-    from ..backend import array_module, empty_kernel_cache
-
-    xp = array_module(name)
-    folder = empty_kernel_cache(xp)
-    if folder is not None:
-        warn(f"{name} compiles its kernels in this first run, for minutes; kept in {folder}")
-    return xp
-
-
 def _run_demo(args):
     run_demo = _small_demo if args.base is None else _base_demo
-    run_demo(args, _device(args.backend))
+    run_demo(args, device(args.backend))
 
 
 def _small_demo(args, xp):
@@ -89,7 +67,7 @@ def _small_demo(args, xp):
         demo.ask(args.ask, out, xp, log)
         return
     size = demo.QUICK if args.quick else demo.FULL
-    parts, threads = _parts_and_threads(args)
+    parts, threads = parts_and_threads_of(args)
     demo.run(
         size,
         out,
@@ -140,117 +118,6 @@ def _demo_folder(args, command, out):
     return out, command
 
 
-# What finetune is given of an adapter.
-ADAPTER_FLAGS = ("alpha", "r", "target", "dropout", "dora")
-
-
-def _adapter_settings(args):
-    """{setting: value} of those ADAPTER_FLAGS that were given. What makes no sense is refused."""
-    given = {name: getattr(args, name) for name in ADAPTER_FLAGS}
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.full and args.quantize is not None:
-        given["quantize"] = args.quantize
-    if args.full and given:
-        args.refuse(
-            f"argument --{next(iter(given))}: it is of adapters, and --full trains every weight "
-            "of the model; leave out one of the two"
-        )
-    if not args.full and args.alpha is None:
-        args.refuse("the following arguments are required: --alpha (or --full, without an adapter)")
-    if given.get("target") == ["all-linear"]:
-        given["target"] = "all-linear"
-    return given
-
-
-def _check_evaluations(args):
-    """Refuse evaluations without anything to evaluate on, and patience without evaluations."""
-    if args.patience is not None and args.eval_every is None:
-        args.refuse(
-            "argument --patience: it counts evaluations; give --eval-every as well, say 20"
-        )
-    if args.eval_every is not None and not args.eval_split:
-        args.refuse(
-            "argument --eval-every: nothing is held out to evaluate on; give --eval-split as "
-            "well, say 0.1"
-        )
-
-
-def _check_workers(args):
-    """Refuse workers beside what computes the parts otherwise."""
-    if args.workers is None:
-        return
-    if args.threads is not None:
-        args.refuse(
-            "argument --workers: processes compute the parts in the place of --threads; leave out "
-            "one of the two"
-        )
-    if args.backend != "numpy":
-        args.refuse(
-            f"argument --workers: they compute with NumPy; leave out --backend {args.backend}"
-        )
-    if args.full:
-        args.refuse(
-            "argument --workers: with --full each part would take all weights to a worker and all "
-            "gradients back; give --threads"
-        )
-
-
-def _run_finetune(args):
-    adapter_settings = _adapter_settings(args)
-    _check_evaluations(args)
-    _check_workers(args)
-
-    from ..training.finetune import finetune
-    from ..training.finetune_config import FineTuneConfig
-    from .folders import find_sources
-
-    config = FineTuneConfig(
-        base=args.base,
-        data=args.data,
-        out=args.out,
-        **adapter_settings,
-        full=args.full,
-        lr=args.lr,
-        steps=args.steps,
-        batch=args.batch,
-        accumulate=args.accumulate,
-        seed=args.seed,
-        eval_split=args.eval_split,
-        length=args.length,
-        save_every=args.save_every,
-        quantize=args.quantize,
-        too_long=args.too_long,
-        eval_every=args.eval_every,
-        patience=args.patience,
-        log_file=args.log,
-    )
-    find_sources(args.base)
-    xp = _device(args.backend)
-    if args.workers is not None:
-        # Threads of this process would have nothing to do.
-        args.threads = 1
-    parts, threads = _parts_and_threads(args)
-    with _executor(args.workers) as workers:
-        finetune(config, xp, parts=parts, threads=threads, resume=args.resume, log=log, **workers)
-
-
-@contextlib.contextmanager
-def _executor(workers):
-    """What `finetune` is told of --workers, with an executor as long as the block lasts."""
-    if workers is None:
-        yield {}
-        return
-
-    from ..training.threads import keep_freed_memory
-    from ..training.workers import mpi_pool, process_pool
-
-    # Arrays that come and go with each part are large too.
-    keep_freed_memory()
-    with mpi_pool() if workers == "mpi" else process_pool(workers) as executor:
-        n = executor.num_workers if workers == "mpi" else workers
-        yield {"executor": executor, "n_workers": n}
-
-
 def _sampling(args):
     """The Sampling of a command that writes. Options that nothing is drawn by are refused."""
     if args.temperature == 0:
@@ -289,7 +156,7 @@ def _run_generate(args):
         args.other_precision,
         args.cut_prompt,
     )
-    xp = _device(args.backend)
+    xp = device(args.backend)
     headings = _headings(args.adapter, args.num_samples)
     if not headings and sys.stdout.isatty():
         continue_prompt(job, xp, warn, write)
@@ -321,7 +188,7 @@ def _run_chat(args):
         args.base,
         args.adapter,
         sampling,
-        _device(args.backend),
+        device(args.backend),
         read_line=line_reader(),
         write=write,
         warn=warn,
@@ -344,8 +211,8 @@ def _weights(args):
         return None
     if len(args.weights) != n:
         args.refuse(
-            f"argument --weights: {len(args.weights)} for {n} adapters; give one for each, in "
-            "their order"
+            f"argument --weights: {len(args.weights)} for {n} adapters; give one for each, "
+            "in their order"
         )
     return args.weights
 
@@ -421,12 +288,12 @@ def _run_plot(args):
 def _run_compare(args):
     from .comparison import compare
 
-    parts, threads = _parts_and_threads(args)
+    parts, threads = parts_and_threads_of(args)
     compare(
         args.base,
         args.adapters,
         args.data,
-        _device(args.backend),
+        device(args.backend),
         log,
         batch=args.batch,
         length=args.length,
@@ -448,8 +315,8 @@ COMMANDS = {
     "finetune": Command(
         "train an adapter for a model on a file of your own",
         f"--base {BASE} --data notes.txt --out my-adapter --alpha 16 --log run.jsonl",
-        options.finetune_options,
-        _run_finetune,
+        finetune_options,
+        run_finetune,
     ),
     "generate": Command(
         "continue a prompt, with no, one or several adapters",

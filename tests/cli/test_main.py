@@ -21,7 +21,7 @@ from program import finish, start
 import minilora
 from minilora import load_adapter, load_model
 from minilora.backend import array_module
-from minilora.cli import commands, demo, folders, inspect, table
+from minilora.cli import commands, demo, folders, hardware, inspect
 from minilora.cli import main as program
 from minilora.cli.main import main
 from minilora.cli.table import BASE, COMMANDS, parser_of
@@ -338,11 +338,11 @@ def test_every_command_that_computes_says_how_to_get_a_backend(name, capsys, mon
 def test_a_first_run_on_a_gpu_says_that_it_compiles_and_a_later_one_does_not(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(minilora.backend, "array_module", lambda name: strict_array)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
-    assert table._device("cupy") is strict_array
+    assert hardware.device("cupy") is strict_array
     said = f"cupy compiles its kernels in this first run, for minutes; kept in {tmp_path}\n"
     assert capsys.readouterr() == ("", said)
     (tmp_path / "one.cubin").touch()
-    table._device("cupy")
+    hardware.device("cupy")
     assert capsys.readouterr() == ("", "")
 
 

@@ -1,0 +1,30 @@
+"""What a command computes with: the backend of --backend, and parts and threads. Knows no command.
+
+What it needs to know of the library is imported when a command asks.
+"""
+
+from .messages import warn
+
+
+def parts_and_threads_of(args):
+    """The two settings of a command that trains or measures.
+
+    With several threads the process keeps freed memory for the next step.
+    """
+    from ..training.threads import keep_freed_memory, parts_and_threads
+
+    parts, threads = parts_and_threads(args.parts, args.threads, args.backend)
+    if threads > 1:
+        keep_freed_memory()
+    return parts, threads
+
+
+def device(name):
+    """The array module of --backend. If it has to compile its kernels first, that is said."""
+    from ..backend import array_module, empty_kernel_cache
+
+    xp = array_module(name)
+    folder = empty_kernel_cache(xp)
+    if folder is not None:
+        warn(f"{name} compiles its kernels in this first run, for minutes; kept in {folder}")
+    return xp
