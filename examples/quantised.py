@@ -105,7 +105,7 @@ for name, (bits, make) in kinds.items():
     rows.append(row)
 
 # %% An adapter is refused on its base in another precision: it learned to make up for rounding that
-# is not there. With other_precision=True, --other-precision on the command line, it is accepted.
+# is not there. It is accepted by the name of the change, which the refusal tells.
 with tempfile.TemporaryDirectory() as folder:
     save_adapter(of_nf4, folder)
     try:
@@ -113,7 +113,8 @@ with tempfile.TemporaryDirectory() as folder:
     except ValueError as error:
         refusal = str(error).replace(folder, "the adapter of NF4")
     print(f"{refusal}\n")
-    accepted = load_adapter(folder, base.model, other_precision=True, say=lambda text: None)
+    changes = ["other-precision"]
+    accepted = load_adapter(folder, base.model, accept_base=changes, say=lambda text: None)
 assert accepted.fingerprint() == of_nf4.fingerprint()
 
 

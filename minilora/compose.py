@@ -20,6 +20,7 @@ from .backend import to_device, to_numpy
 from .lora import Adapter, LoRAPair, adapted_names, check_plain, linear_names
 from .lora_config import LoRAConfig, as_pattern, find_targets
 from .low_rank import best_of_product, best_of_rank, distance, product_norm, singular_values
+from .nn import table_rows
 from .quant import stored_as
 from .tensor import Tensor, check_same, check_same_layout
 
@@ -66,7 +67,9 @@ def combine(adapters, weights, *, check_base=True):
                 terms.append((weight, adapter.pairs[name]))
         _check_summable(name, terms)
         pairs[name] = _side_by_side(name, terms, joined)
-    return Adapter(_config_of(pairs), pairs, _common_base(adapters), _all_stored(adapters))
+    fingerprint = _common_base(adapters)
+    rows = {} if fingerprint is None else adapters[0].base_rows
+    return Adapter(_config_of(pairs), pairs, fingerprint, _all_stored(adapters), rows)
 
 
 def compress(adapter, r):
@@ -106,7 +109,7 @@ def compress(adapter, r):
     pairs = {name: pairs[name] for name in adapter.pairs}
     errors = {name: errors[name] for name in adapter.pairs}
     config = _config_of(pairs)
-    result = Adapter(config, pairs, adapter.base_fingerprint, adapter.base_stored)
+    result = adapter.with_pairs(config, pairs)
     return Compressed(result, errors, {})
 
 
@@ -149,7 +152,8 @@ def extract(base, tuned, r, target_modules="all-linear", *, on_layer=None):
             f"extract: none of the {len(held)} targeted linears changed, so there is no update to "
             f"hold; what changed elsewhere: {elsewhere}"
         )
-    adapter = Adapter(_config_of(pairs), pairs, base.fingerprint(), stored_as(base))
+    config = _config_of(pairs)
+    adapter = Adapter(config, pairs, base.fingerprint(), stored_as(base), table_rows(base))
     return Compressed(adapter, errors, left_out)
 
 

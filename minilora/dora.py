@@ -13,7 +13,7 @@ Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5 an
 """
 
 from . import functional as F
-from .lora import Adapter, LoRAPair, init_adapter
+from .lora import LoRAPair, init_adapter
 from .nn import AdaptedLayer, Linear
 from .tensor import Tensor
 
@@ -121,4 +121,4 @@ def with_magnitudes(who, model, adapter):
             )
         magnitude = Tensor(norms, requires_grad=True)
         pairs[name] = DoRAPair(pair.lora_A, pair.lora_B, pair.scaling, magnitude)
-    return Adapter(adapter.config, pairs, adapter.base_fingerprint, adapter.base_stored)
+    return adapter.with_pairs(adapter.config, pairs)

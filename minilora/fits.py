@@ -5,7 +5,7 @@ An adapter is whatever offers `fit_errors(modules, fingerprint)`: lines that say
 
 from collections import namedtuple
 
-from .nn import AdaptedModule, LinearLayer, digest_of
+from .nn import AdaptedModule, LinearLayer, digest_of, table_rows
 from .packed import PackedTensor
 from .quant import KINDS, quantized, storage_of
 from .tensor import Tensor, check_same
@@ -13,9 +13,19 @@ from .tensor import Tensor, check_same
 # How many reasons a message shows.
 MOST_LINES = 8
 
+# Ways in which a base may be another one than an adapter was trained on, on purpose. Each is
+# accepted by its name, and by no other.
+OTHER_PRECISION = "other-precision"
+GROWN_VOCABULARY = "grown-vocabulary"
+ACCEPTABLE = (OTHER_PRECISION, GROWN_VOCABULARY)
+
 # A weight that is stored in another precision than when an adapter was trained on it: how it was
 # stored then, how it is now, and ‖difference‖ / ‖the one with more bits‖.
 OtherPrecision = namedtuple("OtherPrecision", "trained_on now error")
+# A table that has more rows than when an adapter was trained on it, the first of which are those.
+MoreRows = namedtuple("MoreRows", "trained_on now")
+# {class of a change: the name by which it is accepted}
+NAME_OF = {OtherPrecision: OTHER_PRECISION, MoreRows: GROWN_VOCABULARY}
 
 
 def check_fits(who, base, adapter, check_base=True):
@@ -41,24 +51,42 @@ def check_fits(who, base, adapter, check_base=True):
     )
 
 
-def other_precisions(base, fingerprint, stored):
-    """{tensor: OtherPrecision} of what differs, if `base` is the base of an adapter but for that.
+def changes_of(base, fingerprint, stored, rows):
+    """{tensor: OtherPrecision or MoreRows} of what differs between `base` and that of an adapter.
 
-    `fingerprint` is that of the adapter's base, `stored` {tensor: kind} of its packed weights.
-    None if the two differ in more than their precision: if one is not what `quantize` makes of the
-    other. {} if they do not differ.
+    `fingerprint` is that of the adapter's base, `stored` {tensor: kind} of its packed weights,
+    `rows` {tensor: how many} of its tables. {} if nothing differs.
+    None if the two differ in anything else: in a tensor that is not what `quantize` makes of the
+    other, nor the same rows with others after them.
     """
     tensors = dict(base.named_parameters())
     if fingerprint is None or fingerprint.keys() != tensors.keys():
         return None
-    differing = {}
+    # A table of positions is none of the vocabulary.
+    vocabulary = getattr(getattr(base, "config", None), "vocab_size", None)
+    tables = {name for name, n in table_rows(base).items() if n == vocabulary}
+    changes = {}
     for name, tensor in tensors.items():
-        if digest_of(tensor) == fingerprint[name]:
+        expected = fingerprint[name]
+        if digest_of(tensor) == expected:
             continue
-        differing[name] = _other_precision(name, tensor, fingerprint[name], stored.get(name))
-        if differing[name] is None:
+        change = _other_precision(name, tensor, expected, stored.get(name))
+        if change is None and name in tables:
+            change = _more_rows(tensor, expected, rows.get(name))
+        if change is None:
             return None
-    return differing
+        changes[name] = change
+    return changes
+
+
+def _more_rows(tensor, expected, n):
+    """The MoreRows of a table; `expected` is the digest it should have, of `n` rows.
+
+    None if its first rows are not those, or if nobody knows how many there were.
+    """
+    if n is None or n >= len(tensor.data) or digest_of(Tensor(tensor.data[:n])) != expected:
+        return None
+    return MoreRows(n, len(tensor.data))
 
 
 def _other_precision(name, tensor, expected, kind):

@@ -16,7 +16,7 @@ import math
 from . import functional as F
 from .fits import base_errors, check_fits, pair_errors
 from .lora_config import check_patterns, find_targets
-from .nn import AdaptedLayer, AdaptedModule, LinearLayer, Module, uniform
+from .nn import AdaptedLayer, AdaptedModule, LinearLayer, Module, table_rows, uniform
 from .packed import StoredTensor
 from .quant import stored_as
 from .tensor import Tensor
@@ -92,13 +92,14 @@ class Adapter(Module):
     its LoRAPair, and is all that computes. `config`, a LoRAConfig, is the recipe by which they were
     made. `base_fingerprint` is that of the model they belong to (`model.fingerprint()`), or None if
     it is unknown; `base_stored`, {tensor: kind}, says which of its weights were stored in few bits
-    (`stored_as(model)`). The optimizer is given `parameters()`.
+    (`stored_as(model)`), and `base_rows`, {tensor: how many}, how long its tables were
+    (`table_rows(model)`). The optimizer is given `parameters()`.
 
     Raises: ValueError if there is no pair.
     Source: Hu et al. 2021, section 4.1.
     """
 
-    def __init__(self, config, pairs, base_fingerprint, base_stored=None):
+    def __init__(self, config, pairs, base_fingerprint, base_stored=None, base_rows=None):
         if not pairs:
             raise ValueError(
                 "Adapter: no pair of lora_A and lora_B; use init_adapter or load_adapter"
@@ -107,6 +108,11 @@ class Adapter(Module):
         self.pairs = dict(pairs)
         self.base_fingerprint = base_fingerprint
         self.base_stored = dict(base_stored or {})
+        self.base_rows = dict(base_rows or {})
+
+    def with_pairs(self, config, pairs):
+        """An adapter of other pairs, for the same base."""
+        return Adapter(config, pairs, self.base_fingerprint, self.base_stored, self.base_rows)
 
     def named_parameters(self):
         """(name, Tensor) for every lora_A and lora_B: `h.0.attn.q_proj.lora_A`."""
@@ -185,7 +191,7 @@ def init_adapter(model, config, rng, *, allow_large_r=False):
         A = uniform(rng, bound, (r, layer.in_features), layer.dtype, layer.xp)
         B = Tensor(layer.xp.zeros((layer.out_features, r), layer.dtype), requires_grad=True)
         pairs[name] = LoRAPair(A, B, config.scaling_of(name))
-    return Adapter(config, pairs, model.fingerprint(), stored_as(model))
+    return Adapter(config, pairs, model.fingerprint(), stored_as(model), table_rows(model))
 
 
 def attach(base, adapter, *, check_base=True):

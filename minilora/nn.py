@@ -310,6 +310,15 @@ class Linear(LinearLayer):
         return Linear(Tensor(self.weight.data + update), self.bias)
 
 
+def table_rows(model):
+    """{tensor: how many rows it has} of the tables of `model`: what an Embedding reads."""
+    return {
+        f"{name}.weight": module.weight.shape[0]
+        for name, module in model.named_modules()
+        if isinstance(module, Embedding)
+    }
+
+
 class Embedding(Module):
     """Row ids[...] of weight (V, C): ids (...) -> (..., C)."""
 

@@ -9,6 +9,7 @@ import json
 import re
 import weakref
 from collections import namedtuple
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -329,6 +330,15 @@ def character_gpt(seed=0, n_embd=16, dtype="float32"):
     """A GPT of one layer over the 96 characters, as it is drawn: for what is trained on a text."""
     config = GPTConfig(n_layer=1, n_head=2, n_embd=n_embd, vocab_size=96, block_size=32, positions="rope")
     return GPT(config, np.random.default_rng(seed), dtype)
+
+
+def grown(base, n=3, tables=("wte.weight", "embed_tokens.weight", "lm_head.weight"), **config):
+    """`base` with n more tokens after those it had, or with more rows in other `tables`; their numbers are drawn."""
+    rng = np.random.default_rng(n)
+    longer = lambda p: Tensor(np.concatenate([p.data, rng.standard_normal((n, p.shape[1])).astype(p.dtype)]))
+    model = base.rebuild(lambda name, x: longer(x) if name in tables else None)
+    model.config = replace(base.config, **config or {"vocab_size": base.config.vocab_size + n})
+    return model
 
 
 def trained_adapter(base, seed=1, r=2, alpha=4, target_modules=("q_proj", "mlp.up_proj"), **more):

@@ -2,14 +2,16 @@
 
 import numpy as np
 import pytest
-from strategies import TinyMLP, contents, learned, new_adapter, tiny_mlp
+from strategies import TinyMLP, contents, grown, learned, new_adapter, small_gpt, small_llama, tiny_mlp, trained_adapter
 
-from minilora.fits import check_fits
+from minilora import fits
+from minilora.fits import GROWN_VOCABULARY, OTHER_PRECISION, MoreRows, changes_of, check_fits
 from minilora.functional import linear
 from minilora.graph import no_grad
 from minilora.lora import Adapter, LoRAPair, attach, merge
 from minilora.lora_config import LoRAConfig
-from minilora.nn import Linear, LinearLayer, Module
+from minilora.nn import Linear, LinearLayer, Module, table_rows
+from minilora.quant import quantize
 from minilora.stack import stack
 from minilora.tensor import Tensor
 
@@ -145,3 +147,73 @@ def test_only_what_carries_an_adapter_is_said_to():
     wrapped = TinyMLP([Scaled(base.layers[0])])
     with pytest.raises(ValueError, match="the base has Scaled there, not a linear layer"):
         attach(wrapped, new_adapter(base))
+
+
+# --- a base that was changed on purpose -------------------------------------------------------------------------------
+
+
+BASES = {
+    "gpt": lambda: small_gpt(), "gpt, a head of its own": lambda: small_gpt(tie_word_embeddings=False),
+    "llama": lambda: small_llama(tie_word_embeddings=True), "llama, a head of its own": lambda: small_llama(),
+}  # fmt: skip
+every_base = pytest.mark.parametrize("make", BASES.values(), ids=BASES)
+
+
+def changes(model, base, rows=None):
+    """What differs between `model` and the base of an adapter of `base`."""
+    adapter = trained_adapter(base)
+    return changes_of(model, adapter.base_fingerprint, adapter.base_stored, adapter.base_rows if rows is None else rows)
+
+
+@every_base
+def test_more_tokens_are_seen_in_every_table_and_nothing_else_is(make):
+    base = make()
+    tables = [name for name, n in table_rows(base).items() if n == 11]
+    assert changes(grown(base), base) == dict.fromkeys(tables, MoreRows(11, 14)) and len(tables) == 1 + (
+        not base.config.tie_word_embeddings)  # fmt: skip
+    assert changes(base, base) == {}
+
+
+def with_the_first_row_changed(base):
+    model = grown(base)
+    table = next(iter(table_rows(base)))
+    return model.rebuild(lambda name, x: Tensor(x.data + np.eye(14, 1, dtype=x.dtype)) if name == table else None)
+
+
+NOT_GROWN = {
+    "a row from before was changed": with_the_first_row_changed,
+    "fewer tokens": lambda base: grown(small_gpt(vocab_size=8)),
+    "a weight beside": lambda base: grown(small_gpt(seed=1)),
+    "more positions": lambda base: grown(base, 3, ("wpe.weight",), block_size=19),
+    "other tokens": lambda base: small_gpt(seed=1, vocab_size=14),
+    "new tokens first": lambda base: grown(base).rebuild(
+        lambda name, x: Tensor(x.data[::-1].copy()) if name == "wte.weight" else None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", NOT_GROWN.values(), ids=NOT_GROWN)
+def test_what_is_more_than_new_tokens_is_another_base(other):
+    base = small_gpt()
+    assert changes(other(base), base) is None
+
+
+def test_a_table_whose_length_nobody_noted_is_not_known_to_have_grown():
+    base = small_gpt()
+    assert changes(grown(base), base, rows={}) is None
+    assert changes(grown(base), base, rows={"wte.weight": 10}) is None
+
+
+def test_both_changes_are_told_apart():
+    base = small_llama()
+    found = changes(quantize(grown(base), "nf4"), base)
+    names = {name: fits.NAME_OF[type(change)] for name, change in found.items()}
+    assert {names[f"{table}.weight"] for table in ("embed_tokens", "lm_head")} == {GROWN_VOCABULARY}
+    assert set(names.values()) == {GROWN_VOCABULARY, OTHER_PRECISION} and len(names) == 2 + 7 * 2
+
+
+def test_planted_a_comparison_of_lengths_alone_is_seen(monkeypatch):
+    by_length = lambda tensor, expected, n: MoreRows(n, len(tensor.data)) if n else None
+    monkeypatch.setattr(fits, "_more_rows", by_length)
+    base = small_gpt()
+    wrong = [name for name, other in NOT_GROWN.items() if changes(other(base), base) is not None]
+    assert "a row from before was changed" in wrong and "new tokens first" in wrong

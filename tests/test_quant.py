@@ -10,7 +10,7 @@ from ops import refuses
 from strategies import TinyMLP, contents, learned, new_adapter, rngs, tiny_llama
 
 from minilora.disk.peft import load_adapter, save_adapter
-from minilora.fits import other_precisions
+from minilora.fits import changes_of
 from minilora.lora import attach
 from minilora.nn import Linear
 from minilora.packed import BLOCKS, NF4, NF4_BLOCK, PackedTensor, float8_table, nf4_scales
@@ -185,9 +185,9 @@ def test_another_precision_is_refused_with_the_way_out_and_accepted_on_request(t
     kinds = [(k or "float32").upper().replace("FLOAT", "float") for k in (train, use)]
     refuses(lambda: load(tmp_path, base), ValueError,
             ["in another precision", f"14 weights were {kinds[0]} in training and are {kinds[1]} here", "% of itself",
-             "other_precision=True"])  # fmt: skip
-    adapter, receipt = load(tmp_path, base, other_precision=True)
-    assert "ANOTHER PRECISION" in receipt and f"are {kinds[1]} here" in receipt
+             "accept_base=['other-precision'] (--accept-base other-precision)"])  # fmt: skip
+    adapter, receipt = load(tmp_path, base, accept_base=["other-precision"])
+    assert "base: recognised, CHANGED: in another precision: 14" in receipt and f"are {kinds[1]} here" in receipt
     attach(base, adapter, check_base=False)
 
 
@@ -197,22 +197,22 @@ def test_another_base_is_not_taken_for_another_precision(tmp_path):
               base_model(attention_bias=True)]
     for other in others:
         with pytest.raises(ValueError, match="does not fit this base"):
-            load(tmp_path, other, other_precision=True)
+            load(tmp_path, other, accept_base=["other-precision"])
 
 
 def test_a_base_that_could_never_be_stored_so_is_just_another_base(tmp_path):
     """Its rows have no whole blocks: that is said of the base, and not of quantising."""
     adapter = new_adapter(quantize(base_model(), "q8_0"))
     narrow = base_model(intermediate_size=40)
-    assert other_precisions(narrow, adapter.base_fingerprint, adapter.base_stored) is None
+    assert changes_of(narrow, adapter.base_fingerprint, adapter.base_stored, {}) is None
 
 
 def test_one_weight_that_was_edited_is_not_a_precision(tmp_path):
     base = base_model()
     adapter = new_adapter(quantize(base, "nf4"))
     edited = base.rebuild(lambda name, t: Tensor(t.data + 1) if name == "norm.weight" else None)
-    assert other_precisions(base, adapter.base_fingerprint, adapter.base_stored).keys() == adapter.base_stored.keys()
-    assert other_precisions(edited, adapter.base_fingerprint, adapter.base_stored) is None
+    assert changes_of(base, adapter.base_fingerprint, adapter.base_stored, {}).keys() == adapter.base_stored.keys()
+    assert changes_of(edited, adapter.base_fingerprint, adapter.base_stored, {}) is None
 
 
 def test_a_note_on_storage_that_is_no_note_is_refused_by_name(tmp_path):

@@ -25,11 +25,11 @@ def prepare(task, variant, job):
         return first_token(job, variant)
     base = load_base(job, variant)
     # The adapter was made for the base in float32: that in 4 bits, made of it, is another one.
-    other = variant == "nf4"
+    changes = ["other-precision"] if variant == "nf4" else []
     adapter = load_adapter(
-        job.folder / "adapter", base, say=lambda receipt: None, other_precision=other
+        job.folder / "adapter", base, say=lambda account: None, accept_base=changes
     )
-    model = attach(base, adapter, check_base=not other)
+    model = attach(base, adapter, check_base=not changes)
     # Not before everything is loaded, or what loading has freed would be kept too.
     keep_freed_memory()
     if task == "generate":

@@ -172,13 +172,13 @@ def chat(
     system=None,
     message=None,
     quantize=None,
-    other_precision=False,
+    accept_base=(),
 ):
     """Hold a conversation with the model in `base`, under one of the adapters at a time.
 
     `adapters` are folders, of which the first answers. `message` is answered alone, None to answer
     the lines of `read_line()`, which returns None at their end. `quantize` is what the base is
-    packed as when it is loaded; `other_precision` as for `load_adapter`.
+    packed as when it is loaded; `accept_base` as for `load_adapter`.
     Raises: ValueError or OSError, before any tensor is read, if the base has no chat template, or
     the template does not take these messages.
     """
@@ -198,7 +198,7 @@ def chat(
     context = load_model_config(path).block_size
     chat_ids(tokenizer, [*opening(system), {"role": "user", "content": first}], context)
 
-    models = _models(load_base(path, xp, quantize, warn), folders, other_precision, warn)
+    models = _models(load_base(path, xp, quantize, warn), folders, accept_base, warn)
     conversation = Conversation(models, next(iter(models)), tokenizer, sampling, system)
     if message is None:
         warn(f"{_who_answers(conversation)}; /help shows the commands")
@@ -225,11 +225,11 @@ def named(folders):
     return table
 
 
-def _models(base, folders, other_precision, warn):
+def _models(base, folders, accept_base, warn):
     """{name: model}: the base under each adapter, and alone. All share the arrays of one base."""
     adapters = {}
     for name, folder in folders.items():
-        adapters[name] = load_adapter(folder, base, other_precision=other_precision, say=warn)
+        adapters[name] = load_adapter(folder, base, accept_base=accept_base, say=warn)
     base = widened(base, warn)
     models = {name: attach(base, adapters[name], check_base=False) for name in adapters}
     return {**models, BASE: base}

@@ -31,19 +31,19 @@ def merge_folders(
     allow_rounding,
     weights=None,
     quantize=None,
-    other_precision=False,
+    accept_base=(),
 ):
     """Merge the adapters in the folders `adapters` into the model in `base`; write it to `out`.
 
     `base` is what `find_base` takes. Without `weights` there is one adapter, and it is merged as it
-    is; with them it is their weighted sum. `other_precision` is as for `load_adapter`; the other
+    is; with them it is their weighted sum. `accept_base` is as for `load_adapter`; the other
     options are those of `save_merged`.
     Raises: ValueError if `out` is not empty, or as `combine` and `save_merged`.
     """
     check_unused(out)
     path = find_sources(base, adapters)
     model = load_model(path)
-    loaded = _load_all(adapters, model, other_precision, log)
+    loaded = _load_all(adapters, model, accept_base, log)
     if weights is None:
         [adapter] = loaded
     else:
@@ -63,18 +63,18 @@ def merge_folders(
     log(f"kept in {out}: a plain model, {size / 1e6:,.1f} MB")
 
 
-def combine_folders(base, adapters, weights, out, log, *, r=None, other_precision=False):
+def combine_folders(base, adapters, weights, out, log, *, r=None, accept_base=()):
     """Write the weighted sum of the adapters in the folders `adapters` to `out`, as an adapter.
 
     `base` is what `find_base` takes, and theirs. The sum is exact; with `r` it is compressed to
-    that rank, and the loss is printed. `other_precision` is as for `load_adapter`: adapters of
+    that rank, and the loss is printed. `accept_base` is as for `load_adapter`: adapters of
     one base in several precisions give one that does not say which is its own.
     Raises: ValueError if `out` is not empty, or as `combine`, `compress` and `save_adapter`.
     """
     check_unused(out)
     model = load_model(find_sources(base, adapters))
-    loaded = _load_all(adapters, model, other_precision, log)
-    adapter = combine(loaded, weights, check_base=not other_precision)
+    loaded = _load_all(adapters, model, accept_base, log)
+    adapter = combine(loaded, weights, check_base=not accept_base)
     log(f"added: {_formula(adapters, weights)}: {_sizes(adapter)}")
     if r is not None:
         result = compress(adapter, r)
@@ -101,10 +101,10 @@ def extract_folders(base, tuned, out, log, *, r, target):
     _save(result.adapter, out, base, log)
 
 
-def _load_all(folders, model, other_precision, log):
+def _load_all(folders, model, accept_base, log):
     """The adapters in `folders`, each compared with `model`."""
     return [
-        load_adapter(folder, model, other_precision=other_precision, say=log) for folder in folders
+        load_adapter(folder, model, accept_base=accept_base, say=log) for folder in folders
     ]
 
 

@@ -33,7 +33,7 @@ def compare(
     batch,
     length,
     quantize=None,
-    other_precision=False,
+    accept_base=(),
     too_long=None,
     parts=1,
     threads=1,
@@ -44,7 +44,7 @@ def compare(
 
     `base` is what `find_base` takes, `adapters` are folders; `batch` is how many rows are computed
     at once, `length` how many tokens a row of text has (None: as `load_data`). `quantize` is what
-    the base is packed as, None to leave it as it is stored; `other_precision` as for
+    the base is packed as, None to leave it as it is stored; `accept_base` as for
     `load_adapter`; `too_long` what becomes of rows longer than the context: "cut", "drop", or None:
     refused. `parts` and `threads` are those of `heldout_loss`.
     Raises: ValueError or OSError, before anything is measured, for what does not fit.
@@ -54,7 +54,7 @@ def compare(
     data = _load_all(path, files, length, too_long, log)
     model = load_base(path, xp, quantize, log)
     loaded = [
-        load_adapter(folder, model, other_precision=other_precision, say=log) for folder in adapters
+        load_adapter(folder, model, accept_base=accept_base, say=log) for folder in adapters
     ]
     for file, examples in zip(files, data, strict=True):
         log(f"data {file}: {examples}")

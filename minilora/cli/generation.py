@@ -70,7 +70,7 @@ class Continuation:
 
     `base` is what `find_base` takes, `adapters` are folders; without any, the base alone writes.
     `stops` are texts before which a text ends. `quantize` is what the base is packed as when it is
-    loaded, None to leave it as it is; `other_precision` as for `load_adapter`. `cut_prompt`: of a
+    loaded, None to leave it as it is; `accept_base` as for `load_adapter`. `cut_prompt`: of a
     prompt that is too long its end is kept.
     """
 
@@ -81,7 +81,7 @@ class Continuation:
     samples: int = 1
     stops: tuple = ()
     quantize: str | None = None
-    other_precision: bool = False
+    accept_base: tuple = ()
     cut_prompt: bool = False
 
 
@@ -102,7 +102,7 @@ def continue_prompt(job, xp, warn, write=None):
     prompt_ids = _prompt_ids(tokenizer, job, context, warn)
     model = load_base(base, xp, job.quantize, warn)
     loaded = [
-        load_adapter(folder, model, other_precision=job.other_precision, say=warn)
+        load_adapter(folder, model, accept_base=job.accept_base, say=warn)
         for folder in job.adapters
     ]
     model = _with_adapters(model, loaded, job.samples, warn)

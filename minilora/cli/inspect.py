@@ -16,6 +16,8 @@ from ..disk.folder import load_folder
 from ..disk.models import families_of, load_fields, load_model
 from ..disk.peft import CONFIG, TENSORS, digest_of, load_adapter, read_adapter
 from ..disk.peft_config import module_table
+from ..fits import ACCEPTABLE
+from ..low_rank import product_norm
 from ..quant import storage_of, stored_as
 from .folders import find_sources, kinds_of, located
 
@@ -98,8 +100,8 @@ def _inspect_adapter(folder, base, log):
     weight_norms = {}
     if base is not None:
         try:
-            weight_norms, receipt = _measured_on(base, folder, adapter)
-            _log_entry("", f"{base} {_match(receipt)}", log)
+            weight_norms, account = _measured_on(base, folder, adapter)
+            _log_entry("", f"{base} {_match(account)}", log)
         except (ValueError, TypeError, OSError) as error:
             misfit = error
     _log_table(adapter, weight_norms, log)
@@ -160,11 +162,11 @@ def _log_entry(title, text, log):
     )
 
 
-def _match(receipt):
-    """What a receipt of `load_adapter` says of the base, as the end of a sentence about it."""
+def _match(account):
+    """What `load_adapter` says of the base, as the end of a sentence about it."""
     match = "fits it"
-    for line in receipt.splitlines():
-        if line.startswith("  base: recognised, in"):
+    for line in account.splitlines():
+        if line.startswith("  base: recognised, CHANGED"):
             return "is that base" + line.removeprefix("  base: recognised,")
         if line.startswith("  base: recognised"):
             match = "is that base"
@@ -174,21 +176,21 @@ def _match(receipt):
 
 
 def _measured_on(base, folder, adapter):
-    """({module of the file: |W| of its weight in the model `base`}, the receipt of the load).
+    """({module of the file: |W| of its weight in the model `base`}, what the load says).
 
     Norms are Frobenius's.
     Raises: as `load_adapter`, if that is not the base of the adapter in `folder`.
     """
     model = load_model(find_sources(base))
-    receipts = []
-    load_adapter(folder, model, other_precision=True, say=receipts.append)
+    accounts = []
+    load_adapter(folder, model, accept_base=ACCEPTABLE, say=accounts.append)
     modules = dict(model.named_modules())
     norms = {}
     for module, our_names in module_table(model, adapter.factors).items():
         # Our q_proj, k_proj and v_proj are the rows of one c_attn, so that their squares add up.
         parts = [np.linalg.norm(to_numpy(modules[name].weight.data)) for name in our_names]
         norms[module] = math.hypot(*map(float, parts))
-    return norms, receipts[0]
+    return norms, accounts[0]
 
 
 def _log_table(adapter, weight_norms, log):
@@ -203,7 +205,7 @@ def _log_table(adapter, weight_norms, log):
         B = adapter.factors[module]["lora_B"]
         alpha = adapter.config.alpha_of(module)
         scaling = adapter.config.scaling_of(module)
-        update_norm = scaling * product_norm(B, A)
+        update_norm = scaling * product_norm(A.astype(np.float64), B.astype(np.float64))
         share = "-"
         if module in weight_norms:
             share = f"{100 * update_norm / (weight_norms[module] or math.nan):.3g} %"
@@ -223,15 +225,3 @@ def _log_table(adapter, weight_norms, log):
 def _by_number(name):
     """A key that sorts h.2 before h.10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-
-def product_norm(B, A):
-    """The Frobenius norm of B A without the product: √ sum (BᵀB) ∘ (A Aᵀ).
-
-    Shapes: B (out, r), A (r, in) -> float.
-    """
-    B = B.astype(np.float64)
-    A = A.astype(np.float64)
-    square = float(((B.T @ B) * (A @ A.T)).sum())
-    # Rounding may leave less than nothing of a product that is zero.
-    return math.sqrt(max(0.0, square))

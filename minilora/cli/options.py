@@ -6,12 +6,12 @@ program and of most commands loads not even NumPy.
 
 from .parser import Names, whole_number
 from .shared_options import (
+    add_accept_base,
     add_adapter_out,
     add_adapters,
     add_backend,
     add_base,
     add_dtype,
-    add_other_precision,
     add_parts,
     add_quantize,
     add_sampling,
@@ -86,7 +86,7 @@ def generate_options(parser):
         help="a text before which the model's text ends; may be given several times",
     )
     add_quantize(parser)
-    add_other_precision(parser)
+    add_accept_base(parser)
     add_backend(parser)
 
 
@@ -99,7 +99,7 @@ def chat_options(parser):
     add("--say", metavar="TEXT", help="answer this, and end")
     add_sampling(parser, max_new_tokens=256, least=1)
     add_quantize(parser)
-    add_other_precision(parser)
+    add_accept_base(parser)
     add_backend(parser)
 
 
@@ -122,7 +122,7 @@ def merge_options(parser):
         help="store it though rounding costs over a tenth of an update",
     )
     add_quantize(parser, "quantise the merged weights again, and write the values they then have")
-    add_other_precision(parser)
+    add_accept_base(parser)
 
 
 def combine_options(parser):
@@ -136,7 +136,7 @@ def combine_options(parser):
         help="compress the sum to this rank, the best of its size (default: the sum of the ranks)",
     )
     add_adapter_out(parser)
-    add_other_precision(parser)
+    add_accept_base(parser)
 
 
 def extract_options(parser):
@@ -239,7 +239,7 @@ def compare_options(parser):
     add("--batch", type=whole_number(1), default=4, help="rows at once (default %(default)s)")
     add("--length", type=whole_number(1), help="as for finetune")
     add_quantize(parser)
-    add_other_precision(parser)
+    add_accept_base(parser)
     add_too_long(parser)
     add_backend(parser)
     add_parts(parser)

@@ -12,6 +12,7 @@ from .messages import log, one_line
 
 # {our flag: what other programs call it}, all without dashes.
 FLAG_SYNONYMS = {
+    "accept-base": ("other-precision", "ignore-base", "skip-base-check", "force"),
     "accumulate": ("gradient-accumulation-steps", "grad-accum", "gradient-accumulation"),
     "adapter": ("adapters", "adapter-path", "lora", "lora-path", "peft-model"),
     "alpha": ("lora-alpha",),

@@ -38,13 +38,20 @@ def add_quantize(
     parser.add_argument("--quantize", choices=["nf4", "q8_0", "q4_0", "q4_1"], help=what)
 
 
-def add_other_precision(parser):
-    """--other-precision."""
+def add_accept_base(parser):
+    """--accept-base, with the names of what may differ."""
+    from ..fits import ACCEPTABLE
+
     parser.add_argument(
-        "--other-precision",
-        action="store_true",
-        help="use an adapter also on its base in another precision than it was trained on: packed "
-        "by --quantize, or not packed any more",
+        "--accept-base",
+        nargs="+",
+        action="extend",
+        choices=ACCEPTABLE,
+        default=[],
+        metavar="CHANGE",
+        help="use an adapter also on its base as it was changed on purpose, and in nothing else: "
+        "other-precision (packed by --quantize, or not packed any more), grown-vocabulary (more "
+        "tokens after those it had)",
     )
 
 

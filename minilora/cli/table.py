@@ -153,7 +153,7 @@ def _run_generate(args):
         args.num_samples,
         tuple(args.stop),
         args.quantize,
-        args.other_precision,
+        args.accept_base,
         args.cut_prompt,
     )
     xp = device(args.backend)
@@ -195,7 +195,7 @@ def _run_chat(args):
         system=args.system,
         message=args.say,
         quantize=args.quantize,
-        other_precision=args.other_precision,
+        accept_base=args.accept_base,
     )
 
 
@@ -231,7 +231,7 @@ def _run_merge(args):
         allow_rounding=args.allow_rounding,
         weights=weights,
         quantize=args.quantize,
-        other_precision=args.other_precision,
+        accept_base=args.accept_base,
     )
 
 
@@ -247,7 +247,7 @@ def _run_combine(args):
         args.out,
         log,
         r=args.r,
-        other_precision=args.other_precision,
+        accept_base=args.accept_base,
     )
 
 
@@ -298,7 +298,7 @@ def _run_compare(args):
         batch=args.batch,
         length=args.length,
         quantize=args.quantize,
-        other_precision=args.other_precision,
+        accept_base=args.accept_base,
         too_long=args.too_long,
         parts=parts,
         threads=threads,

@@ -16,7 +16,7 @@ import numpy as np
 from ..lora_config import LoRAConfig
 from .checks import errors_name, json_object, listed
 from .folder import load_folder
-from .peft_config import read_config
+from .peft_config import MERGE_IN_PEFT, read_config
 from .tensor_file import widened
 
 TENSORS = "adapter_model.safetensors"
@@ -29,15 +29,30 @@ _FACTOR = rf"lora_[AB]\.weight|{MAGNITUDE}"
 NOTE = "minilora.adapter"
 BASE_NOTE = "minilora.base"
 STORED_NOTE = "minilora.stored"
+ROWS_NOTE = "minilora.rows"
 # Keys that PEFT skips or reads as something else, and what they tell. The last one is in every key.
 _STRANGE_KEYS = (
     (f"{PREFIX}{PREFIX}", "the model was wrapped twice: take one prefix out of every key"),
     (".default.", "the name of the adapter was left in the key: take it out"),
-    ("lora_embedding_", "LoRA on an embedding: merged into a tied one it would change the head"),
+    (
+        "lora_embedding_",
+        "it is LoRA on an embedding, which is not supported: merged into a tied one it would "
+        "change the head; leave the embedding out of target_modules, or, where the head is not "
+        f"tied, {MERGE_IN_PEFT}",
+    ),
+    (
+        "trainable_tokens",
+        "rows of an embedding were trained (trainable_token_indices), which is not supported; "
+        f"{MERGE_IN_PEFT}",
+    ),
     ("lora_magnitude_vector", "DoRA's magnitudes are <module>.lora_magnitude_vector"),
     ("lora_B.bias", "lora_bias is not supported"),
     (".bias", "biases that were trained beside LoRA are not supported"),
-    ("", "only LoRA's factors are read; whole tensors (modules_to_save) are not supported"),
+    (
+        "",
+        "only LoRA's factors are read, and no whole tensor that was trained beside them "
+        f"(modules_to_save); {MERGE_IN_PEFT}",
+    ),
 )
 
 
@@ -52,7 +67,7 @@ class AdapterFile:
     our_config: the LoRAConfig by which the pairs were made. columns: {our module: (start, stop)}
     of the columns of lora_B that are its own. recorded: {our module: (r, scaling)}, None from
     version 0.1.0. fingerprint: the base's. stored: {our tensor of the base: how it was stored}, for
-    what was stored in few bits.
+    what was stored in few bits. rows: {our table of the base: how many it had}.
     """
 
     fields: dict
@@ -63,6 +78,7 @@ class AdapterFile:
     recorded: dict | None
     fingerprint: dict | None
     stored: dict
+    rows: dict
 
     is_dora = property(lambda self: bool(self.fields.get("use_dora")))
 
@@ -85,8 +101,21 @@ def read_adapter(folder):
     stored = json_object(where, metadata.get(STORED_NOTE)) or {}
     if not all(isinstance(kind, str) for kind in stored.values()):
         raise ValueError(f"{where} must name the kind of each tensor, got {stored!r:.200}")
-    columns = note.get("columns", {})
-    return AdapterFile(fields, config, factors, our_config, columns, recorded, fingerprint, stored)
+    where = f"{folder / TENSORS}: its {ROWS_NOTE}"
+    rows = json_object(where, metadata.get(ROWS_NOTE)) or {}
+    if not all(type(n) is int and n > 0 for n in rows.values()):
+        raise ValueError(f"{where} must say how many rows each table had, got {rows!r:.200}")
+    return AdapterFile(
+        fields,
+        config,
+        factors,
+        our_config,
+        note.get("columns", {}),
+        recorded,
+        fingerprint,
+        stored,
+        rows,
+    )
 
 
 def _check_folder(folder):

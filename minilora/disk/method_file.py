@@ -139,7 +139,7 @@ def _joined(our_modules, factors):
 def load_method(folder, base, *, say=print):
     """The (IA)³ or the prompt that PEFT or `save_method` wrote, checked against `base`.
 
-    `say` gets a receipt. A file that does not name its base is loaded, and the receipt says so.
+    `say` is told what was read. A file that does not name its base is loaded, and that is said.
     Shapes: as saved, on the backend of `base` and at least in its dtype.
     Raises: FileNotFoundError, or ValueError that names the file and what is wrong: another method,
     a field this library does not implement, tensors absent or superfluous, inf or nan, and a base

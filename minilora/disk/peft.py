@@ -16,7 +16,15 @@ import numpy as np
 from ..architectures import blank_adapter
 from ..backend import to_device, to_numpy
 from ..dora import DoRAPair, with_magnitudes
-from ..fits import check_fits, other_precisions
+from ..fits import (
+    ACCEPTABLE,
+    NAME_OF,
+    MoreRows,
+    OtherPrecision,
+    changes_of,
+    check_fits,
+    indented,
+)
 from ..lora import Adapter, LoRAPair, init_adapter, linear_names
 from ..lora_config import check_patterns, find_targets
 from ..quant import stored_as
@@ -27,6 +35,7 @@ from .adapter_file import (
     MAGNITUDE,
     NOTE,
     PREFIX,
+    ROWS_NOTE,
     STORED_NOTE,
     TENSORS,
     read_adapter,
@@ -134,25 +143,30 @@ def _metadata(adapter, columns):
         metadata[BASE_NOTE] = json.dumps(adapter.base_fingerprint)
     if adapter.base_stored:
         metadata[STORED_NOTE] = json.dumps(adapter.base_stored)
+    if adapter.base_rows:
+        metadata[ROWS_NOTE] = json.dumps(adapter.base_rows)
     return metadata
 
 
-def load_adapter(folder, base, *, other_precision=False, say=print):
+def load_adapter(folder, base, *, accept_base=(), say=print):
     """The adapter that PEFT or `save_adapter` wrote, checked against `base`.
 
-    `say` gets a receipt of what went where. A file that does not name its base is loaded, and the
-    receipt says so. A base whose weights are stored in other bits, with the same values, is the
-    same base. One that was quantised, or is not any more, is another one: its values differ. It is
-    accepted with other_precision=True, if that is all that differs; the receipt says how much.
-    `attach` is then given check_base=False.
+    `say` is told what went where. A file that does not name its base is loaded, and that is said. A
+    base whose weights are stored in other bits, with the same values, is the same base. One that
+    was changed on purpose is another one, and is accepted by the name of the change, if nothing
+    else differs: accept_base=["other-precision"] if it was quantised, or is not any more;
+    ["grown-vocabulary"] if its embedding and its head got more rows after those they had. How much
+    it differs is said. `attach` is then given check_base=False.
     Shapes: as saved, on the backend of `base` and at least in its dtype; each tensor is used once,
     each target matched.
     Raises: FileNotFoundError, or ValueError that names the file and what is wrong: a field this
     library does not implement, lora_alpha absent, tensors absent or superfluous, inf or nan, and a
-    base that is not the one the adapter was trained on. TypeError if the file holds float64 and the
+    base that is not the one the adapter was trained on, with the name under which it would be
+    accepted, if there is one. TypeError if the file holds float64 and the
     base float32.
     Source: PEFT 0.21, `PeftModel.from_pretrained`, without its silent skips.
     """
+    _check_acceptable(accept_base)
     file = read_adapter(folder)
     where = Path(folder) / TENSORS
     with errors_name(where):
@@ -168,42 +182,71 @@ def load_adapter(folder, base, *, other_precision=False, say=print):
         config = file.our_config
         if config is None:
             config = config_in_our_names(file.config, used, table)
-        adapter = Adapter(config, pairs, file.fingerprint, file.stored)
-    differing = _check_base(folder, base, adapter, other_precision)
-    say(receipt(folder, file, used, stored_as(base), differing))
+        adapter = Adapter(config, pairs, file.fingerprint, file.stored, file.rows)
+    changes = _check_base(folder, base, adapter, accept_base)
+    say(_account(folder, file, used, stored_as(base), changes))
     return adapter
 
 
-def _check_base(folder, base, adapter, other_precision):
-    """{tensor: OtherPrecision}: what differs between `base` and that of `adapter`; {} for nothing.
+def _check_acceptable(names):
+    """Raise ValueError unless each of `names` is that of a change of the base."""
+    is_list = isinstance(names, (list, tuple, set, frozenset))
+    if not is_list or not all(name in ACCEPTABLE for name in names):
+        raise ValueError(
+            f"accept_base must be a list of {' and '.join(map(repr, ACCEPTABLE))}, or empty, got "
+            f"{names!r}"
+        )
+
+
+def _check_base(folder, base, adapter, accept_base):
+    """What differs between `base` and that of `adapter`, as `changes_of` says; {} for nothing.
 
     Raises: ValueError unless `adapter`, read from `folder`, belongs on `base`.
     """
     who = f"load_adapter({str(folder)!r})"
     known = adapter.base_fingerprint is not None
-    differing = None
+    changes = None
     if known:
-        differing = other_precisions(base, adapter.base_fingerprint, adapter.base_stored)
-    if not differing:
+        changes = changes_of(
+            base, adapter.base_fingerprint, adapter.base_stored, adapter.base_rows
+        )
+    if not changes:
         check_fits(who, base, adapter, check_base=known)
         return {}
     check_fits(who, base, adapter, check_base=False)
-    if not other_precision:
+    needed = {NAME_OF[type(change)] for change in changes.values()}
+    if not needed <= set(accept_base):
+        names = [name for name in ACCEPTABLE if name in needed]
         raise ValueError(
-            f"{who}: this is the base of the adapter in another precision: "
-            f"{_precisions(differing)}; load the base as it was in training, or accept it with "
-            "other_precision=True (--other-precision)"
+            f"{who}: this is the base of the adapter, but changed; load it as it was in training, "
+            f"or accept the change with accept_base={names} (--accept-base {' '.join(names)}):"
+            + indented(_in_words(changes))
         )
-    return differing
+    return changes
 
 
-def _precisions(differing):
-    """In words, how the weights of a base differ from those in training: {name: OtherPrecision}."""
-    kinds = Counter((p.trained_on, p.now) for p in differing.values())
+def _in_words(changes):
+    """How a base differs from that in training, as lines: what `changes_of` gives."""
+    words = []
+    precisions = [change for change in changes.values() if isinstance(change, OtherPrecision)]
+    if precisions:
+        words.append(f"in another precision: {_precisions(precisions)}")
+    for name, change in changes.items():
+        if isinstance(change, MoreRows):
+            words.append(
+                f"with a grown vocabulary: {name} had {change.trained_on:,} rows in training and "
+                f"has {change.now:,} here, the first of which are those"
+            )
+    return words
+
+
+def _precisions(precisions):
+    """In words, how the weights of a base differ from those in training: OtherPrecisions."""
+    kinds = Counter((p.trained_on, p.now) for p in precisions)
     changes = [
         f"{n} weights were {was} in training and are {now} here" for (was, now), n in kinds.items()
     ]
-    errors = [p.error for p in differing.values()]
+    errors = [p.error for p in precisions]
     return (
         f"{', '.join(changes)}, which moves a weight by {np.mean(errors):.2%} of itself on average,"
         f" {max(errors):.2%} at most"
@@ -306,7 +349,7 @@ def _in_their_names(model, config, make):
         for name in table[module]:
             pair = adapter.pairs[name]
             pairs[name] = LoRAPair(shared_A, pair.lora_B, pair.scaling)
-    return Adapter(ours, pairs, adapter.base_fingerprint, adapter.base_stored)
+    return adapter.with_pairs(ours, pairs)
 
 
 def init_peft_dora(model, config, rng, *, allow_large_r=False):
@@ -323,11 +366,11 @@ def init_peft_dora(model, config, rng, *, allow_large_r=False):
     return with_magnitudes("init_peft_dora", model, adapter)
 
 
-def receipt(folder, file, used, stored, differing):
+def _account(folder, file, used, stored, changes):
     """What a load put where, as lines: kinds of modules, their r and scaling, and the base.
 
     `used` is {module of the AdapterFile `file`: our modules}, `stored` {tensor: kind} of what the
-    base holds in few bits, `differing` {tensor: OtherPrecision} of what differs from training.
+    base holds in few bits, `changes` what differs from training, as `changes_of` gives it.
     """
     kinds = Counter()
     for module, names in used.items():
@@ -342,8 +385,8 @@ def receipt(folder, file, used, stored, differing):
     lines += [f"  {n} x {kind}" for kind, n in kinds.items()]
     if file.fingerprint is None:
         lines.append("  base: UNVERIFIED, the file does not say which base it was trained on")
-    elif differing:
-        lines.append(f"  base: recognised, in ANOTHER PRECISION: {_precisions(differing)}")
+    elif changes:
+        lines.append(f"  base: recognised, CHANGED: {', and '.join(_in_words(changes))}")
     else:
         lines.append(f"  base: recognised, fingerprint {digest_of(file.fingerprint)}")
         if stored != file.stored:

@@ -17,6 +17,16 @@ _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 # Not so where the start was taken out of the base's weights: the factors belong to what was left.
 STARTS_IN_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Tensors of the base itself that PEFT trains as well: what is in the file stands in their place.
+_TRAINED_BESIDE = {
+    "modules_to_save": "whole copies of these modules were trained",
+    "trainable_token_indices": "rows of an embedding were trained, for the tokens of these numbers",
+}
+# What makes another file of such an adapter.
+MERGE_IN_PEFT = (
+    "in PEFT merge_and_unload() and save_pretrained(folder) make a plain model of it and its base, "
+    "which is read here as any base"
+)
 _SUPPORTED = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -62,6 +72,11 @@ def read_config(where, fields):
             if value not in _SUPPORTED[key]:
                 only = _SUPPORTED[key][0]
                 raise ValueError(f"{where}: {key}={value!r} is not supported, only {only!r}")
+        elif key in _TRAINED_BESIDE and not is_neutral(value):
+            raise ValueError(
+                f"{where}: {key}={value!r:.200} is not supported: {_TRAINED_BESIDE[key]}, beside "
+                f"LoRA's factors; {MERGE_IN_PEFT}"
+            )
         elif key not in _READ and key not in _HARMLESS and not is_neutral(value):
             raise ValueError(
                 f"{where}: {key}={value!r} changes what the adapter computes and is not supported"

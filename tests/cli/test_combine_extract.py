@@ -124,7 +124,7 @@ def test_adapters_of_one_base_in_several_precisions_are_added_if_asked_for(folde
     ask = ["combine", "--base", "base", "--adapter", "one", tmp_path / "q", "--weights", 1, 1, "--out", tmp_path / "c"]
     code, _, err = run(*ask)
     assert code == 1 and "in another precision" in err and not (tmp_path / "c").exists()
-    assert run(*ask, "--other-precision")[0] == 0
+    assert run(*ask, "--accept-base", "other-precision")[0] == 0
     assert quiet(tmp_path / "c", base).base_fingerprint is None
 
 

@@ -362,21 +362,21 @@ def test_generate_packs_a_base_and_widens_it_once(folder, run):
 def test_an_adapter_is_used_on_its_base_in_few_bits_only_if_asked_for(folder, run, adapters):
     packed = quantize(load_model(folder / "base"), "nf4")
     quiet = lambda receipt: None
-    loaded = [load_adapter(folder / name, packed, other_precision=True, say=quiet) for name in adapters]
+    loaded = [load_adapter(folder / name, packed, accept_base=["other-precision"], say=quiet) for name in adapters]
     texts = [continued(attach(widen(packed), a, check_base=False), "The ", 12) for a in loaded]
     ask = ["generate", "--base", "base", "--prompt", "The ", "--max-new-tokens", 12, "--quantize", "nf4", "--adapter"]
     code, out, err = run(*ask, *adapters)
-    assert (code, out) == (1, "") and "in another precision" in err and "--other-precision" in err
-    code, out, err = run(*ask, *adapters, "--other-precision")
+    assert (code, out) == (1, "") and "in another precision" in err and "--accept-base other-precision" in err
+    code, out, err = run(*ask, *adapters, "--accept-base", "other-precision")
     assert code == 0 and [line for line in out.splitlines(keepends=True) if not line.startswith("---")] == texts
-    assert err.count("in ANOTHER PRECISION") == len(adapters) and err.count("widened once") == 1
+    assert err.count("CHANGED: in another precision") == len(adapters) and err.count("widened once") == 1
 
 
 def test_compare_and_merge_take_an_adapter_in_another_precision_if_asked_for(folder, run, tmp_path):
     ask = ["compare", "base", "one", "--data", "q.jsonl"]
     assert run(*ask, "--quantize", "nf4")[0] == 1
-    code, out, err = run(*ask, "--quantize", "nf4", "--other-precision")
-    assert code == 0 and "packed as nf4" in out and "ANOTHER PRECISION" in out
+    code, out, err = run(*ask, "--quantize", "nf4", "--accept-base", "other-precision")
+    assert code == 0 and "packed as nf4" in out and "CHANGED: in another precision" in out
     plain = run(*ask)[1]
     numbers = [re.search(r"without the adapter +(\S+)", text)[1] for text in (plain, out)]
     assert numbers[0] != numbers[1]
@@ -386,7 +386,7 @@ def test_compare_and_merge_take_an_adapter_in_another_precision_if_asked_for(fol
     merge_it = ["merge", "--base", "base", "--adapter", tmp_path / "a", "--out", tmp_path / "m"]
     code, _, err = run(*merge_it)
     assert code == 1 and "in another precision" in err and not (tmp_path / "m").exists()
-    assert run(*merge_it, "--other-precision")[0] == 0
+    assert run(*merge_it, "--accept-base", "other-precision")[0] == 0
     assert bits(load_model(tmp_path / "m")) == bits(merge(attach(base, on_nf4, check_base=False)))
 
 

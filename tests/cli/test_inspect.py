@@ -66,7 +66,7 @@ def test_inspect_tells_in_what_precision_an_adapter_was_trained(folder, run, tmp
     save_adapter(trained_adapter(quantize(base, "nf4"), r=2), tmp_path / "a")
     code, out, err = run("inspect", tmp_path / "a", "--base", "base")
     told = " ".join(out.split())
-    assert (code, err) == (0, "") and "trained on weights stored as NF4 base is that base in ANOTHER PRECISION" in told
+    assert (code, err) == (0, "") and "on weights stored as NF4 base is that base CHANGED: in another precision" in told
     assert "weights were NF4 in training and are float32 here" in told
     assert "-" not in {row[-1] for row in table(out).values()}
     assert "stored as" not in run("inspect", "one")[1]

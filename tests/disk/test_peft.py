@@ -19,6 +19,7 @@ from strategies import (
     close,
     drop,
     float_dtypes,
+    grown,
     integer_arrays,
     put,
     same_adapter,
@@ -57,6 +58,7 @@ from minilora.graph import no_grad
 from minilora.lora import LoRAPair
 from minilora.nn import Linear, Module
 from minilora.packed import Packed, PackedTensor
+from minilora.quant import quantize
 
 PREFIX = "base_model.model."
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -80,8 +82,12 @@ def logits(model, ids=IDS):
         return model(ids).data
 
 
+def unheard(account):
+    """Nobody hears what a load says."""
+
+
 def quietly(folder, base):
-    return load_adapter(folder, base, say=lambda receipt: None)
+    return load_adapter(folder, base, say=unheard)
 
 
 def there_and_back(adapter, base, without_metadata=False, **options):
@@ -380,7 +386,7 @@ def test_an_adapter_has_pefts_configuration_and_keeps_its_own_in_the_metadata(tm
         "rank_pattern": {}, "alpha_pattern": {}, "lora_dropout": 0.1, "modules_to_save": None,
         "init_lora_weights": True, "inference_mode": True,
     }  # fmt: skip
-    assert metadata.keys() == {"format", "minilora.config", "minilora.base", "minilora.adapter"}
+    assert metadata.keys() == {"format", "minilora.config", "minilora.base", "minilora.adapter", "minilora.rows"}
     assert metadata["format"] == "pt" and json.loads(metadata["minilora.base"]) == base.fingerprint()
     assert type(config["lora_alpha"]) is int, "a whole number stays one"
 
@@ -1154,6 +1160,78 @@ def test_by_our_own_names_it_is_init_adapter(base, target_modules):
 def test_names_that_nobody_has_are_refused_with_both_lists():
     with pytest.raises(ValueError, match=r"(?s)\['nobody'\].*h.[*].attn.c_attn.*by minilora's.*h.[*].attn.q_proj"):
         init_peft_adapter(small_gpt(), LoRAConfig(2, 4, ["nobody"]), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("key, what", [
+    ("transformer.wte.lora_embedding_A", "LoRA on an embedding, .*leave the embedding out of target_modules"),
+    ("transformer.wte.token_adapter.trainable_tokens_delta", "rows of an embedding were trained .*merge_and_unload"),
+    ("lm_head.weight", "no whole tensor .*modules_to_save.*merge_and_unload"),
+])  # fmt: skip
+def test_a_tensor_that_was_trained_beside_the_factors_is_called_what_it_is(key, what, tmp_path):
+    base = foreign(tmp_path, tensor(f"base_model.model.{key}", np.ones((2, 3), np.float32)))
+    refused(tmp_path, base, what)
+
+
+# A base that was changed on purpose.
+
+
+def logits_of(model, ids):
+    with no_grad():
+        return model(ids).data
+
+
+@pytest.mark.parametrize("make", [small_gpt, small_llama])
+def test_a_base_with_more_tokens_is_refused_with_what_accepts_it_and_accepted(make, tmp_path):
+    base = make()
+    adapter = trained_adapter(base)
+    save_adapter(adapter, tmp_path)
+    model = grown(base)
+    for accepted in ([], ["other-precision"]):
+        with pytest.raises(ValueError) as caught:
+            load_adapter(tmp_path, model, accept_base=accepted, say=unheard)
+        assert ".weight had 11 rows in training and has 14 here" in str(caught.value)
+        assert "--accept-base grown-vocabulary" in str(caught.value)
+    said = []
+    loaded = load_adapter(tmp_path, model, accept_base=["grown-vocabulary"], say=said.append)
+    assert "base: recognised, CHANGED: with a grown vocabulary: " in said[0] and bits(loaded) == bits(adapter)
+    ids = np.arange(8)[None]
+    old, new = logits_of(attach(base, adapter), ids), logits_of(attach(model, loaded, check_base=False), ids)
+    assert close(new[..., :11], old, 1e-5)
+    # It still is an adapter of the base it was trained on.
+    save_adapter(loaded, tmp_path / "again")
+    load_adapter(tmp_path / "again", base, say=unheard)
+    load_adapter(tmp_path / "again", model, accept_base=["grown-vocabulary"], say=unheard)
+
+
+def test_what_differs_beside_is_refused_though_a_change_is_accepted(tmp_path):
+    save_adapter(trained_adapter(small_llama()), tmp_path)
+    everything = ["other-precision", "grown-vocabulary"]
+    for other in (grown(small_llama(1)), quantize(small_llama(1), "nf4"), small_llama(1)):
+        with pytest.raises(ValueError, match="does not fit this base"):
+            load_adapter(tmp_path, other, accept_base=everything, say=unheard)
+    both = quantize(grown(small_llama()), "nf4")
+    for name in everything:
+        with pytest.raises(ValueError, match="--accept-base other-precision grown-vocabulary"):
+            load_adapter(tmp_path, both, accept_base=[name], say=unheard)
+    load_adapter(tmp_path, both, accept_base=everything, say=unheard)
+
+
+@pytest.mark.parametrize("names", [True, "other-precision", ["other_precision"], ["all"], [None]], ids=str)
+def test_a_change_that_there_is_not_cannot_be_accepted(names, tmp_path):
+    with pytest.raises(ValueError, match="accept_base must be a list of"):
+        load_adapter(tmp_path, small_gpt(), accept_base=names, say=unheard)
+
+
+@pytest.mark.parametrize("note", ["[", "[1]", '{"wte.weight": 0}', '{"wte.weight": true}', '{"wte.weight": "11"}'])
+def test_a_note_on_rows_that_is_no_note_is_refused_by_name(note, tmp_path):
+    save_adapter(trained_adapter(small_gpt()), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["minilora.rows"]) == {"wte.weight": 11, "wpe.weight": 16}
+    save_file(load_file(path), path, {**metadata, "minilora.rows": note})
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: its minilora\.rows"):
+        load_adapter(tmp_path, small_gpt(), say=unheard)
 
 
 # What was found wrong and is not yet mended.

@@ -102,6 +102,15 @@ def test_a_field_that_changes_what_is_computed_is_refused_by_name(field, value):
         read_config("file.json", {**FIELDS, field: value})
 
 
+@pytest.mark.parametrize("fields, what", [
+    ({"modules_to_save": ["lm_head"]}, "whole copies of these modules were trained"),
+    ({"trainable_token_indices": {"wte": [1]}}, "rows of an embedding were trained"),
+])  # fmt: skip
+def test_what_was_trained_beside_lora_is_called_what_it_is_and_the_way_out_is_told(fields, what):
+    with pytest.raises(ValueError, match=f"{what}.*, beside LoRA's .*merge_and_unload.* read here as any base"):
+        read_config("f", {**FIELDS, **fields})
+
+
 def test_what_lora_config_objects_to_names_the_file():
     for fields in ({"r": 0}, {"lora_alpha": "4"}, {"target_modules": []}, {"rank_pattern": {"(": 1}},
                    {"use_rslora": "no"}, {"lora_dropout": None}, {"alpha_pattern": [1]}):  # fmt: skip
