@@ -1,4 +1,4 @@
-"""Adam, its learning-rate schedule, and gradient clipping. Knows tensors, not models."""
+"""Adam, its learning-rate schedules, and gradient clipping. Knows tensors, not models."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -217,3 +217,25 @@ def warmup_cosine(step, total, peak, warmup=0, final=0.1):
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def warmup_linear(step, total, peak, warmup=0, final=0.1):
+    """The learning rate at `step` (0, 1, ...).
+
+    It rises linearly to `peak` over `warmup` steps, then falls in a straight line to final · peak.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return peak * (1 - (1 - final) * progress)
+
+
+def warmup_constant(step, total, peak, warmup=0):
+    """The learning rate at `step`: it rises linearly to `peak` over `warmup` steps, and stays."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak
+
+
+# {what a schedule is called: the learning rate at a step of so many, with a peak and a warm-up}
+SCHEDULES = {"cosine": warmup_cosine, "linear": warmup_linear, "constant": warmup_constant}

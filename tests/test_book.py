@@ -27,11 +27,11 @@ FLOORS = {
              "template_sandbox", "chat_template", "vocabulary", "conversation", "token_stream", "tokenizer",
              "quantized"],
     "training": ["corpus", "batches", "text_files", "datasets", "threads", "parts", "loop", "workers", "checkpoint",
-                 "progress", "finetune_config", "learned", "run_log", "steps", "finetune"],
+                 "progress", "finetune_config", "learned", "run_file", "run_log", "steps", "finetune"],
     "cli": ["ctrl_c", "messages", "parser", "keyboard", "folders", "questions", "text_stream", "generation",
             "commands", "comparison", "plot", "chat", "inspect", "counting", "playground", "asking", "demo_tables",
-            "demo_run", "demo", "demo_base", "hardware", "shared_options", "options", "finetune_options", "finetuning",
-            "table", "main"],
+            "demo_run", "demo", "demo_base", "hardware", "config_file", "shared_options", "options", "finetune_options",
+            "finetuning", "table", "advice", "main"],
 }
 ORDER = [name if floor == "book" else f"{floor}.{name}" for floor, names in FLOORS.items() for name in names]
 # Though one stands after the other, neither may know it.

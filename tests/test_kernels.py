@@ -220,7 +220,7 @@ def third_step(model, full=False, seed=None):
     ids = rng.integers(0, base.config.vocab_size, (3, 2, 8))
     counts = {}
 
-    def after_step(step, loss):
+    def after_step(step, loss, norm):
         counts[step] = strict_array.WAITS.copy(), strict_array.CALLS.copy()
         strict_array.WAITS.clear()
         strict_array.CALLS.clear()

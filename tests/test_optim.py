@@ -1,6 +1,7 @@
 """Adam against the textbook, clipping and the schedule at their edges, and what they refuse. Knows no models."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from strategies import agree, hunt, nearly, rngs, sides
 
 from minilora import optim
 from minilora.backend import to_numpy
-from minilora.optim import Adam, _blocks, clip_grad_norm, warmup_cosine
+from minilora.optim import SCHEDULES, Adam, _blocks, clip_grad_norm, warmup_constant, warmup_cosine, warmup_linear
 from minilora.tensor import Tensor
 
 
@@ -407,12 +408,24 @@ def test_the_rate_warms_up_to_its_peak_and_falls_to_its_final_share():
 
 @given(st.integers(1, 60), st.integers(0, 20), st.floats(1e-4, 1.0), st.floats(0.0, 1.0))
 def test_the_rate_never_leaves_its_range_and_never_rises_after_the_warm_up(total, warmup, peak, final):
-    rates = [warmup_cosine(step, total, peak, warmup, final) for step in range(total + warmup + 5)]
+    for schedule in (warmup_cosine, warmup_linear):
+        never_leaves_its_range_nor_rises(partial(schedule, final=final), total, warmup, peak, final)
+    never_leaves_its_range_nor_rises(warmup_constant, total, warmup, peak, 1.0)
+
+
+def never_leaves_its_range_nor_rises(schedule, total, warmup, peak, final):
+    rates = [schedule(step, total, peak, warmup) for step in range(total + warmup + 5)]
     assert all(0 <= rate <= peak * (1 + 1e-12) for rate in rates)
     falling = rates[max(0, warmup - 1) :]
     assert all(later <= rate * (1 + 1e-12) for rate, later in zip(falling, falling[1:], strict=False))
     assert rates[-1] == pytest.approx(final * peak)
 
 
-def test_without_a_warm_up_the_first_rate_is_the_peak():
-    assert warmup_cosine(0, 10, 3.0) == 3.0
+def test_a_line_falls_evenly_and_a_constant_does_not_fall():
+    assert [warmup_linear(step, 12, 2.0, 2, final=0.5) for step in (0, 1, 2, 7, 12)] == [1.0, 2.0, 2.0, 1.5, 1.0]
+    assert [warmup_constant(step, 12, 2.0, 2) for step in (0, 1, 2, 7, 12)] == [1.0, 2.0, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values())
+def test_without_a_warm_up_the_first_rate_is_the_peak(schedule):
+    assert schedule(0, 10, 3.0) == 3.0

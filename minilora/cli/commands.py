@@ -94,7 +94,9 @@ def extract_folders(base, tuned, out, log, *, r, target):
     model = load_model(find_sources(base))
     tuned_model = load_model(find_sources(tuned))
     names = our_targets(model, target)
-    with tqdm(total=len(names), desc="extracting", unit="layer", delay=1, leave=False) as bar:
+    with tqdm(
+        total=len(names), desc="extracting", unit="layer", delay=1, leave=False, disable=None
+    ) as bar:
         result = extract(model, tuned_model, r, names, on_layer=lambda name: bar.update())
     log(f"extracted: {_sizes(result.adapter)}, of {len(names)} targeted")
     _log_lost(result, log)

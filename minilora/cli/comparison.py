@@ -92,7 +92,7 @@ def _measure_all(model, data, batch, label, how):
 
 
 def _measure(model, examples, batch, label, how):
-    bar = tqdm(examples.epoch(batch), desc=label, unit="batch", delay=1, leave=False)
+    bar = tqdm(examples.epoch(batch), desc=label, unit="batch", delay=1, leave=False, disable=None)
     loss = heldout_loss(model, bar, **how)
     if not isinstance(examples, Rows) or not examples.has_answers:
         return Measured(loss, None, None)

@@ -221,7 +221,7 @@ def _write_all(model, prompt_ids, sampling, ends, streams):
     prompts = np.repeat(prompt_ids[None], len(streams), axis=0)
     rng = np.random.default_rng(sampling.seed)
     n = sampling.max_new_tokens
-    with tqdm(total=n, desc="generating", unit="token", delay=1, leave=False) as bar:
+    with tqdm(total=n, desc="generating", unit="token", delay=1, leave=False, disable=None) as bar:
         for token in sampling.tokens(model, prompts, n, rng, ends):
             bar.update()
             for stream, id_ in zip(streams, token.tolist(), strict=True):

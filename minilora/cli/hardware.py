@@ -6,14 +6,14 @@ What it needs to know of the library is imported when a command asks.
 from .messages import warn
 
 
-def parts_and_threads_of(args):
-    """The two settings of a command that trains or measures.
+def kept_parts_and_threads(parts, threads, backend):
+    """(parts, threads) of a command that trains or measures, where None stands for the default.
 
     With several threads the process keeps freed memory for the next step.
     """
     from ..training.threads import keep_freed_memory, parts_and_threads
 
-    parts, threads = parts_and_threads(args.parts, args.threads, args.backend)
+    parts, threads = parts_and_threads(parts, threads, backend)
     if threads > 1:
         keep_freed_memory()
     return parts, threads

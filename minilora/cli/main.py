@@ -10,6 +10,7 @@ import warnings
 
 from .. import __version__
 from ..disk.bases import SMOLLM2_COMMAND
+from .advice import for_command_line
 from .ctrl_c import report_interrupt
 from .messages import log, one_line, warn
 from .parser import nearest
@@ -36,7 +37,7 @@ def main(argv=None):
     """Run the program with the words `argv`, or with those of this process; returns the exit code.
 
     0: done. 1: an error, in one line on stderr. 2: arguments that make no sense, in one line.
-    130: interrupted, in one line.
+    130: interrupted, in one line (143 of the whole program, if SIGTERM did it).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     with warnings.catch_warnings():
@@ -71,7 +72,7 @@ def _run_to_the_end(argv):
         MemoryError,
         OverflowError,
     ) as error:
-        warn(f"minilora: {one_line(error)}")
+        warn(f"minilora: {for_command_line(one_line(error))}")
         return 1
 
 

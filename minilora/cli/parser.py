@@ -16,6 +16,7 @@ FLAG_SYNONYMS = {
     "accumulate": ("gradient-accumulation-steps", "grad-accum", "gradient-accumulation"),
     "adapter": ("adapters", "adapter-path", "lora", "lora-path", "peft-model"),
     "alpha": ("lora-alpha",),
+    "alpha-pattern": ("alpha-patterns",),
     "ask": ("question", "query"),
     "backend": ("device", "gpu", "cuda"),
     "base": (
@@ -27,6 +28,8 @@ FLAG_SYNONYMS = {
         "checkpoint",
     ),
     "batch": ("batch-size", "train-batch-size", "per-device-train-batch-size", "micro-batch-size"),
+    "clip": ("max-grad-norm", "max-norm", "grad-clip", "gradient-clipping", "clip-grad-norm"),
+    "config": ("config-file", "config-path", "settings", "args-file", "run-file"),
     "cut-prompt": ("truncate", "truncation"),
     "data": ("dataset", "data-path", "dataset-path", "train-data", "train-file", "file", "text"),
     "dropout": ("lora-dropout",),
@@ -40,6 +43,16 @@ FLAG_SYNONYMS = {
         "validate-every",
     ),
     "eval-split": ("val-split", "validation-split", "test-size", "val-size", "heldout", "holdout"),
+    "from-adapter": (
+        "adapter-path",
+        "lora-path",
+        "init-adapter",
+        "init-from",
+        "start-from",
+        "continue-from",
+        "resume-adapter-file",
+        "adapter-name-or-path",
+    ),
     "full": ("full-finetuning", "full-fine-tuning", "no-lora", "finetuning-type"),
     "html": ("page", "output", "website"),
     "length": (
@@ -60,10 +73,14 @@ FLAG_SYNONYMS = {
     "patience": ("early-stopping-patience", "early-stopping", "early-stop"),
     "prompt": ("text", "input", "start"),
     "quantize": ("quantization", "load-in-4bit", "4bit", "bits", "qlora"),
+    "quiet": ("q", "silent", "no-progress", "disable-tqdm", "no-progress-bar"),
     "quick": ("fast", "small", "tiny", "test"),
     "r": ("rank", "lora-r", "lora-rank"),
+    "rank-pattern": ("rank-patterns", "ranks"),
     "resume": ("continue", "resume-from-checkpoint"),
+    "rslora": ("use-rslora", "rs-lora"),
     "say": ("message", "once"),
+    "schedule": ("lr-scheduler-type", "lr-scheduler", "lr-schedule", "scheduler", "lr-decay-style"),
     "save-every": ("save-steps", "save-interval", "checkpoint-every"),
     "seed": ("random-seed", "random-state"),
     "steps": (
@@ -79,11 +96,14 @@ FLAG_SYNONYMS = {
     "stop": ("stop-sequence", "stop-sequences", "stop-word"),
     "system": ("system-prompt", "system-message"),
     "target": ("target-modules", "lora-target-modules", "targets", "modules", "lora-layers"),
+    "target-regex": ("target-regexp", "target-pattern", "target-expression", "modules-regex"),
     "temperature": ("temp",),
     "threads": ("num-threads", "n-threads"),
     "top-k": ("topk",),
     "top-p": ("topp", "nucleus"),
     "tuned": ("finetuned", "fine-tuned", "finetuned-model", "tuned-model", "target-model"),
+    "warmup": ("warmup-steps", "num-warmup-steps", "warmup-ratio", "lr-warmup-steps"),
+    "weight-decay": ("decay", "wd", "l2"),
     "weights": ("scales", "coefficients", "adapter-weights", "ratios"),
     "workers": ("num-workers", "n-workers", "num-processes", "nproc-per-node", "processes", "jobs"),
 }
@@ -102,8 +122,10 @@ class CommandParser(argparse.ArgumentParser):
     """The arguments of a command. An error ends the program with one line and exit code 2."""
 
     def __init__(self, name, summary, epilog):
-        # Before super(): that adds --help.
-        self.flags = []
+        # {flag: what argparse knows of it}. Before super(): that adds --help.
+        self.actions_of = {}
+        # In front of each error: the file that the arguments stand in.
+        self.where = ""
         super().__init__(
             prog=f"minilora {name}",
             description=f"{summary[0].upper()}{summary[1:]}.",
@@ -115,18 +137,24 @@ class CommandParser(argparse.ArgumentParser):
 
     def add_argument(self, *names, **options):
         """As argparse's; the names of the flags are noted."""
-        self.flags += [name for name in names if name.startswith("-")]
-        return super().add_argument(*names, **options)
+        return self._note(names, super().add_argument(*names, **options))
 
     def group(self, title, description):
         """What adds arguments as `add_argument` does, in a place of their own in the help."""
         of_group = self.add_argument_group(title, description)
 
         def add(*names, **options):
-            self.flags += names
-            return of_group.add_argument(*names, **options)
+            return self._note(names, of_group.add_argument(*names, **options))
 
         return add
+
+    def _note(self, names, action):
+        for name in names:
+            if name.startswith("-"):
+                self.actions_of[name] = action
+        return action
+
+    flags = property(lambda self: list(self.actions_of))
 
     def parse_args(self, argv):
         """The arguments as attributes. Raises: SystemExit after --help, or if one is wrong."""
@@ -142,14 +170,19 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message):
         """End the program with one line that names this command's help. Raises: SystemExit(2)."""
-        text = one_line(message)
+        text = self.where + one_line(message)
         see = " See" if text.endswith("?") else "; see"
         self.exit(2, f"{self.prog}: {text}{see} {self.prog} --help\n")
 
     def has_flag(self, word):
         """Is `word`, `--seed` or `--seed=3`, a flag of this command, or the beginning of one?"""
         flag = word.partition("=")[0]
-        return any(ours.startswith(flag) for ours in self.flags)
+        if flag in self.flags:
+            return True
+        completed = [ours for ours in self.flags if ours.startswith(flag)]
+        meant = [ours for ours in self.flags if flag[2:] in FLAG_SYNONYMS.get(ours[2:], ())]
+        # --rank is what others call --r, and not short for --rank-pattern.
+        return bool(completed) and set(meant) <= set(completed)
 
     def _unknown_flag(self, argv):
         """The first word that is a flag and none of ours, or None."""
@@ -201,6 +234,41 @@ class Names(argparse.Action):
             raise argparse.ArgumentError(self, f"there is no name in {' '.join(values)!r}")
         earlier = getattr(namespace, self.dest) or []
         setattr(namespace, self.dest, [*earlier, *names])
+
+
+class Assignments(argparse.Action):
+    """NAME=VALUE, several or after a flag given twice: all are put into one {NAME: VALUE}."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        earlier = getattr(namespace, self.dest) or {}
+        for name, value in values:
+            if name in earlier:
+                raise argparse.ArgumentError(self, f"{name!r} is given twice")
+            earlier = {**earlier, name: value}
+        setattr(namespace, self.dest, earlier)
+
+
+def assignment(read):
+    """The type of an argument: NAME=VALUE as (NAME, VALUE), an expression and what `read` reads."""
+
+    def read_both(text):
+        name, equals, value = text.rpartition("=")
+        if not equals or not name:
+            raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+        return expression(name), read(value)
+
+    return read_both
+
+
+def expression(text):
+    """The type of an argument: a regular expression."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a regular expression, got {text!r}: {error}"
+        ) from None
+    return text
 
 
 def whole_number(least):

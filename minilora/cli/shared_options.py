@@ -10,11 +10,11 @@ from .parser import (
 )
 
 
-def add_base(parser):
-    """--base, which has to be given."""
+def add_base(parser, required=True):
+    """--base, which has to be given unless a file may say it."""
     parser.add_argument(
         "--base",
-        required=True,
+        required=required,
         metavar="BASE",
         help="a model's folder (config.json, model.safetensors, tokenizer.json; a GPT-2 or one of "
         "Llama's family), a .gguf file, or smollm2",
@@ -27,7 +27,7 @@ def add_seed(parser):
         "--seed",
         type=whole_number(0),
         default=0,
-        help="of every random number (default %(default)s)",
+        help="of every random number (default 0)",
     )
 
 
@@ -160,9 +160,8 @@ def add_parts(parser, in_a_step=False, by_processes=False):
         add(
             "--accumulate",
             type=whole_number(1),
-            default=1,
             metavar="N",
-            help="batches in a step (default %(default)s): of a text, N batches of B rows in P "
+            help="batches in a step (default 1): of a text, N batches of B rows in P "
             "parts each give the bits of one batch of N*B rows in N*P parts, in less memory; of a "
             ".jsonl, other rows share a batch, as their lengths decide",
         )

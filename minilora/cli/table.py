@@ -12,7 +12,7 @@ from typing import NamedTuple
 from . import options
 from .finetune_options import finetune_options
 from .finetuning import run_finetune
-from .hardware import device, parts_and_threads_of
+from .hardware import device, kept_parts_and_threads
 from .keyboard import line_reader, read_all
 from .messages import log, warn, write
 from .parser import CommandParser
@@ -67,7 +67,7 @@ def _small_demo(args, xp):
         demo.ask(args.ask, out, xp, log)
         return
     size = demo.QUICK if args.quick else demo.FULL
-    parts, threads = parts_and_threads_of(args)
+    parts, threads = kept_parts_and_threads(args.parts, args.threads, args.backend)
     demo.run(
         size,
         out,
@@ -288,7 +288,7 @@ def _run_plot(args):
 def _run_compare(args):
     from .comparison import compare
 
-    parts, threads = parts_and_threads_of(args)
+    parts, threads = kept_parts_and_threads(args.parts, args.threads, args.backend)
     compare(
         args.base,
         args.adapters,

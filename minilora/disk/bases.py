@@ -4,6 +4,7 @@ Knows where files are, and nothing of what is in them.
 """
 
 import importlib.util
+import re
 from pathlib import Path
 
 # The model that one command brings, and the package that carries it. The package itself is never
@@ -38,9 +39,17 @@ def find_base(text):
     if str(text) == SMOLLM2:
         return _smollm2()
     raise FileNotFoundError(
-        f"{path} does not exist; a base is a folder, a .gguf file, or smollm2 (nothing is "
-        "downloaded)"
+        f"{path} does not exist; a base is a folder, a .gguf file, or smollm2, and nothing is "
+        "downloaded here; pip install huggingface_hub, and this brings a folder: "
+        f"{_download(str(text))}"
     )
+
+
+def _download(text):
+    """The command that brings a model from the Hugging Face Hub, if `text` is its name there."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        return f"hf download {text} --local-dir {text.rpartition('/')[2]}"
+    return "hf download OWNER/NAME --local-dir NAME"
 
 
 def _smollm2():

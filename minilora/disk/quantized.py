@@ -15,7 +15,7 @@ def quantized_base(model, kind, log, quiet=False):
     `log` gets a line on what that did: the bytes of the model before and after, and how far a
     weight W is from what it was, ‖packed - W‖ / ‖W‖ in Frobenius's norm, on average over them.
     """
-    with tqdm(desc="packing", unit="layer", delay=1, leave=False, disable=quiet) as bar:
+    with tqdm(desc="packing", unit="layer", delay=1, leave=False, disable=quiet or None) as bar:
         packed = quantize(model, kind, on_layer=lambda name: bar.update())
     # The weights were read whole. What is left of their file is the embedding, the norms, biases.
     release_pages(_stored_arrays(model))

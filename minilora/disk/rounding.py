@@ -49,7 +49,9 @@ def rounding_report(model, dtype, merged=None):
     plain = dict(merged.named_modules())
     layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, AdaptedLayer)}
     report = []
-    with tqdm(layers.items(), desc="rounding", unit="layer", delay=1, leave=False) as bar:
+    with tqdm(
+        layers.items(), desc="rounding", unit="layer", delay=1, leave=False, disable=None
+    ) as bar:
         for name, layer in bar:
             weight = to_numpy(layer.linear.weight.data)
             update = to_numpy(_exact_update(layer))

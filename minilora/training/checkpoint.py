@@ -15,11 +15,14 @@ from ..tensor import check_same_layout
 
 # The first version of this library that wrote checkpoints as they are written here, and drew the
 # same random numbers after them.
-VERSION = "0.6"
+VERSION = "0.7"
 TENSORS = "checkpoint.safetensors"
 STATE = "checkpoint.json"
+FIELDS = {"version", "identity", "places", "steps", "progress"}
 # A folder that is being removed has this name instead of its own.
 REMOVED = ".checkpoint.done"
+# What a run says that failed after it had been saved.
+FAILURE = "failure.txt"
 
 # All tensors, {name: array}, and what JSON holds: {"steps": ..., "progress": ...}.
 Snapshot = namedtuple("Snapshot", "arrays state")
@@ -38,15 +41,17 @@ class Checkpoint:
     large no snapshots are taken: it is saved as it is, now and then.
 
     `identity` is what must be the same when the run goes on: {group: {field: value}}, of values
-    that JSON gives back as they were.
+    that JSON gives back as they were. `places` is {name: value} of what may
+    change: it is saved too, and tells where the run finds what it works with.
 
     `best` is {name: array} of the module when it was at its best, None if nobody marks that: it is
     part of the state. Whoever restores a state with it marks one before, so that both have it.
     """
 
-    def __init__(self, folder, identity, module, adam):
+    def __init__(self, folder, identity, module, adam, places=None):
         self.folder = Path(folder)
         self.identity = identity
+        self.places = dict(places or {})
         self.module = module
         self.adam = adam
         self.best = None
@@ -87,12 +92,17 @@ class Checkpoint:
 
     def _write(self, arrays, state):
         arrays = _on_host(arrays)
-        state = {"version": VERSION, "identity": self.identity, **state}
+        state = {
+            "version": VERSION,
+            "identity": self.identity,
+            "places": self.places,
+            **state,
+        }
         save_folder(self.folder, TENSORS, arrays, STATE, state)
 
     def saved_steps(self):
         """How many steps were done when it was last saved."""
-        return load_config(self.folder, TENSORS, STATE)["steps"]
+        return read_state(self.folder)["steps"]
 
     def restore(self):
         """Put all back as it was saved; returns the progress saved with it.
@@ -102,7 +112,7 @@ class Checkpoint:
         it belongs to another run.
         """
         state, tensors, _ = load_folder(self.folder, TENSORS, STATE)
-        self._check_version(state)
+        _check_state(self.folder, state)
         self._check_identity(state["identity"])
         parameters = _without_prefix("module.", tensors)
         moments = _without_prefix("adam.", tensors)
@@ -114,22 +124,8 @@ class Checkpoint:
         self.module.load_state_dict(parameters)
         if self.best is not None:
             self.best = _copies(best)
+        (self.folder / FAILURE).unlink(missing_ok=True)
         return state["progress"]
-
-    def _check_version(self, state):
-        version = state.get("version")
-        if version is None and "rng" in state:
-            # Version 0.1 did not say which it was. It alone saved the state of generators.
-            version = "0.1"
-        if version is not None and version != VERSION:
-            raise ValueError(
-                f"{self.folder} was written by minilora {version}, and this is {VERSION}: "
-                "go on with that version, or start anew in another folder"
-            )
-        if state.keys() != {"version", "identity", "steps", "progress"}:
-            raise ValueError(
-                f"{self.folder / STATE} has the fields {sorted(state)}; it is no checkpoint"
-            )
 
     def _check_identity(self, saved):
         differences = _differences(_flat(saved), _flat(self.identity))
@@ -139,12 +135,49 @@ class Checkpoint:
                 f"anew in another folder:{indented(differences)}"
             )
 
+    def note_failure(self, text):
+        """Keep what a run that cannot go on says: `failure_of` tells it."""
+        (self.folder / FAILURE).write_text(text, encoding="utf-8")
+
     def remove(self):
-        """Remove the folder, so that no half of it is ever found under its name."""
+        """Remove the folder, if there is one, so that no half of it is found under its name."""
+        if not self.folder.exists():
+            return
         being_removed = self.folder.with_name(REMOVED)
         shutil.rmtree(being_removed, ignore_errors=True)
         os.replace(self.folder, being_removed)
         shutil.rmtree(being_removed)
+
+
+def read_state(folder):
+    """What JSON holds of the checkpoint in `folder`: {field: value} of the FIELDS.
+
+    Raises: as `restore`, but for what a run is compared with.
+    """
+    state = load_config(folder, TENSORS, STATE)
+    _check_state(folder, state)
+    return state
+
+
+def failure_of(folder):
+    """What the run said that failed after it was saved in `folder`; None if none did."""
+    path = Path(folder) / FAILURE
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _check_state(folder, state):
+    """Raise ValueError unless this version wrote `state`, what JSON holds of a checkpoint."""
+    version = state.get("version")
+    if version is None and "rng" in state:
+        # Version 0.1 did not say which it was. It alone saved the state of generators.
+        version = "0.1"
+    if version is not None and version != VERSION:
+        raise ValueError(
+            f"{folder} was written by minilora {version}, and this is {VERSION}: "
+            "go on with that version, or start anew in another folder"
+        )
+    if state.keys() != FIELDS:
+        raise ValueError(f"{folder / STATE} has the fields {sorted(state)}; it is no checkpoint")
 
 
 def _copies(arrays):

@@ -334,7 +334,7 @@ def _fitting(path, rows, block_size, too_long, log):
 
 
 def _with_bar(items, quiet):
-    return tqdm(items, desc="tokenising", delay=1, leave=False, disable=quiet)
+    return tqdm(items, desc="tokenising", delay=1, leave=False, disable=quiet or None)
 
 
 def _pieces(text):

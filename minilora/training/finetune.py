@@ -8,6 +8,7 @@ the seed, and what came after the last checkpoint is computed again.
 import contextlib
 import hashlib
 import json
+import shlex
 import shutil
 from collections import namedtuple
 from concurrent.futures import BrokenExecutor
@@ -24,12 +25,20 @@ from ..disk.models import load_model
 from ..disk.quantized import quantized_base
 from ..disk.tokenizer import load_tokenizer
 from ..optim import Adam
-from .checkpoint import REMOVED, Checkpoint, is_checkpoint
+from .checkpoint import REMOVED, Checkpoint, failure_of, is_checkpoint
 from .datasets import load_data
 from .learned import LearnedAdapter, LearnedModel, report_full
 from .loop import Interrupted
 from .parts import PartWorkers
 from .progress import Progress, peak_memory
+from .run_file import (
+    CHECKPOINT,
+    arrays_of,
+    check_resumable,
+    identity_settings,
+    places_of,
+    write_run_file,
+)
 from .run_log import RunLog, check_place, cut_back, run_digest
 from .steps import Steps, keep
 from .threads import check_parts
@@ -39,12 +48,6 @@ from .workers import RemoteWorkers, check_workers
 # before, and that of what is given (None if nothing is held out); and, with `eval_every`, the
 # [steps done, held-out loss] on the way.
 Result = namedtuple("Result", "adapter losses before after evaluations")
-
-# Until the run has ended, this folder in the folder of the adapter holds its checkpoint.
-CHECKPOINT = "checkpoint"
-# These settings may change when a run goes on: where things lie, and how often they are saved. The
-# model and the data themselves may not, so their fingerprints are compared.
-MAY_CHANGE = ("base", "data", "out", "save_every", "log_file")
 
 # What a run works with: `learned` a LearnedAdapter or a LearnedModel, `batches` from the first on,
 # `heldout` a Text, Rows or None, `identity` what must be the same when it goes on.
@@ -68,10 +71,12 @@ def finetune(
     `config` is a FineTuneConfig. The adapter is saved in the folder `config.out`; with
     `config.full` it is a model. As long as the run has not ended, this folder holds another,
     `checkpoint`, from which `resume=True` goes on. With `config.eval_every` the adapter is saved
-    as it was where the held-out loss was lowest after a step. `log` is called with each line of the
-    report; `quiet` shows no progress bars. `xp` is the array module to compute with; `parts` and
-    `threads` are those of `train`. With an `executor` of concurrent.futures `n_workers` of its
-    workers compute the parts, in the place of threads: `process_pool`, `mpi_pool`, or another.
+    as it was where the held-out loss was lowest after a step. Beside it lies `run.json`, the file
+    that repeats the run (`minilora finetune --config`). `log` is called with each line of the
+    report; `quiet` leaves of it what was learned, and shows no progress bars. `xp` is the array
+    module to compute with; `parts` and `threads` are those of `train`. With an `executor` of
+    concurrent.futures `n_workers` of its workers compute the parts, in the place of threads:
+    `process_pool`, `mpi_pool`, or another.
     Raises: ValueError or FileNotFoundError, before anything is computed or written, for files and
     settings that do not fit, or workers that would compute other bits; Interrupted on Ctrl-C, and
     RuntimeError if a worker dies, with the last whole step saved (of a model, the last that was
@@ -85,27 +90,29 @@ def finetune(
         check_workers(n_workers, parts)
     threads = min(threads, parts)
     _check_out(Path(config.out), resume)
+    is_new = not Path(config.out).exists()
     if config.log_file is not None:
         check_place(config.log_file, config.out, resume)
-    blas = "one" if parts > 1 or executor is not None else "as many as there are"
-    arrays = {"module": xp.__name__, "parts (--parts)": parts, "BLAS threads": blas}
-    run = _prepare(config, xp, arrays, threads, log, quiet)
-    progress = _begin(run, resume, log)
+    arrays = arrays_of(xp, parts, has_workers=executor is not None)
+    say = _nothing if quiet else log
+    run = _prepare(config, xp, arrays, threads, say, quiet)
+    progress = _begin(run, resume, say)
     if executor is None:
         workers = PartWorkers(run.learned.model, parts, threads)
     else:
         make = partial(model_of, config)
         workers = RemoteWorkers(run.learned.model, make, executor, n_workers, parts)
-        log(f"{n_workers} workers of {type(executor).__name__} compute {parts} parts")
-    with workers, _resumable(run):
+        say(f"{n_workers} workers of {type(executor).__name__} compute {parts} parts")
+    with workers, _resumable(run, is_new):
         # From here on there is something to resume.
         keep(run, progress, is_due=True)
         with _open_log(run) as run_log:
-            steps = Steps(run, workers, progress, run_log, log, quiet)
+            steps = Steps(run, workers, progress, run_log, say, quiet)
             steps.measure_before()
             steps.take()
             after = steps.take_best()
-        run.learned.save(config.out)
+        _save(run)
+        write_run_file(config, arrays)
         run.checkpoint.remove()
     _report(run, progress, after, executor is not None, log)
     return Result(run.learned.module, progress.losses, progress.before, after, progress.evaluations)
@@ -130,8 +137,12 @@ def model_of(config):
     """The model that a run of this FineTuneConfig trains, with an adapter as drawn: for workers."""
     base = load_model(find_base(config.base))
     if config.quantize is not None:
-        base = quantized_base(base, config.quantize, lambda line: None, quiet=True)
-    return LearnedAdapter(base, config, np.random.default_rng(config.seed)).model
+        base = quantized_base(base, config.quantize, _nothing, quiet=True)
+    return LearnedAdapter(base, config, np.random.default_rng(config.seed), _nothing).model
+
+
+def _nothing(line):
+    """What a line is told to that nobody is to read."""
 
 
 def _begin(run, resume, log):
@@ -161,15 +172,16 @@ def _check_out(out, resume):
     if (out / REMOVED).exists():
         # A run was killed while it removed its checkpoint.
         shutil.rmtree(out / REMOVED)
-    if resume and not is_checkpoint(checkpoint):
-        reason = "start without --resume"
-        for kind in (LearnedAdapter, LearnedModel):
-            if (out / kind.file).exists():
-                reason = f"the run has ended, and {kind.noun.replace('the', 'its')} is there"
-        raise FileNotFoundError(f"nothing to resume in {out}: {reason}")
     if resume:
+        check_resumable(out)
         return
     if is_checkpoint(checkpoint):
+        failure = failure_of(checkpoint)
+        if failure is not None:
+            raise ValueError(
+                f"{out} holds a run that failed, and would fail again ({failure}): remove "
+                f"{checkpoint}, or choose another folder"
+            )
         raise ValueError(
             f"{out} holds a run that has not ended: go on with --resume, remove {checkpoint}, "
             "or choose another folder"
@@ -213,40 +225,47 @@ def _prepare(config, xp, arrays, threads, log, quiet):
         report_full(base, config.eval_every is not None, log)
         learned = LearnedModel(base, path)
     else:
-        learned = LearnedAdapter(base, config, adapter_rng)
+        learned = LearnedAdapter(base, config, adapter_rng, log)
     log(learned.summary)
-    adam = Adam(learned.module.parameters(), lr=config.lr, threads=threads)
-    identity = _identity(config, data, base.config, learned.fingerprint, arrays)
-    checkpoint = Checkpoint(Path(config.out) / CHECKPOINT, identity, learned.module, adam)
+    adam = Adam(
+        learned.module.parameters(),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        threads=threads,
+    )
+    identity = _identity(config, data, base.config, learned, arrays)
+    checkpoint = Checkpoint(
+        Path(config.out) / CHECKPOINT, identity, learned.module, adam, places_of(config)
+    )
     return _Run(config, learned, adam, batches, heldout, identity, checkpoint)
 
 
-def _identity(config, data, base_config, base_fingerprint, arrays):
+def _identity(config, data, base_config, learned, arrays):
     """What must be the same when the run goes on."""
-    settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     data_file = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
     identity = {
-        "settings": settings,
+        "settings": identity_settings(config),
         "data": {"sha256": data_file, "tokens": data.fingerprint()},
         "config": asdict(base_config),
         "arrays": arrays,
-        "base": base_fingerprint,
+        "base": learned.fingerprint,
     }
+    if learned.origin is not None:
+        identity["from_adapter"] = {"digest": learned.origin}
     # As it will be read back: JSON makes a list of a tuple.
     return json.loads(json.dumps(identity))
 
 
 @contextlib.contextmanager
-def _resumable(run):
-    """Whatever ends this block early leaves a checkpoint, and an error that says how to go on."""
+def _resumable(run, is_new):
+    """Whatever ends this block early leaves a checkpoint, and an error that says how to go on.
+
+    But for an error before any step was saved: going on would lead to the same error, so that
+    nothing is left, not even the folder if `is_new`.
+    """
     checkpoint = run.checkpoint
     try:
         yield
-    except ValueError as error:
-        raise ValueError(
-            f"{error}. To start again with other settings, remove {checkpoint.folder} or choose "
-            "another folder"
-        ) from None
     except (KeyboardInterrupt, BrokenExecutor) as error:
         if checkpoint.snapshot is not None:
             checkpoint.save()
@@ -255,7 +274,7 @@ def _resumable(run):
             raise
         kept = (
             f"after step {checkpoint.saved_steps()} of {run.config.steps}, which is kept in "
-            f"{checkpoint.folder}; to go on, give the same command with --resume"
+            f"{checkpoint.folder}; to go on, give --resume and --out {shlex.quote(run.config.out)}"
         )
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(f"interrupted {kept}") from None
@@ -263,11 +282,46 @@ def _resumable(run):
             f"a worker died (killed, or out of memory?) {kept}, with any number of workers "
             f"({type(error).__name__})"
         ) from None
+    except Exception as error:
+        if not is_checkpoint(checkpoint.folder) or checkpoint.saved_steps() == 0:
+            _leave_nothing(run, is_new)
+            raise
+        if not isinstance(error, ValueError):
+            raise
+        checkpoint.note_failure(str(error))
+        raise ValueError(
+            f"{error}. To start again with other settings, remove {checkpoint.folder} or choose "
+            "another folder"
+        ) from None
+
+
+def _leave_nothing(run, is_new):
+    """Remove the checkpoint, a log without a step in it, and the folder that was made for both."""
+    run.checkpoint.remove()
+    if run.config.log_file is not None and run.adam.steps == 0:
+        Path(run.config.log_file).unlink(missing_ok=True)
+    if is_new:
+        # Somebody else may have put something there.
+        with contextlib.suppress(OSError):
+            Path(run.config.out).rmdir()
+
+
+def _save(run):
+    """Write what was learned. If that is nothing, the checkpoint goes: going on would not help."""
+    try:
+        run.learned.save(run.config.out)
+    except ValueError as error:
+        run.checkpoint.remove()
+        raise ValueError(
+            f"nothing was learned in {run.adam.steps} steps, and nothing is kept: {error}"
+        ) from None
 
 
 def _report(run, progress, after, has_workers, log):
     """Log what was learned, and what it took."""
     for line in progress.report(after, run.config.steps):
+        log(line)
+    for line in [*progress.remarks(after, run.config.clip), *run.learned.remarks()]:
         log(line)
     out = Path(run.config.out)
     n_bytes = (out / run.learned.file).stat().st_size

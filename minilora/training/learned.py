@@ -1,36 +1,69 @@
 """What a fine-tuning trains, and as what it is kept: an adapter, or all of a model. Knows no steps.
 
 Both have `model`, which computes the loss; `module`, whose tensors are trained; `fingerprint`, that
-of the base; `save(folder)`; and for reports `summary`, `noun` and `file`, the name of the file of
-tensors. `is_large` says whether a copy of it after each step would be a burden.
+of the base; `origin`, a digest of what was gone on from, or None; `save(folder)`; and for reports
+`summary`, `noun`, `file`, the name of the file of tensors, and `remarks()`. `is_large` says whether
+a copy of it after each step would be a burden.
 """
 
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+
+from ..backend import get_array_module
+from ..compose import spectrum
 from ..count import parameter_report
 from ..disk import models, peft
-from ..lora import attach
+from ..lora import Adapter, LoRAPair, attach
+from ..nn import digest_of
 from ..quant import stored_as
 
 
 class LearnedAdapter:
-    """A new adapter for `base`, which stays as it is. `config` is a FineTuneConfig."""
+    """An adapter for `base`, which stays as it is. `config` is a FineTuneConfig.
+
+    It is new, or the one in `config.from_adapter`; `log` is told what that is.
+    """
 
     is_large = False
     noun = "the adapter"
     file = peft.TENSORS
 
-    def __init__(self, base, config, rng):
-        init = peft.init_peft_dora if config.dora else peft.init_peft_adapter
-        self.module = init(base, config.lora_config(), rng)
+    def __init__(self, base, config, rng, log):
+        self.origin = None
+        if config.from_adapter is None:
+            init = peft.init_peft_dora if config.dora else peft.init_peft_adapter
+            self.module = init(base, config.lora_config(), rng)
+        else:
+            self.module = _adapter_to_go_on_from(base, config, log)
+            self.origin = _digest(self.module)
         self.model = attach(base, self.module, check_base=False)
         self.fingerprint = self.module.base_fingerprint
         self.base = str(config.base)
+        self.base_model = base
+        recipe = self.module.config
+        is_plain = all(type(pair) is LoRAPair for pair in self.module.pairs.values())
+        kind = "adapter" if is_plain else "DoRA adapter"
         sizes = parameter_report(self.model)
-        kind = "DoRA adapter" if config.dora else "adapter"
-        self.summary = f"{kind} r={config.r}, alpha={config.alpha:g}: {sizes}"
+        self.summary = f"{kind} r={recipe.r}, alpha={recipe.alpha:g}: {sizes}"
 
     def save(self, folder):
         """Write the adapter into `folder`, in PEFT's format."""
         peft.save_adapter(self.module, folder, base_model=self.base)
+
+    def remarks(self):
+        """Lines on what was learned that nobody would guess: that it changes nothing."""
+        largest = 0.0
+        for share in _shares(self.base_model, self.module):
+            if share >= np.finfo(self.module.parameters()[0].dtype).eps:
+                return []
+            largest = max(largest, share)
+        return [
+            f"the adapter does nothing: its updates are at most {largest:.1e} of a weight, in "
+            "Frobenius's norm, and rounding changes more than that; give a larger alpha or a "
+            "higher learning rate"
+        ]
 
 
 class LearnedModel:
@@ -41,6 +74,7 @@ class LearnedModel:
     file = models.TENSORS
 
     def __init__(self, base, path):
+        self.origin = None
         self.fingerprint = base.fingerprint()
         self.model = base.trainable_copy()
         self.module = self.model
@@ -50,6 +84,46 @@ class LearnedModel:
     def save(self, folder):
         """Write a plain model into `folder`, with the tokenizer and settings of its base."""
         models.save_model(self.model, folder, like=self.path)
+
+    def remarks(self):
+        """There are none."""
+        return []
+
+
+def _adapter_to_go_on_from(base, config, log):
+    """The adapter in `config.from_adapter`, as one of this base and with the dropout of this run.
+
+    Raises: as `load_adapter`.
+    """
+    adapter = peft.load_adapter(config.from_adapter, base, say=log)
+    recipe = replace(adapter.config, dropout=config.dropout)
+    # The file may not have said which base it was; from now on it is this one.
+    return Adapter(recipe, adapter.pairs, base.fingerprint(), stored_as(base))
+
+
+def _digest(adapter):
+    """A digest of all numbers of an adapter."""
+    digest = hashlib.sha256()
+    for name, p in adapter.named_parameters():
+        digest.update(f"{name} {p.dtype} {digest_of(p)}\n".encode())
+    for name, pair in adapter.pairs.items():
+        digest.update(f"{name} {pair.scaling!r}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _shares(base, adapter):
+    """|dW| / |W| of each adapted weight, one after the other, in Frobenius's norm.
+
+    Of DoRA, which also gives each row another length, infinity.
+    """
+    modules = dict(base.named_modules())
+    for name, pair in adapter.pairs.items():
+        if type(pair) is not LoRAPair:
+            yield np.inf
+            continue
+        weight = modules[name].weight.data
+        norm = float(get_array_module(weight).linalg.norm(weight))
+        yield float(np.linalg.norm(spectrum(pair))) / (norm or 1.0)
 
 
 def training_bytes(base, keeps_best):

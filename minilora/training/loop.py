@@ -51,8 +51,9 @@ def train(
     `accumulate` batches: N of B rows in P parts each give what one of N·B rows in N·P parts gives.
 
     A run that goes on after `start` steps is given the batches from there. After each step
-    `on_step(steps, loss)` is called with the number of steps since the very first; if it returns
-    True, this step was the last. A progress bar is drawn unless `quiet`.
+    `on_step(steps, loss, norm)` is called with the number of steps since the very first, and the
+    norm of the gradients before they were clipped; if it returns True, this step was the last.
+    Unless `quiet` a progress bar is drawn, on a terminal alone.
 
     Shapes: `batches` yields (inputs, targets), both (B, T) integers.
     Raises: ValueError if a loss or a gradient is not finite, before that step touches a parameter;
@@ -80,11 +81,11 @@ def train(
                 raise ValueError(
                     f"train: the loss is {loss} at step {step}; lower the learning rate"
                 )
-            clip_grad_norm(optimizer.params, max_norm)
+            norm = clip_grad_norm(optimizer.params, max_norm)
             optimizer.step(None if schedule is None else schedule(step))
             losses.append(loss)
             progress.show(loss, sum(np.size(ids) for ids, _ in of_step))
-            if on_step is not None and on_step(step + 1, loss):
+            if on_step is not None and on_step(step + 1, loss, norm):
                 break
     return losses
 
@@ -101,10 +102,13 @@ def _entered(stack, model, parts, threads, workers):
     return workers
 
 
-def _bar(*arguments, **options):
-    """A progress bar of tqdm's. One that Ctrl-C leaves half made complains when it is freed."""
+def _bar(*arguments, quiet, **options):
+    """A progress bar of tqdm's, on a terminal alone: in a file it would be one endless line.
+
+    One that Ctrl-C leaves half made complains when it is freed.
+    """
     with ctrl_c_deferred():
-        return tqdm(*arguments, **options)
+        return tqdm(*arguments, disable=quiet or None, **options)
 
 
 def bars_aside():
@@ -118,7 +122,7 @@ class _ProgressBar:
     def __init__(self, steps, start, label, quiet):
         self.n_tokens = 0
         self.bar = _bar(
-            total=steps, initial=start, desc=label, unit="step", disable=quiet, leave=False
+            total=steps, initial=start, desc=label, unit="step", quiet=quiet, leave=False
         )
 
     def __enter__(self):
@@ -146,7 +150,7 @@ def heldout_loss(model, batches, label=None, *, parts=1, threads=1, workers=None
     """
     total = 0.0
     n_tokens = 0
-    bar = _bar(batches, desc=label, unit="batch", disable=label is None, leave=False)
+    bar = _bar(batches, desc=label, unit="batch", quiet=label is None, leave=False)
     with no_grad(), _evaluation(model, part_loss, bar, parts, threads, workers) as results:
         for n, loss in results:
             total += n * loss

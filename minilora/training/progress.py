@@ -5,8 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# The report gives the mean loss of so many steps, at the start and at the end.
+# The report gives the mean loss of so many steps, at the start and at the end; of a run that is not
+# twice as long it gives the loss of the first step and of the last.
 REPORTED_STEPS = 10
+# More digits than this nobody reads: a float32 has no more.
+MOST_DIGITS = 8
+# If a larger share of the steps is shortened, clipping is no exception any more.
+CLIPPED_OFTEN = 0.9
 
 
 @dataclass
@@ -15,7 +20,7 @@ class Progress:
 
     before: the held-out loss before the first step, in nats per token (None: not measured). losses:
     that of each step. tokens, seconds: how many the steps took. evaluations: [steps done, held-out
-    loss] of each measurement on the way.
+    loss] of each measurement on the way. clipped: in how many steps the gradients were shortened.
     """
 
     before: float | None = None
@@ -23,6 +28,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     evaluations: list = field(default_factory=list)
+    clipped: int = 0
 
     def as_json(self):
         """A copy, as a dict for JSON; `Progress(**copy)` goes on from it."""
@@ -59,13 +65,10 @@ class Progress:
         `after` is the held-out loss of what is kept, or None if nothing is held out. `steps` is how
         many were planned.
         """
-        n = min(REPORTED_STEPS, len(self.losses))
         speed = self.tokens / max(self.seconds, 1e-9)
-        first = np.mean(self.losses[:n])
-        last = np.mean(self.losses[-n:])
         lines = [
             f"{len(self.losses)} steps in {self.seconds:,.0f} s, {speed:,.0f} tokens/s; training "
-            f"loss {first:.3f} -> {last:.3f} nats per token (means of {n} steps)"
+            f"loss {self._training_loss()}"
         ]
         if len(self.losses) < steps:
             lines.append(
@@ -75,13 +78,46 @@ class Progress:
         if self.evaluations:
             lines.append(self._best_and_last())
         elif after is not None:
-            lines.append(f"held-out loss {self.before:.3f} -> {after:.3f} nats per token")
+            lines.append(f"held-out loss {_change(self.before, after)}")
         return lines
+
+    def _training_loss(self):
+        first, last, of_what = self._first_and_last()
+        if len(self.losses) == 1:
+            return f"{first:.3f} nats per token"
+        return f"{_change(first, last)} ({of_what})"
+
+    def _first_and_last(self):
+        """The training loss at the start and at the end, and what of it that is."""
+        n = REPORTED_STEPS
+        if len(self.losses) < 2 * n:
+            return self.losses[0], self.losses[-1], "first and last step"
+        return np.mean(self.losses[:n]), np.mean(self.losses[-n:]), f"means of {n} steps"
+
+    def remarks(self, after, clip):
+        """What went otherwise than one hopes, as lines: losses that rose, gradients cut short.
+
+        `after` is as for `report`, `clip` the norm to which gradients are shortened.
+        """
+        remarks = []
+        first, last, _ = self._first_and_last()
+        remedy = "lower the learning rate, or look at the data"
+        if after is not None and not self.evaluations and after > self.before:
+            remarks.append(f"the held-out loss rose, by {after - self.before:.2g}: {remedy}")
+        elif after is None and last > first:
+            remarks.append(f"the training loss rose, by {last - first:.2g}: {remedy}")
+        n = len(self.losses)
+        if self.clipped > CLIPPED_OFTEN * n:
+            remarks.append(
+                f"clipping shortened the gradients in {self.clipped} of {n} steps, to a norm of "
+                f"{clip:g}: it holds back the learning rate; lower that, or clip less"
+            )
+        return remarks
 
     def _best_and_last(self):
         best_step, best_loss = self.best()
         last_step, last_loss = self.evaluations[-1]
-        line = f"held-out loss {self.before:.3f} -> {best_loss:.3f} nats per token, after step "
+        line = f"held-out loss {_change(self.before, best_loss)}, after step "
         if best_step == last_step:
             line += f"{best_step}, the last and the best, which is kept"
         else:
@@ -89,6 +125,16 @@ class Progress:
         if best_loss >= self.before:
             line += ". No evaluation was better than the start: choose a lower learning rate"
         return line
+
+
+def _change(before, after):
+    """Two losses, with as many digits as tell them apart."""
+    for digits in range(3, MOST_DIGITS + 1):
+        told = f"{before:.{digits}f}"
+        told_after = f"{after:.{digits}f}"
+        if told != told_after:
+            return f"{told} -> {told_after} nats per token"
+    return f"{before:.3f} nats per token, unchanged"
 
 
 def peak_memory():

@@ -7,10 +7,7 @@ import math
 import time
 from itertools import islice
 
-from ..optim import warmup_cosine
 from .loop import bars_aside, heldout_loss, train
-
-LONGEST_WARMUP = 100
 
 
 class Steps:
@@ -44,9 +41,11 @@ class Steps:
         # What is measured between steps does not count: the clock starts again after it.
         clock = time.perf_counter()
 
-        def after_step(n_done, loss):
+        def after_step(n_done, loss, norm):
             nonlocal clock
             self.progress.losses.append(loss)
+            if norm > run.config.clip:
+                self.progress.clipped += 1
             self.progress.seconds += time.perf_counter() - clock
             is_last = self._after_step(n_done, loss)
             clock = time.perf_counter()
@@ -58,7 +57,8 @@ class Steps:
             run.adam,
             self.progress.count_tokens(islice(run.batches, n_used, None)),
             run.config.steps,
-            schedule=self._rate,
+            schedule=run.config.rate,
+            max_norm=run.config.clip,
             seed=run.config.seed,
             accumulate=run.config.accumulate,
             workers=self.workers,
@@ -81,16 +81,11 @@ class Steps:
         _, after = self.progress.best()
         return after
 
-    def _rate(self, step):
-        config = self.run.config
-        warmup = min(LONGEST_WARMUP, config.steps // 10)
-        return warmup_cosine(step, config.steps, config.lr, warmup)
-
     def _after_step(self, n_done, loss):
         """Log the step, evaluate if it is time, keep what is needed to go on; was it the last?"""
         config = self.run.config
         is_last = n_done == config.steps
-        self._log(loss=loss, lr=self._rate(n_done - 1))
+        self._log(loss=loss, lr=config.rate(n_done - 1))
         if config.eval_every is not None and (n_done % config.eval_every == 0 or is_last):
             self._evaluate()
         is_last = is_last or self._is_hopeless()

@@ -212,20 +212,20 @@ def ctrl_c_kept_from_children():
 
 @contextlib.contextmanager
 def ctrl_c_deferred():
-    """Within this block Ctrl-C waits for the end of the block: for what must not be cut in half."""
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    if not on_main_thread or signal.getsignal(signal.SIGINT) is None:
-        # No Python code hears of Ctrl-C here.
-        yield
-        return
-    presses = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: presses.append(number))
+    """Within this block Ctrl-C and SIGTERM wait for its end: for what must not be cut in half."""
+    numbers = []
+    if threading.current_thread() is threading.main_thread():
+        # A signal of which no Python code hears raises nothing.
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(n))]
+    came = []
+    handlers = {n: signal.signal(n, lambda number, frame: came.append(number)) for n in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-    if presses:
-        signal.raise_signal(signal.SIGINT)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 def keep_freed_memory():

@@ -36,8 +36,8 @@ def run(folder, monkeypatch, capsys):
     """Runs the program in that folder, on a machine that no bar thinks slow: (exit code, stdout, stderr)."""
     tqdm = comparison.tqdm
 
-    def bar(*given, delay, leave, **more):
-        assert delay >= 1 and not leave
+    def bar(*given, delay, leave, disable, **more):
+        assert delay >= 1 and not leave and disable is None
         return tqdm(*given, **more, disable=True)
 
     monkeypatch.chdir(folder)

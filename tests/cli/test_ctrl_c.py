@@ -1,4 +1,4 @@
-"""Ctrl-C, wherever it falls: in imports, in commands, in examples. Each time one line, and exit code 130."""
+"""Ctrl-C and SIGTERM, wherever they fall: in imports, in commands, in examples. Each time one line, and 130 or 143."""
 
 import os
 import re
@@ -33,6 +33,14 @@ def numpy_with_ctrl_c(tmp_path):
 def test_ctrl_c_during_the_imports_of_a_command_is_one_line(command, tmp_path, numpy_with_ctrl_c):
     process = start(tmp_path, *command.split(), path=[numpy_with_ctrl_c])
     assert finish(process) == (130, "", "minilora: interrupted\n")
+
+
+@posix
+def test_sigterm_is_told_as_ctrl_c_is_and_the_exit_code_says_which_it_was(tmp_path, numpy_with_ctrl_c):
+    path = numpy_with_ctrl_c / "numpy" / "__init__.py"
+    path.write_text(path.read_text().replace("SIGINT", "SIGTERM"))
+    process = start(tmp_path, "finetune", "--help", path=[numpy_with_ctrl_c])
+    assert finish(process) == (143, "", "minilora: interrupted\n")
 
 
 @posix
@@ -104,6 +112,32 @@ def has_ended(group):
     return False
 
 
+def until_steps_are_done(process, log):
+    size = log.stat().st_size if log.exists() else 0
+    while process.poll() is None and not (log.exists() and log.stat().st_size > size + 1500):
+        time.sleep(0.05)
+
+
+@posix
+def test_sigterm_leaves_what_ctrl_c_leaves_also_where_ctrl_c_is_ignored_and_the_run_goes_on(tmp_path):
+    """A shell has what it starts in the background ignore Ctrl-C."""
+    save_model(character_gpt(n_embd=8), tmp_path / "base")
+    (tmp_path / "t.txt").write_text(TEXT)
+    command = ["finetune", "--base", "base", "--data", "t.txt", "--out", "out", "--alpha", "4", "--length", "8",
+               "--steps", "100000", "--log", "log.jsonl", "--quiet"]  # fmt: skip
+    in_background = ["-c", "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+                     "os.execv(sys.executable, [sys.executable, '-m', 'minilora', *sys.argv[1:]])"]  # fmt: skip
+    for words in (["-m", "minilora", *command], [*in_background, "finetune", "--resume", "--out", "out", "--quiet"]):
+        process = start_python(tmp_path, *words)
+        until_steps_are_done(process, tmp_path / "log.jsonl")
+        process.send_signal(signal.SIGTERM)
+        code, out, err = finish(process)
+        assert (code, out) == (143, "") and err.count("\n") == 1
+        told = r"minilora: interrupted after step \d+ of 100000, which is kept in out/checkpoint; to go on, give "
+        assert re.fullmatch(told + "--resume and --out out\n", err)
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint"}
+
+
 @posix
 def test_a_run_on_workers_ends_with_ctrl_c_and_with_a_kill_and_leaves_no_process(tmp_path):
     """A terminal sends Ctrl-C to the workers as well. Whoever is killed has no time to tell them anything."""
@@ -115,9 +149,7 @@ def test_a_run_on_workers_ends_with_ctrl_c_and_with_a_kill_and_leaves_no_process
 
     def interrupted(send, *arguments):
         process = start(tmp_path, *command, *arguments, start_new_session=True)
-        size = log.stat().st_size if log.exists() else 0
-        while process.poll() is None and not (log.exists() and log.stat().st_size > size + 1500):
-            time.sleep(0.05)
+        until_steps_are_done(process, log)
         send(process.pid)
         code, _, err = finish(process)
         assert has_ended(process.pid)
@@ -126,7 +158,7 @@ def test_a_run_on_workers_ends_with_ctrl_c_and_with_a_kill_and_leaves_no_process
     code, err = interrupted(lambda pid: os.killpg(pid, signal.SIGINT))
     *_, last = err.rstrip().splitlines()
     assert code == 130 and "Traceback" not in err
-    assert re.search(r"minilora: interrupted after step \d+ of 100000, which is kept in .*--resume$", last)
+    assert re.search(r"minilora: interrupted after step \d+ of 100000, which is kept in .*--resume and --out", last)
     code, err = interrupted(lambda pid: os.kill(pid, signal.SIGKILL), "--resume")
     assert code == -signal.SIGKILL and "Traceback" not in err
 

@@ -264,7 +264,8 @@ def test_the_examples_of_the_help_work_as_they_stand(quick, capsys, monkeypatch,
         out, err = capsys.readouterr()
         assert out.endswith("\n") and "Traceback" not in err
         assert (name == "finetune") == bool(re.search("training loss .* kept in my-adapter", " ".join(out.split())))
-    assert {path.name for path in Path("my-adapter").iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    names = {"adapter_model.safetensors", "adapter_config.json", "run.json"}
+    assert {path.name for path in Path("my-adapter").iterdir()} == names
     assert main(["generate", "--base", BASE, "--adapter", "my-adapter", "--prompt", "Note"]) == 0
 
 
@@ -278,7 +279,7 @@ def given_to_finetune(monkeypatch, *arguments, alpha=("--alpha", "3")):
     monkeypatch.setattr(folders, "find_sources", lambda *given: calls.append(given))
     assert main(["finetune", "--base", "b", "--data", "d.txt", "--out", "o", *alpha, *arguments]) == 0
     source, ((config, xp), options) = calls
-    assert source == ("b",) and xp is np and options.keys() == {"resume", "log", "parts", "threads"}
+    assert source == ("b",) and xp is np and options.keys() == {"resume", "log", "quiet", "parts", "threads"}
     return config, options["resume"], (options["parts"], options["threads"])
 
 
@@ -287,13 +288,13 @@ def test_the_options_reach_the_training(monkeypatch, tmp_path):
     usual = FineTuneConfig(base="b", data="d.txt", out="o", alpha=3.0)
     assert given_to_finetune(monkeypatch) == (usual, False, parts_and_threads(None, None, "numpy"))
     every = "--r 5 --target c_attn --target mlp.c_fc q_proj --lr 0.25 --steps 6 --batch 7 --length 8 --dropout 0.5"
-    more = "--seed 9 --eval-split 0.125 --save-every 11 --resume --target c_proj --parts 3 --threads 1 --quantize nf4 "
+    more = "--seed 9 --eval-split 0.125 --save-every 11 --target c_proj --parts 3 --threads 1 --quantize nf4 "
     more += "--too-long cut --eval-every 4 --patience 2 --log a.jsonl"
     targets = ["c_attn", "mlp.c_fc", "q_proj", "c_proj"]
     expected = replace(usual, r=5, target=targets, lr=0.25, steps=6, batch=7, length=8, seed=9, dropout=0.5,
                        eval_split=0.125, save_every=11, quantize="nf4", too_long="cut", eval_every=4, patience=2,
                        log_file="a.jsonl")  # fmt: skip
-    assert given_to_finetune(monkeypatch, *every.split(), *more.split()) == (expected, True, (3, 1))
+    assert given_to_finetune(monkeypatch, *every.split(), *more.split()) == (expected, False, (3, 1))
     config, *_ = given_to_finetune(monkeypatch, "--full", alpha=())
     assert config == replace(usual, alpha=None, full=True)
 

@@ -188,11 +188,11 @@ def test_of_many_differences_the_first_are_named_and_the_others_counted(saved):
 # Of another version, or damaged.
 
 
-@pytest.mark.parametrize("version", ["0.1", "0.4", "0.5", "3.1"])
+@pytest.mark.parametrize("version", ["0.1", "0.4", "0.5", "0.6", "3.1"])
 def test_a_checkpoint_of_another_version_is_refused_in_one_line_that_names_it(saved, version):
     folder, _ = saved
     changed(folder, lambda state: state.update(version=version))
-    message = is_refused(folder, f"written by minilora {version}, and this is 0.6: go on with that")
+    message = is_refused(folder, f"written by minilora {version}, and this is 0.7: go on with that")
     assert "\n" not in message
 
 
@@ -207,7 +207,7 @@ def test_version_01_wrote_no_version_and_is_known_by_its_generators(saved):
     is_refused(folder, r"written by minilora 0\.1")
 
 
-@pytest.mark.parametrize("field", ["version", "identity", "steps", "progress"])
+@pytest.mark.parametrize("field", ["version", "identity", "places", "steps", "progress"])
 def test_a_state_without_one_of_its_fields_is_no_checkpoint(saved, field):
     folder, _ = saved
     changed(folder, lambda state: state.pop(field))

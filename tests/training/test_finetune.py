@@ -73,7 +73,7 @@ def config_for(inputs, out, kind="jsonl", **changes):
 def run_and_report(config, **how):
     """(Result, the report as one text)."""
     lines = []
-    result = finetune.finetune(config, log=lines.append, quiet=True, **how)
+    result = finetune.finetune(config, log=lines.append, **how)
     return result, "\n".join(lines)
 
 
@@ -130,7 +130,7 @@ def whole(request, inputs, tmp_path_factory):
 
 def test_a_run_leaves_an_adapter_that_fits_its_base_and_nothing_else(inputs, whole):
     kind, result, (names, *_) = whole
-    assert names == {"adapter_model.safetensors", "adapter_config.json"}
+    assert names == {"adapter_model.safetensors", "adapter_config.json", "run.json"}
     assert len(result.losses) == 4
     assert result.before > 0
     assert result.after > 0
@@ -206,7 +206,7 @@ def test_the_end_of_a_text_is_held_out(inputs, tmp_path, monkeypatch):
 
 def test_the_rate_warms_up_and_falls_and_nothing_decays(inputs, tmp_path, monkeypatch):
     rates = spied(monkeypatch, Adam, "step", lambda lr: lr)
-    adams = spied(monkeypatch, Checkpoint, "__init__", lambda folder, identity, adapter, adam: adam)
+    adams = spied(monkeypatch, Checkpoint, "__init__", lambda folder, identity, adapter, adam, places: adam)
     run(config_for(inputs, tmp_path, steps=20))
     assert rates == [warmup_cosine(step, 20, 1e-2, 2) for step in range(20)]
     [adam] = adams
@@ -243,7 +243,7 @@ def test_the_report_says_sizes_losses_and_cost(inputs, tmp_path):
         "112 of 1,768 parameters are trainable",
         "4 steps in",
         "tokens/s",
-        "means of 4 steps",
+        "(first and last step)",
         f"held-out loss {result.before:.3f} -> {result.after:.3f}",
         f"kept in {tmp_path}: the adapter",
     ):
@@ -556,7 +556,7 @@ def test_ctrl_c_at_any_moment_keeps_the_last_whole_step_and_says_how_to_go_on(in
         n_done = json.loads((out / "checkpoint" / "checkpoint.json").read_text())["steps"]
         steps_kept.add(n_done)
         assert f"interrupted after step {n_done} of 4" in str(interrupt)
-        assert str(interrupt).endswith("the same command with --resume")
+        assert str(interrupt).endswith(f"to go on, give --resume and --out {out}")
         resumed, report = run_and_report(config, resume=True)
         assert f"resumed after step {n_done} of 4" in report
         assert same(resumed, result)
@@ -869,7 +869,7 @@ def model_in(folder):
 
 def test_full_fine_tuning_leaves_a_model_that_loads_and_is_what_a_plain_loop_gives(inputs, full_run, tmp_path):
     result, (names, weights, _) = full_run
-    assert names == {"model.safetensors", "config.json"}
+    assert names == {"model.safetensors", "config.json", "run.json"}
     model = load_model(inputs / "base").trainable_copy()
     config = full(inputs, tmp_path / "out")
     split_rng, _, batch_rng = np.random.default_rng(config.seed).spawn(3)
@@ -885,15 +885,15 @@ def test_its_memory_is_told_before_it_is_taken(inputs, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(GPT, "trainable_copy", ctrl_c)
         with pytest.raises(KeyboardInterrupt):
-            finetune.finetune(full(inputs, tmp_path / "out", eval_every=2), log=lines.append, quiet=True)
+            finetune.finetune(full(inputs, tmp_path / "out", eval_every=2), log=lines.append)
     assert not (tmp_path / "out").exists()
     held = []
     true_init = Checkpoint.__init__
 
-    def init(self, folder, identity, module, adam):
+    def init(self, folder, identity, module, adam, places):
         weights = sum(p.data.nbytes for p in module.parameters())
         held.append((weights, sum(a.nbytes for a in adam.m + adam.v)))
-        true_init(self, folder, identity, module, adam)
+        true_init(self, folder, identity, module, adam, places)
 
     monkeypatch.setattr(Checkpoint, "__init__", init)
     _, report = run_and_report(full(inputs, tmp_path / "out", base=str(inputs / "base")))
@@ -1040,19 +1040,26 @@ def test_a_snapshot_that_is_no_copy_would_keep_half_a_step(inputs, whole, tmp_pa
 # What may change before a run goes on, and what may not.
 
 
-@pytest.mark.parametrize("step", [0, 3])
-def test_an_error_leaves_the_last_checkpoint(inputs, whole, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_an_error_leaves_the_last_checkpoint_if_a_step_is_in_it_and_else_nothing(inputs, whole, tmp_path, monkeypatch,
+                                                                                 step):  # fmt: skip
     kind, result, _ = whole
-    config = config_for(inputs, tmp_path, kind)
+    config = config_for(inputs, tmp_path / "out", kind)
+    true_rate = FineTuneConfig.rate
 
-    def not_a_number_from_a_step_on(n_done, *more):
-        return warmup_cosine(n_done, *more) if n_done < step else np.nan
+    def not_a_number_from_a_step_on(self, n_done):
+        return true_rate(self, n_done) if n_done < step else np.nan
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "warmup_cosine", not_a_number_from_a_step_on)
-        with pytest.raises(ValueError, match="learning rate must be finite.* To start again with other settings"):
+        patch.setattr(FineTuneConfig, "rate", not_a_number_from_a_step_on)
+        with pytest.raises(ValueError, match="learning rate must be finite") as error:
             run(config)
-    assert same(run(config, resume=True), result)
+        assert ("To start again with other settings, remove" in str(error.value)) == (step == 3)
+        assert (tmp_path / "out").exists() == (step == 3)
+        if step == 3:
+            with pytest.raises(ValueError, match=r"holds a run that failed, and would fail again \(.*must be finite"):
+                run(config)
+    assert same(run(config, resume=step == 3), result)
 
 
 def test_where_things_lie_and_how_often_they_are_saved_may_change(inputs, whole, tmp_path):
@@ -1121,7 +1128,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line_that_names_it(tm
     config = FineTuneConfig(base=str(old / "base"), data=str(old / "notes.txt"), out=str(old / "out"), alpha=4, r=2,
                             lr=1e-2, steps=8, batch=4, seed=3, eval_split=0.2, length=16, dropout=0.1)  # fmt: skip
     before = {path: path.read_bytes() for path in (old / "out").rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"written by minilora 0\.1, and this is 0\.6: go on with that") as refusal:
+    with pytest.raises(ValueError, match=r"written by minilora 0\.1, and this is 0\.7: go on with that") as refusal:
         run(config, resume=True)
     assert "\n" not in str(refusal.value)
     assert {path: path.read_bytes() for path in (old / "out").rglob("*") if path.is_file()} == before
@@ -1180,7 +1187,8 @@ def test_a_run_is_not_started_over_an_adapter(inputs, tmp_path):
     config = config_for(inputs, tmp_path / "out")
     run(config)
     before = bytes_in(tmp_path / "out")
-    with pytest.raises(ValueError, match="is not empty: it holds adapter_config.json, adapter_model.safetensors;"):
+    held = "adapter_config.json, adapter_model.safetensors, run.json"
+    with pytest.raises(ValueError, match=f"is not empty: it holds {held};"):
         run(config)
     assert bytes_in(tmp_path / "out") == before
 
@@ -1208,4 +1216,123 @@ def test_what_a_kill_leaves_is_in_nobodys_way(inputs, tmp_path):
     (tmp_path / "checkpoint" / UNFINISHED / "checkpoint.json").write_text("{")
     (tmp_path / ".checkpoint.done").mkdir()
     run(config_for(inputs, tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    names = {"adapter_config.json", "adapter_model.safetensors", "run.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+# A run that cannot train.
+
+
+@pytest.mark.parametrize("changes, complaint", [
+    ({"lr": 1e30}, "lower the learning rate"),
+    ({"alpha": 1e300}, "lower the learning rate|not finite|inf"),
+    ({"dropout": 1 - 2**-53}, "nothing was learned in 6 steps, and nothing is kept: .* every lora_B is zero"),
+    ({"alpha": 1e-300, "save_every": 100}, "every lora_B is zero"),
+    ({"alpha": 1e-300, "save_every": 1}, "every lora_B is zero"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid")
+def test_a_run_that_cannot_train_says_so_each_time_and_leaves_nothing(inputs, tmp_path, kind, changes, complaint):
+    changes = {"eval_split": 0.0, "steps": 6, **changes}
+    config = config_for(inputs, tmp_path / "out", kind, **changes)
+    for _ in range(2):
+        with np.errstate(all="ignore"), pytest.raises(ValueError, match=complaint) as error:
+            run(config)
+        assert "--resume" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_log_without_a_step_goes_with_the_run_that_did_none(inputs, tmp_path, monkeypatch):
+    def fails(*given, **how):
+        raise MemoryError
+
+    (tmp_path / "out").mkdir()
+    config = config_for(inputs, tmp_path / "out", log_file=str(tmp_path / "log.jsonl"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Adam, "step", fails)
+        with pytest.raises(MemoryError):
+            run(config)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"] and not any((tmp_path / "out").iterdir())
+    run(config)
+
+
+# What is told at the end.
+
+
+def test_an_adapter_that_does_nothing_is_told(inputs, tmp_path):
+    _, report = run_and_report(config_for(inputs, tmp_path / "a", alpha=1e-30))
+    assert re.search(r"the adapter does nothing: its updates are at most \d\.\de-\d+ of a weight", report)
+    _, report = run_and_report(config_for(inputs, tmp_path / "b", alpha=1e-4))
+    assert "does nothing" not in report
+
+
+def test_clipping_that_holds_back_every_step_is_told(inputs, tmp_path):
+    for clip, told in ((1e-6, True), (1e6, False)):
+        config = config_for(inputs, tmp_path / str(clip), clip=clip)
+        _, report = run_and_report(config)
+        assert ("clipping shortened the gradients in 4 of 4 steps, to a norm of 1e-06" in report) is told
+
+
+def test_what_was_clipped_is_counted_across_a_stop(inputs, tmp_path):
+    config = config_for(inputs, tmp_path, clip=1e-6)
+    stop(config, 3)
+    _, report = run_and_report(config, resume=True)
+    assert "in 4 of 4 steps" in report
+
+
+def test_weight_decay_reaches_adam(inputs, tmp_path, monkeypatch):
+    adams = spied(monkeypatch, Checkpoint, "__init__", lambda folder, identity, adapter, adam, places: adam)
+    run(config_for(inputs, tmp_path, weight_decay=0.25))
+    assert adams[0].weight_decay == 0.25
+
+
+# From an adapter on.
+
+
+@pytest.mark.parametrize("changes", [{}, {"dora": True, "target": "all-linear"}], ids=str)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_adapter_is_gone_on_from_as_if_adam_had_been_made_anew(inputs, tmp_path, changes, parts):
+    """In a plain loop of the same batches."""
+    run(config_for(inputs, tmp_path / "first", **changes))
+    new = {"alpha": None, "r": 8, "target": "all-linear", "from_adapter": str(tmp_path / "first"), "seed": 8}
+    config = config_for(inputs, tmp_path / "more", **new)
+    result = run(config, parts=parts)
+    base = load_model(inputs / "base")
+    adapter = load_adapter(tmp_path / "first", base, say=lambda receipt: None)
+    assert adapter.config.dropout == config.dropout
+    split_rng, _, batch_rng = np.random.default_rng(8).spawn(3)
+    data, _ = finetune.load_data(config.data, finetune.load_tokenizer(inputs / "base"), 32).split(0.25, split_rng)
+    adam = Adam(adapter.parameters())
+    how = {"schedule": config.rate, "seed": 8, "parts": parts, "quiet": True}
+    assert train(attach(base, adapter), adam, data.batches(2, batch_rng), 4, **how) == result.losses
+    assert contents(adapter) == contents(result.adapter)
+    stopped = replace(config, out=str(tmp_path / "stopped"))
+    stop(stopped, parts=parts)
+    assert same(run(stopped, parts=parts, resume=True), result)
+
+
+def test_the_dropout_of_a_run_is_its_own_whatever_the_adapter_had(inputs, tmp_path):
+    run(config_for(inputs, tmp_path / "first", dropout=0.5))
+    new = {"alpha": None, "r": 8, "target": "all-linear", "from_adapter": str(tmp_path / "first"), "dropout": 0.0}
+    result = run(config_for(inputs, tmp_path / "more", **new))
+    assert result.adapter.config.dropout == 0.0
+
+
+def the_digest_is_always_the_same(patch):
+    patch.setattr("minilora.training.learned._digest", lambda adapter: "0")
+
+
+@pytest.mark.parametrize("bug", [None, the_digest_is_always_the_same])
+def test_a_run_goes_on_from_no_other_adapter_than_at_its_start(inputs, tmp_path, monkeypatch, bug):
+    for seed in (0, 1):
+        run(config_for(inputs, tmp_path / str(seed), seed=seed))
+    new = {"alpha": None, "r": 8, "target": "all-linear", "from_adapter": str(tmp_path / "0")}
+    if bug is not None:
+        bug(monkeypatch)
+    config = config_for(inputs, tmp_path / "more", **new)
+    stop(config)
+    other = replace(config, from_adapter=str(tmp_path / "1"))
+    if bug is not None:
+        run(other, resume=True)
+        return
+    with pytest.raises(ValueError, match="from_adapter digest: .* in the checkpoint"):
+        run(other, resume=True)

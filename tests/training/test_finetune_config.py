@@ -1,8 +1,11 @@
 """The settings of a fine-tuning: what is refused, and by which name."""
 
+import re
+
 import pytest
 
 from minilora import LoRAConfig
+from minilora.optim import warmup_cosine
 from minilora.training.finetune_config import ConfigError, FineTuneConfig
 
 PATHS = {"base": "b", "data": "d", "out": "o"}
@@ -34,6 +37,17 @@ PATHS = {"base": "b", "data": "d", "out": "o"}
     ("patience", 2, "None without eval_every, whose evaluations it counts"),
     ("full", 1, "True or False"),
     ("dora", "yes", "True or False"),
+    ("rslora", 0, "True or False"),
+    ("schedule", "step", "one of cosine, linear, constant"),
+    ("schedule", [], "one of cosine, linear, constant"),
+    ("warmup", -1, "a whole number of at least 0, or None"),
+    ("warmup", 201, "at most 200, the number of steps"),
+    ("weight_decay", -0.1, "a finite number of at least 0"),
+    ("weight_decay", float("nan"), "a finite number of at least 0"),
+    ("clip", 0, "a finite positive number"),
+    ("clip", float("inf"), "a finite positive number"),
+    ("rank_pattern", {"q_proj": 0}, "{regular expression: whole number of at least 1}"),
+    ("alpha_pattern", {"q_proj": -1}, "{regular expression: finite positive number}"),
 ])  # fmt: skip
 def test_a_setting_out_of_range_is_named_with_its_value_and_what_it_must_be(field, value, need):
     with pytest.raises(ConfigError) as refusal:
@@ -50,7 +64,8 @@ def test_there_is_no_default_alpha():
 
 @pytest.mark.parametrize("field, value, default", [
     ("alpha", 16, None), ("r", 4, 8), ("target", ["q_proj"], "all-linear"), ("dropout", 0.5, 0.0),
-    ("quantize", "nf4", None),
+    ("quantize", "nf4", None), ("rslora", True, False), ("rank_pattern", {"q_proj": 2}, {}),
+    ("from_adapter", "a", None),
 ])  # fmt: skip
 def test_what_is_of_adapters_is_refused_where_there_is_none(field, value, default):
     assert FineTuneConfig(**PATHS, full=True).full
@@ -59,9 +74,34 @@ def test_what_is_of_adapters_is_refused_where_there_is_none(field, value, defaul
     assert refusal.value.field == field
 
 
-def test_its_lora_config_has_the_four_fields_that_are_of_lora():
-    config = FineTuneConfig(**PATHS, alpha=6, r=3, target=["q_proj"], dropout=0.5)
-    assert config.lora_config() == LoRAConfig(r=3, alpha=6, target_modules=["q_proj"], dropout=0.5)
+@pytest.mark.parametrize("field, value, default", [
+    ("alpha", 16, None), ("r", 4, 8), ("target", ["q_proj"], "all-linear"), ("dora", True, False),
+    ("rslora", True, False),
+    ("rank_pattern", {"q_proj": 2}, {}), ("alpha_pattern", {"q_proj": 2}, {}),
+])  # fmt: skip
+def test_what_an_adapter_brings_along_is_refused_beside_it(field, value, default):
+    assert FineTuneConfig(**PATHS, from_adapter="a", dropout=0.5, quantize="nf4").idle()
+    need = re.escape(f"{field} must be {default!r}, its default, with from_adapter, which brings its own")
+    with pytest.raises(ConfigError, match=need):
+        FineTuneConfig(**{**PATHS, "from_adapter": "a", field: value})
+
+
+def test_its_lora_config_has_the_fields_that_are_of_lora():
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 0.5}}
+    config = FineTuneConfig(**PATHS, alpha=6, r=3, target=["q_proj"], dropout=0.5, rslora=True, **patterns)
+    expected = LoRAConfig(r=3, alpha=6, target_modules=["q_proj"], dropout=0.5, use_rslora=True, **patterns)
+    assert config.lora_config() == expected
+
+
+@pytest.mark.parametrize("settings, rates", [
+    ({"schedule": "constant", "warmup": 2}, [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+    ({"schedule": "linear", "warmup": 0}, [1 - 0.09 * i for i in range(10)]),
+    ({"schedule": "cosine"}, [warmup_cosine(i, 10, 1.0, 1) for i in range(10)]),
+    ({"steps": 2000}, [(i + 1) / 100 for i in range(10)]),
+], ids=str)  # fmt: skip
+def test_the_rate_follows_its_schedule_and_its_warmup(settings, rates):
+    config = FineTuneConfig(**{**PATHS, "alpha": 1, "lr": 1.0, "steps": 10, **settings})
+    assert [config.rate(i) for i in range(10)] == pytest.approx(rates, rel=1e-12)
 
 
 def test_a_refusal_of_lora_config_has_the_parts_too():

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from minilora import Adam, generate
 from minilora.disk.characters import decode, encode, encode_pairs
+from minilora.optim import clip_grad_norm
+from minilora.training import loop
 from minilora.training.batches import Row, answer_rows, consecutive_windows, pad_rows, row_batches
 from minilora.training.loop import exact_match, exact_rows, heldout_loss, train
 from minilora.training.parts import PartWorkers
@@ -185,6 +187,7 @@ def test_an_empty_batch_is_refused(model):
 
 def test_the_progress_bar_tells_loss_and_speed(model, capfd, monkeypatch):
     monkeypatch.setattr("minilora.training.loop.tqdm", partial(tqdm, mininterval=0))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     train(model, Adam(model.parameters()), abc(), 3, label="learning")
     shown = capfd.readouterr().err
     assert re.search(r"learning: 100%.* 3/3 .*loss \d\.\d+, [\d,]+ tokens/s", shown)
@@ -234,8 +237,11 @@ def test_the_heldout_loss_of_nothing_is_refused(model):
         heldout_loss(model, [])
 
 
-def test_the_heldout_loss_shows_a_bar_only_under_a_label(model, capfd):
+def test_the_heldout_loss_shows_a_bar_only_under_a_label_and_on_a_terminal(model, capfd, monkeypatch):
     batches = [pad_rows(answer_rows(encode_pairs([("one ", "1\n")])))]
+    heldout_loss(model, batches, "before")
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     heldout_loss(model, batches)
     assert capfd.readouterr().err == ""
     heldout_loss(model, batches, "before")
@@ -256,28 +262,32 @@ def steps_of_a_run(start, stop, model, adam):
         rates.append(0.01 * (step + 1))
         return rates[-1]
 
-    def on_step(done, loss):
+    def on_step(done, loss, norm):
         calls.append((done, loss))
 
     train(model, adam, batches, stop, schedule=schedule, quiet=True, start=start, on_step=on_step)
     return calls, rates
 
 
-def test_after_each_step_the_hook_is_told_how_many_are_done_and_the_loss(model):
+def test_after_each_step_the_hook_is_told_how_many_are_done_the_loss_and_the_norm(model, monkeypatch):
     calls = []
+    norms = []
+    monkeypatch.setattr(loop, "clip_grad_norm", lambda *given: norms.append(clip_grad_norm(*given)) or norms[-1])
     adam = Adam(model.parameters())
 
-    def on_step(done, loss):
-        calls.append((done, adam.steps, loss))
+    def on_step(done, loss, norm):
+        calls.append((done, adam.steps, loss, norm))
 
-    losses = train(model, adam, abc(), 3, quiet=True, on_step=on_step)
-    assert calls == [(1, 1, losses[0]), (2, 2, losses[1]), (3, 3, losses[2])]
+    losses = train(model, adam, abc(), 3, max_norm=1e-3, quiet=True, on_step=on_step)
+    assert calls == [(n, n, losses[n - 1], norms[n - 1]) for n in (1, 2, 3)]
+    assert min(norms) > 1e-3
 
 
 def test_the_hook_may_end_the_run_after_a_step(model):
-    losses = train(model, Adam(model.parameters()), abc(), 5, quiet=True, on_step=lambda done, loss: done == 2)
+    losses = train(model, Adam(model.parameters()), abc(), 5, quiet=True, on_step=lambda done, loss, norm: done == 2)
     assert len(losses) == 2
-    assert len(train(model, Adam(model.parameters()), abc(), 3, quiet=True, on_step=lambda done, loss: False)) == 3
+    go_on = lambda done, loss, norm: False
+    assert len(train(model, Adam(model.parameters()), abc(), 3, quiet=True, on_step=go_on)) == 3
 
 
 def test_a_run_in_two_parts_is_the_run_in_one_to_the_bit():
@@ -309,6 +319,7 @@ def test_a_start_outside_the_run_is_refused(model, start):
 
 def test_the_bar_of_a_run_that_goes_on_starts_where_it_stood(model, capfd, monkeypatch):
     monkeypatch.setattr("minilora.training.loop.tqdm", partial(tqdm, mininterval=0))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     train(model, Adam(model.parameters()), abc(), 3, label="learning", start=1)
     shown = capfd.readouterr().err
     assert " 1/3 " in shown

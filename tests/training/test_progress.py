@@ -1,9 +1,12 @@
 """How far a run has come: what is counted, copied and reported."""
 
+import re
 import sys
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minilora.training.progress import Progress, peak_memory
 
@@ -13,7 +16,8 @@ def test_a_copy_for_json_does_not_change_with_the_run_and_goes_on_from_where_it_
     copy = progress.as_json()
     progress.losses.append(2.0)
     progress.evaluations.append([2, 1.5])
-    assert copy == {"before": 4.5, "losses": [4.0, 3.0], "tokens": 32, "seconds": 0.5, "evaluations": [[1, 4.25]]}
+    assert copy == {"before": 4.5, "losses": [4.0, 3.0], "tokens": 32, "seconds": 0.5, "evaluations": [[1, 4.25]],
+                    "clipped": 0}  # fmt: skip
     assert Progress(**copy) == Progress(4.5, [4.0, 3.0], 32, 0.5, [[1, 4.25]])
 
 
@@ -34,9 +38,43 @@ def test_the_report_gives_speed_and_the_means_of_the_first_and_the_last_ten_step
     ]
 
 
-def test_of_fewer_steps_the_means_are_of_all_and_nothing_is_said_of_what_was_not_held_out():
-    [line] = Progress(losses=[4.0, 2.0], tokens=8, seconds=0.0).report(after=None, steps=2)
-    assert line.endswith("training loss 3.000 -> 3.000 nats per token (means of 2 steps)")
+@pytest.mark.parametrize("losses, told", [
+    ([4.0, 9.0, 2.0], "4.000 -> 2.000 nats per token (first and last step)"),
+    ([5.1483, 5.1479], "5.1483 -> 5.1479 nats per token (first and last step)"),
+    ([5.0, 5.00000004], "5.00000000 -> 5.00000004 nats per token (first and last step)"),
+    ([5.0, 5.0], "5.000 nats per token, unchanged (first and last step)"),
+    ([5.0], "5.000 nats per token"),
+    ([4.0] * 18 + [2.0], "4.000 -> 2.000 nats per token (first and last step)"),
+    ([4.0] * 10 + [3.9999] * 10, "4.0000 -> 3.9999 nats per token (means of 10 steps)"),
+], ids=str)  # fmt: skip
+def test_two_losses_are_told_apart_and_of_few_steps_the_first_and_the_last_are_told(losses, told):
+    [line] = Progress(losses=losses, tokens=8).report(after=None, steps=len(losses))
+    assert line.endswith(f"; training loss {told}")
+
+
+@given(st.lists(st.floats(0, 20), min_size=1, max_size=40), st.floats(0, 20), st.floats(0, 20))
+def test_no_line_gives_two_equal_numbers_as_news(losses, before, after):
+    for line in Progress(before=before, losses=losses).report(after, steps=len(losses)):
+        for first, last in re.findall(r"([\d.]+) -> ([\d.]+)", line):
+            assert first != last
+
+
+ROSE = "lower the learning rate, or look at the data"
+
+
+@pytest.mark.parametrize("progress, after, told", [
+    (Progress(5.0, [4.0, 3.0]), 5.5, [f"the held-out loss rose, by 0.5: {ROSE}"]),
+    (Progress(5.0, [3.0, 4.0]), 4.5, []),
+    (Progress(5.0, [3.0, 4.0], evaluations=[[2, 6.0]]), 6.0, []),
+    (Progress(None, [3.0, 4.0]), None, [f"the training loss rose, by 1: {ROSE}"]),
+    (Progress(None, [4.0, 4.0]), None, []),
+    (Progress(None, [4.0] * 10, clipped=9), None, []),
+    (Progress(None, [4.0] * 10, clipped=10), None,
+     ["clipping shortened the gradients in 10 of 10 steps, to a norm of 0.5: it holds back the learning rate; lower "
+      "that, or clip less"]),
+], ids=str)  # fmt: skip
+def test_what_went_otherwise_than_hoped_is_told_in_a_line_each(progress, after, told):
+    assert progress.remarks(after, clip=0.5) == told
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the module resource")

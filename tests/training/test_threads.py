@@ -17,6 +17,7 @@ from strategies import blas_now, character_gpt
 
 from minilora import Adam, LoRAConfig, attach, init_adapter
 from minilora.backend import array_module
+from minilora.cli.ctrl_c import TerminationAsCtrlC
 from minilora.training import threads
 from minilora.training.loop import heldout_loss, train
 from minilora.training.threads import blas_threads, cores, keep_freed_memory, parts_and_threads
@@ -34,22 +35,24 @@ def test_blas_has_n_threads_within_the_block_and_what_it_had_after_it():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to itself")
-def test_ctrl_c_while_blas_is_looked_for_is_not_lost_and_leaves_blas_as_it_was(monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_blas_is_looked_for_is_not_lost_and_leaves_blas_as_it_was(monkeypatch, number):
     """threadpoolctl is called back by C, where an exception would be printed and forgotten."""
     before, real = blas_now(), threadpoolctl.ThreadpoolController
     found = []
 
     def looked_for():
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         found.append(real())
         return found[0]
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, TerminationAsCtrlC():
         patch.setattr(threadpoolctl, "ThreadpoolController", looked_for)
         with pytest.raises(KeyboardInterrupt), blas_threads(1):
             raise AssertionError("Ctrl-C was lost")
     assert found and blas_now() == before and threads._BLAS.n_holders == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_blas_is_limited_from_another_thread_too():

@@ -1,0 +1,87 @@
+"""A file of settings: JSON or TOML, with a command's flags for names. Knows flags, and no command.
+
+    {"base": "smollm2", "alpha": 16, "target": ["q_proj", "v_proj"], "rank-pattern": {"v_proj": 4}}
+
+What stands in it is read as if it had been typed, by the same parser: so it is checked in the same
+way, and refused in the same words behind the name of the file.
+"""
+
+from pathlib import Path
+
+from ..disk.checks import json_object
+from .parser import Assignments
+
+# A file that is larger holds something else.
+MOST_BYTES = 2**20
+# What only a person can say.
+NOT_IN_FILES = ("config", "help", "resume")
+
+
+def read_settings(path, parser):
+    """{name: value} of the settings in the file `path`, as `parser.parse_args` names them.
+
+    Raises: OSError if it cannot be read; ValueError for another kind of file, or one that is
+    damaged; ImportError for a TOML before Python 3.11; and as `parser` does for a name that is no
+    flag of it, with the nearest one, and for a value that the flag does not take.
+    """
+    parser.where = f"{path}: "
+    words = []
+    for name, value in _fields(Path(path)).items():
+        words += _words(parser, name, value)
+    given = vars(parser.parse_args(words))
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _fields(path):
+    """The object that is in the file."""
+    if path.suffix.lower() not in (".json", ".toml"):
+        raise ValueError(f"{path}: settings are a .json or a .toml file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file; give the file of the settings")
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes: no file of settings is as large")
+    if path.suffix.lower() == ".json":
+        return json_object(path, path.read_bytes())
+    try:
+        import tomllib
+    except ImportError:
+        raise ImportError(
+            f"{path}: to read TOML takes Python 3.11 or newer; write the same as a .json"
+        ) from None
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+
+
+def _words(parser, name, value):
+    """The words of a command line that say the same as a field of the file."""
+    flag = f"--{name.replace('_', '-')}"
+    if flag not in parser.flags:
+        nearest = parser.nearest_flag(flag)
+        hint = "" if nearest is None else f": did you mean {nearest.removeprefix('--')}?"
+        parser.error(f"there is no setting {name!r}{hint}")
+    if flag.removeprefix("--") in NOT_IN_FILES:
+        parser.error(f"{name} is said on the command line, not in a file")
+    action = parser.actions_of[flag]
+    if value is None:
+        return []
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            parser.error(f"{name} must be true or false, got {value!r}")
+        return [flag] if value else []
+    if isinstance(value, dict) and isinstance(action, Assignments):
+        return [f"{flag}={key}={_text(parser, name, item)}" for key, item in value.items()]
+    if isinstance(value, list) and action.nargs == "+":
+        if not value:
+            parser.error(f"{name} is empty; leave it out")
+        return [f"{flag}={_text(parser, name, item)}" for item in value]
+    return [f"{flag}={_text(parser, name, value)}"]
+
+
+def _text(parser, name, value):
+    """A value as it is typed. Numbers come back to the bit."""
+    if isinstance(value, (bool, list, dict)) or not isinstance(value, (str, int, float)):
+        parser.error(f"{name} must be a number or a text, got {value!r}")
+    return str(value)

@@ -1,0 +1,138 @@
+"""The settings of a run, in a file that repeats it and in a checkpoint. Opens no base and no data.
+
+    {"base": "smollm2", "data": "notes.txt", "alpha": 16.0, ..., "backend": "numpy", "parts": 2}
+
+The names are those of FineTuneConfig, and `backend`, `parts` and `workers`. A `target` that is a
+regular expression is called `target_regex`. What has no value is left out.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from .checkpoint import is_checkpoint, read_state
+from .finetune_config import FineTuneConfig
+from .learned import LearnedAdapter, LearnedModel
+
+# Beside what a run has made lies the file that repeats it.
+RUN = "run.json"
+# Until the run has ended, this folder in the folder of the adapter holds its checkpoint.
+CHECKPOINT = "checkpoint"
+# These settings may change when a run goes on: where things lie, and how often they are saved. The
+# model and the data themselves may not, so their fingerprints are compared.
+MAY_CHANGE = ("base", "data", "from_adapter", "out", "save_every", "log_file")
+# A run that repeats another has these to itself.
+OWN = ("out", "log_file")
+
+
+def settings_of(config, arrays):
+    """{name: value} of all that determines a run of this FineTuneConfig, for JSON.
+
+    `arrays` is `arrays_of` it.
+    """
+    left_out = (*OWN, *config.idle())
+    settings = {name: value for name, value in asdict(config).items() if name not in left_out}
+    if isinstance(settings.get("target"), str) and settings["target"] != "all-linear":
+        settings["target_regex"] = settings.pop("target")
+    settings = {name: value for name, value in settings.items() if _says_something(value)}
+    settings["backend"] = arrays["module"]
+    settings["parts"] = arrays["parts (--parts)"]
+    if settings["parts"] == 1 and arrays["BLAS threads"] == "one":
+        # A part that is alone has one thread of BLAS with a worker, and without one all there are.
+        settings["workers"] = 1
+    return settings
+
+
+def arrays_of(xp, parts, has_workers):
+    """{what decides how numbers are rounded: its value} of a run."""
+    blas = "one" if parts > 1 or has_workers else "as many as there are"
+    return {"module": xp.__name__, "parts (--parts)": parts, "BLAS threads": blas}
+
+
+def write_run_file(config, arrays):
+    """Write the file that repeats the run, whole or not at all, into the folder of what it made."""
+    out = Path(config.out)
+    # In a folder that is ours, so that nobody's file has this name.
+    unfinished = out / CHECKPOINT / RUN
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(json.dumps(settings_of(config, arrays), indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, out / RUN)
+
+
+def places_of(config):
+    """{setting: value} of what may change, and the folder that paths are relative to."""
+    places = {name: value for name, value in asdict(config).items() if name in MAY_CHANGE}
+    del places["out"]
+    return {**_as_json(places), "folder": os.getcwd()}
+
+
+def identity_settings(config):
+    """{setting: value} of what may not change."""
+    settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
+    return _as_json(settings)
+
+
+def check_resumable(out):
+    """Raise FileNotFoundError unless the folder `out` holds a run that has not ended."""
+    out = Path(out)
+    if is_checkpoint(out / CHECKPOINT):
+        return
+    reason = "start without --resume"
+    for kind in (LearnedAdapter, LearnedModel):
+        if (out / kind.file).exists():
+            reason = f"the run has ended, and {kind.noun.replace('the', 'its')} is there"
+    raise FileNotFoundError(f"nothing to resume in {out}: {reason}")
+
+
+def saved_settings(out):
+    """{name: value} of the run that has not ended in the folder `out`, as `settings_of` gives them.
+
+    `log_file` is among them if it has one. Paths lead to where they led from the folder in which
+    the run was started.
+    Raises: FileNotFoundError if there is no such run; ValueError that names the file and the field
+    for what no run has written.
+    """
+    check_resumable(out)
+    folder = Path(out) / CHECKPOINT
+    state = read_state(folder)
+    where = f"{folder}: it is no checkpoint of a run"
+    try:
+        places = dict(state["places"])
+        arrays = state["identity"]["arrays"]
+        origin = places.pop("folder")
+        for name in ("base", "data", "from_adapter", "log_file"):
+            places[name] = _from_here(name, places[name], origin)
+        config = FineTuneConfig(**state["identity"]["settings"], **places, out=str(out))
+        settings = settings_of(config, arrays)
+        if type(settings["parts"]) is not int or not isinstance(settings["backend"], str):
+            raise TypeError(f"parts and module of the arrays are {arrays}")
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(f"{where} ({type(error).__name__}: {error})") from None
+    if config.log_file is not None:
+        settings["log_file"] = config.log_file
+    return settings
+
+
+def _from_here(name, path, origin):
+    """What the setting `name`, a path in the folder `origin`, is called in the working folder."""
+    if path is None and name in ("from_adapter", "log_file"):
+        return None
+    if not isinstance(path, str):
+        raise TypeError(f"{name} must be a path, got {path!r}")
+    if Path(origin) == Path.cwd():
+        return path
+    moved = Path(origin, path)
+    # A base may be a name that is no path.
+    return str(moved) if moved.exists() else path
+
+
+def _says_something(value):
+    return value is not None and value is not False and value != {}
+
+
+def _as_json(settings):
+    """As JSON gives it back: it makes a list of a tuple."""
+    return json.loads(json.dumps(settings))

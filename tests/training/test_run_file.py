@@ -1,0 +1,112 @@
+"""The settings of a run in its file and in its checkpoint: what is written comes back, and nothing else is read."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from strategies import character_gpt
+
+from minilora import Adam, save_model
+from minilora.disk.folder import load_folder, save_folder
+from minilora.training.checkpoint import STATE, TENSORS
+from minilora.training.finetune import finetune
+from minilora.training.finetune_config import FineTuneConfig
+from minilora.training.loop import Interrupted
+from minilora.training.run_file import arrays_of, saved_settings, settings_of
+
+PATHS = {"base": "b", "data": "d.txt", "out": "o", "log_file": "l.jsonl"}
+
+
+def test_what_repeats_a_run_has_no_place_for_what_each_run_has_to_itself():
+    config = FineTuneConfig(**PATHS, alpha=2, target=["q_proj"], warmup=0, seed=0, rank_pattern={"q_proj": 3})
+    settings = settings_of(config, arrays_of(np, 2, has_workers=False))
+    assert json.loads(json.dumps(settings)) == settings | {"target": ["q_proj"]}
+    assert settings["warmup"] == settings["seed"] == 0 and settings["rank_pattern"] == {"q_proj": 3}
+    assert (settings["backend"], settings["parts"]) == ("numpy", 2)
+    absent = {"out", "log_file", "full", "dora", "rslora", "alpha_pattern", "length", "workers", "from_adapter"}
+    assert not absent & settings.keys()
+
+
+@pytest.mark.parametrize("parts, has_workers, workers", [(1, False, None), (1, True, 1), (2, True, None)])
+def test_a_part_that_is_alone_is_computed_as_it_was(parts, has_workers, workers):
+    config = FineTuneConfig(**PATHS, alpha=2)
+    assert settings_of(config, arrays_of(np, parts, has_workers)).get("workers") == workers
+
+
+@pytest.mark.parametrize("changes, absent", [
+    ({"full": True, "alpha": None}, {"alpha", "r", "target", "dropout"}),
+    ({"from_adapter": "a", "alpha": None}, {"alpha", "r", "target"}),
+    ({"target": ".*q_proj"}, {"target"}),
+], ids=str)  # fmt: skip
+def test_what_has_no_use_in_a_run_is_left_out_and_an_expression_has_a_name_of_its_own(changes, absent):
+    config = replace(FineTuneConfig(**PATHS, alpha=2), **changes)
+    settings = settings_of(config, arrays_of(np, 2, has_workers=False))
+    assert not absent & settings.keys()
+    assert settings.get("target_regex") == changes.get("target")
+
+
+@pytest.fixture
+def unfinished(tmp_path, monkeypatch):
+    """The folder of a run that Ctrl-C ended in its second step, and its FineTuneConfig; paths are relative."""
+    monkeypatch.chdir(tmp_path)
+    save_model(character_gpt(n_embd=8), "base")
+    (tmp_path / "d.txt").write_text("to be or not to be " * 20)
+    config = FineTuneConfig(base="base", data="d.txt", out="out", alpha=2, steps=3, length=8, target=["q_proj"])
+
+    def step(self, lr):
+        self.steps += 1
+        if self.steps == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Adam, "step", step)
+        with pytest.raises(Interrupted):
+            finetune(config, log=lambda line: None)
+    return tmp_path / "out", config
+
+
+def test_a_checkpoint_gives_back_the_settings_that_repeat_its_run(unfinished, tmp_path, monkeypatch):
+    out, config = unfinished
+    settings = saved_settings(out)
+    assert settings == settings_of(config, arrays_of(np, 1, False)) | {"target": ["q_proj"]}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    paths = {name: str(tmp_path / settings[name]) for name in ("base", "data")}
+    assert saved_settings(out) == {**settings, **paths}
+    # The two paths lead nowhere any more: they are told as they were.
+    shutil.move(out, tmp_path / "elsewhere")
+    for name in paths:
+        os.rename(tmp_path / settings[name], tmp_path / "elsewhere" / settings[name])
+    assert saved_settings("out") == settings
+
+
+WRONG = [None, 1, 1.5, True, "x", [], {}, [1], {"a": 1}, -1]
+
+
+@pytest.mark.parametrize("group, field", [
+    ("identity", None), ("places", None), ("identity", "settings"), ("identity", "arrays"),
+    *[("places", name) for name in ("base", "data", "from_adapter", "log_file", "save_every", "folder")],
+])  # fmt: skip
+def test_whatever_stands_in_a_field_it_is_settings_or_an_error_that_names_the_folder(unfinished, group, field):
+    out, _ = unfinished
+    folder = out / "checkpoint"
+    state, tensors, _ = load_folder(folder, TENSORS, STATE)
+    tensors = {name: array.copy() for name, array in tensors.items()}
+    refused = 0
+    for value in WRONG:
+        changed = json.loads(json.dumps(state))
+        if field is None:
+            changed[group] = value
+        else:
+            changed[group][field] = value
+        shutil.rmtree(folder)
+        save_folder(folder, TENSORS, tensors, STATE, changed)
+        try:
+            saved_settings(out)
+        except ValueError as error:
+            assert str(folder) in str(error)
+            refused += 1
+    assert refused >= 5
