@@ -44,7 +44,7 @@ def run_finetune(args):
     quiet = given.pop("quiet", False)
     settings = _all_settings(given, resume)
     quiet = settings.pop("quiet", quiet)
-    _check_required(settings, refuse)
+    _check_required(settings, resume, refuse)
     _check_adapter(settings, refuse)
     _check_evaluations(settings, refuse)
     _check_workers(settings, refuse)
@@ -60,7 +60,8 @@ def run_finetune(args):
     elif settings.get("target") == ["all-linear"]:
         settings["target"] = "all-linear"
     config = FineTuneConfig(**settings)
-    find_sources(config.base)
+    adapters = [] if config.from_adapter is None else [config.from_adapter]
+    find_sources(config.base, adapters)
     xp = device(backend)
     threads = beside["threads"]
     if beside["workers"] is not None:
@@ -111,9 +112,12 @@ def _flag(name):
     return "--log" if name == "log_file" else f"--{name.replace('_', '-')}"
 
 
-def _check_required(settings, refuse):
+def _check_required(settings, resume, refuse):
     """Refuse a run of which it is not said what to train on what, and where to put it."""
     missing = [_flag(name) for name in ("base", "data", "out") if name not in settings]
+    if resume and "out" not in settings:
+        # It is all that such a run has to be told.
+        missing = ["--out"]
     if missing:
         refuse(f"the following arguments are required: {', '.join(missing)}")
 

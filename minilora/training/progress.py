@@ -12,6 +12,9 @@ REPORTED_STEPS = 10
 MOST_DIGITS = 8
 # If a larger share of the steps is shortened, clipping is no exception any more.
 CLIPPED_OFTEN = 0.9
+# Gradients that grow to so many times the norm of the first step, where no step had been taken yet,
+# are those of a learning rate that is too high.
+GREW = 10
 
 
 @dataclass
@@ -20,7 +23,7 @@ class Progress:
 
     before: the held-out loss before the first step, in nats per token (None: not measured). losses:
     that of each step. tokens, seconds: how many the steps took. evaluations: [steps done, held-out
-    loss] of each measurement on the way. clipped: in how many steps the gradients were shortened.
+    loss] of each measurement on the way. norms: of the gradients of each step, before clipping.
     """
 
     before: float | None = None
@@ -28,7 +31,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     evaluations: list = field(default_factory=list)
-    clipped: int = 0
+    norms: list = field(default_factory=list)
 
     def as_json(self):
         """A copy, as a dict for JSON; `Progress(**copy)` goes on from it."""
@@ -36,6 +39,7 @@ class Progress:
             **vars(self),
             "losses": self.losses.copy(),
             "evaluations": self.evaluations.copy(),
+            "norms": self.norms.copy(),
         }
 
     def best(self):
@@ -106,11 +110,17 @@ class Progress:
             remarks.append(f"the held-out loss rose, by {after - self.before:.2g}: {remedy}")
         elif after is None and last > first:
             remarks.append(f"the training loss rose, by {last - first:.2g}: {remedy}")
-        n = len(self.losses)
-        if self.clipped > CLIPPED_OFTEN * n:
+        n = len(self.norms)
+        n_clipped = sum(norm > clip for norm in self.norms)
+        if max(self.norms) > GREW * max(self.norms[0], clip):
             remarks.append(
-                f"clipping shortened the gradients in {self.clipped} of {n} steps, to a norm of "
-                f"{clip:g}: it holds back the learning rate; lower that, or clip less"
+                f"the gradients grew to {max(self.norms) / self.norms[0]:,.0f} times their norm in "
+                "the first step, and clipping alone held them back: lower the learning rate"
+            )
+        elif n_clipped > CLIPPED_OFTEN * n:
+            remarks.append(
+                f"clipping shortened the gradients in {n_clipped} of {n} steps, to a norm of "
+                f"{clip:g}: nearly each step was as long as clipping allows"
             )
         return remarks
 

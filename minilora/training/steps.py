@@ -44,8 +44,7 @@ class Steps:
         def after_step(n_done, loss, norm):
             nonlocal clock
             self.progress.losses.append(loss)
-            if norm > run.config.clip:
-                self.progress.clipped += 1
+            self.progress.norms.append(norm)
             self.progress.seconds += time.perf_counter() - clock
             is_last = self._after_step(n_done, loss)
             clock = time.perf_counter()

@@ -620,6 +620,7 @@ def test_compare_measures_nothing_before_all_of_it_fits(run, monkeypatch):
 
 generating = "generate --base base --prompt hi "
 tuning = "finetune --base base --data t.txt --out new --alpha 4 --length 8 "
+going_on = "finetune --base base --data t.txt --out new --length 8 --from-adapter nowhere"
 fully = "finetune --base base --data t.txt --out new --full --length 8 "
 adding = "merge --base base --adapter one two --out new "
 combining = "combine --base base --out new --adapter "
@@ -681,6 +682,32 @@ REFUSED = [
     (tuning + "--workers 0", 2, "--workers: must be a whole number of at least 1, or mpi, got '0'"),
     (tuning + "--workers 3 --parts 2", 1, "3 workers for 2 parts: give as many parts"),
     (tuning + "--accumulate 0", 2, "--accumulate: must be a whole number of at least 1"),
+    (tuning + "--schedule step", 2, "--schedule: invalid choice: 'step'"),
+    (tuning + "--warmup -1", 2, "--warmup: must be a whole number of at least 0, got '-1'"),
+    (tuning + "--warmup 9 --steps 8", 1, "--warmup must be at most 8, the number of steps; got 9"),
+    (tuning + "--weight-decay -0.1", 2, "--weight-decay: must be a finite number of at least 0, got '-0.1'"),
+    (tuning + "--clip 0", 2, "--clip: must be a finite positive number, got '0'"),
+    (tuning + "--rank-pattern q_proj", 2, "--rank-pattern: must be NAME=VALUE, got 'q_proj'"),
+    (tuning + "--rank-pattern q_proj=0", 2, "--rank-pattern: must be a whole number of at least 1, got '0'"),
+    (tuning + "--rank-pattern q_proj=1 q_proj=2", 2, "--rank-pattern: 'q_proj' is given twice"),
+    (tuning + "--rank-pattern none=1 --r 2", 1, "rank_pattern ['none'] match none of the adapted modules"),
+    (tuning + "--alpha-pattern (=1", 2, "--alpha-pattern: must be a regular expression, got '('"),
+    (tuning + "--target-regex (", 2, "--target-regex: must be a regular expression, got '('"),
+    (tuning + "--target-regex q_proj", 1, "['q_proj'] match no Linear layer (a string is a regex for whole names"),
+    (tuning + "--target-regex .* --target q_proj", 2, "--target-regex: it takes the place of --target"),
+    (tuning + "--rslora=1", 2, "--rslora: ignored explicit argument '1'"),
+    (tuning + "--quiet=1", 2, "--quiet: ignored explicit argument '1'"),
+    (tuning + "--from-adapter one", 2, "--alpha: the adapter of --from-adapter has its own; leave out one"),
+    (fully + "--from-adapter one", 2, "--from-adapter: it is of adapters, and --full trains every weight"),
+    (fully + "--rslora", 2, "--rslora: it is of adapters"),
+    (going_on, 1, "nowhere does not exist"),
+    (going_on + " --from-adapter base", 1, "base holds a model, where an adapter is needed"),
+    (going_on + " --from-adapter one --r 2", 2, "--r: the adapter of --from-adapter has its own"),
+    (going_on + " --from-adapter one --base other", 1, "this adapter does not fit this base"),
+    (tuning + "--config nowhere.json", 1, "nowhere.json: No such file"),
+    (tuning + "--config t.txt", 1, "t.txt: settings are a .json or a .toml file"),
+    ("finetune --resume", 2, "required: --out;"),
+    ("finetune --resume --out one", 1, "nothing to resume in one: the run has ended, and its adapter is there"),
     (tuning + "--log q.jsonl", 1, "q.jsonl is not empty, and a log is never written over"),
     (tuning + "--log base", 1, "base is no file"),
     (tuning + "--log nowhere/a.jsonl", 1, "nowhere does not exist; make the folder"),

@@ -279,7 +279,7 @@ def given_to_finetune(monkeypatch, *arguments, alpha=("--alpha", "3")):
     monkeypatch.setattr(folders, "find_sources", lambda *given: calls.append(given))
     assert main(["finetune", "--base", "b", "--data", "d.txt", "--out", "o", *alpha, *arguments]) == 0
     source, ((config, xp), options) = calls
-    assert source == ("b",) and xp is np and options.keys() == {"resume", "log", "quiet", "parts", "threads"}
+    assert source == ("b", []) and xp is np and options.keys() == {"resume", "log", "quiet", "parts", "threads"}
     return config, options["resume"], (options["parts"], options["threads"])
 
 

@@ -12,13 +12,15 @@ from minilora.training.progress import Progress, peak_memory
 
 
 def test_a_copy_for_json_does_not_change_with_the_run_and_goes_on_from_where_it_was():
-    progress = Progress(before=4.5, losses=[4.0, 3.0], tokens=32, seconds=0.5, evaluations=[[1, 4.25]])
+    progress = Progress(before=4.5, losses=[4.0, 3.0], tokens=32, seconds=0.5, evaluations=[[1, 4.25]],
+                        norms=[1.5, 0.5])  # fmt: skip
     copy = progress.as_json()
     progress.losses.append(2.0)
     progress.evaluations.append([2, 1.5])
+    progress.norms.append(0.25)
     assert copy == {"before": 4.5, "losses": [4.0, 3.0], "tokens": 32, "seconds": 0.5, "evaluations": [[1, 4.25]],
-                    "clipped": 0}  # fmt: skip
-    assert Progress(**copy) == Progress(4.5, [4.0, 3.0], 32, 0.5, [[1, 4.25]])
+                    "norms": [1.5, 0.5]}  # fmt: skip
+    assert Progress(**copy) == Progress(4.5, [4.0, 3.0], 32, 0.5, [[1, 4.25]], [1.5, 0.5])
 
 
 def test_the_tokens_of_each_batch_are_counted_when_it_is_drawn():
@@ -68,12 +70,18 @@ ROSE = "lower the learning rate, or look at the data"
     (Progress(5.0, [3.0, 4.0], evaluations=[[2, 6.0]]), 6.0, []),
     (Progress(None, [3.0, 4.0]), None, [f"the training loss rose, by 1: {ROSE}"]),
     (Progress(None, [4.0, 4.0]), None, []),
-    (Progress(None, [4.0] * 10, clipped=9), None, []),
-    (Progress(None, [4.0] * 10, clipped=10), None,
-     ["clipping shortened the gradients in 10 of 10 steps, to a norm of 0.5: it holds back the learning rate; lower "
-      "that, or clip less"]),
+    (Progress(None, [4.0] * 10, norms=[1.0] * 9 + [0.5]), None, []),
+    (Progress(None, [4.0] * 10, norms=[1.0] * 10), None,
+     ["clipping shortened the gradients in 10 of 10 steps, to a norm of 0.5: nearly each step was as long as clipping "
+      "allows"]),
+    (Progress(None, [4.0] * 3, norms=[1.0, 9.0, 0.1]), None, []),
+    (Progress(None, [4.0] * 3, norms=[0.01, 4.0, 0.1]), None, []),
+    (Progress(None, [4.0] * 3, norms=[1.0, 11.0, 0.1]), None,
+     ["the gradients grew to 11 times their norm in the first step, and clipping alone held them back: lower the "
+      "learning rate"]),
 ], ids=str)  # fmt: skip
 def test_what_went_otherwise_than_hoped_is_told_in_a_line_each(progress, after, told):
+    progress.norms = progress.norms or [0.0]
     assert progress.remarks(after, clip=0.5) == told
 
 
