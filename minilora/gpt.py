@@ -58,7 +58,8 @@ class GPTConfig:
             )
         for name in ("rope_theta", "layer_norm_epsilon"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not 0 < value <= sys.float_info.max:
                 self._refuse(name, "be finite and positive")
 
     def _refuse(self, name, need):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .patterns import Matcher, check_expressions, problem_of
+
 
 class ConfigError(ValueError):
     """A field of a configuration has a value that makes no sense.
@@ -68,21 +70,28 @@ class LoRAConfig:
             self._refuse("use_rslora", "True or False")
         if not _are_targets(self.target_modules):
             self._refuse("target_modules", "at least one name, or an expression")
-        if not _is_pattern(self.rank_pattern, _is_rank):
-            self._refuse("rank_pattern", "{regular expression: whole number of at least 1}")
-        if not _is_pattern(self.alpha_pattern, _is_alpha):
-            self._refuse("alpha_pattern", "{regular expression: finite positive number}")
+        self._check_pattern("rank_pattern", _is_rank, "whole number of at least 1")
+        self._check_pattern("alpha_pattern", _is_alpha, "finite positive number")
+
+    def _check_pattern(self, name, is_ok, values):
+        pattern = getattr(self, name)
+        need = f"{{regular expression: {values}}}"
+        if not _is_pattern(pattern, is_ok):
+            self._refuse(name, need)
+        problem = problem_of(pattern)
+        if problem is not None:
+            self._refuse(name, f"{need}, but {problem}")
 
     def _refuse(self, name, need):
         raise ConfigError(self, name, need, getattr(self, name))
 
     def r_of(self, name):
         """r of the module `name`."""
-        return _first_match(self.rank_pattern, name, self.r)
+        return _first_match(_matcher("rank_pattern"), self.rank_pattern, name, self.r)
 
     def alpha_of(self, name):
         """alpha of the module `name`."""
-        return _first_match(self.alpha_pattern, name, self.alpha)
+        return _first_match(_matcher("alpha_pattern"), self.alpha_pattern, name, self.alpha)
 
     def scaling_of(self, name):
         """The factor of the update of `name`: alpha / r, or alpha / √r with use_rslora."""
@@ -111,18 +120,7 @@ def _are_targets(value):
 def _is_pattern(value, is_ok):
     if not isinstance(value, dict):
         return False
-    return all(is_expression(key) and is_ok(item) for key, item in value.items())
-
-
-def is_expression(text):
-    """Is `text` a regular expression?"""
-    if not isinstance(text, str):
-        return False
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
+    return all(isinstance(key, str) and is_ok(item) for key, item in value.items())
 
 
 def as_pattern(name):
@@ -132,11 +130,14 @@ def as_pattern(name):
     return re.escape(name)
 
 
-def _first_match(patterns, name, default):
-    for expression, value in patterns.items():
-        if re.match(rf"(.*\.)?({expression})$", name):
-            return value
-    return default
+def _matcher(field_name):
+    """A Matcher for the keys of a pattern: one matches a whole name, or a dotted ending of it."""
+    return Matcher(field_name, around=r"(.*\.)?({})$")
+
+
+def _first_match(matcher, patterns, name, default):
+    found = matcher.first(patterns, name)
+    return default if found is None else patterns[found[0]]
 
 
 def _kinds(names):
@@ -144,12 +145,25 @@ def _kinds(names):
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
 
 
+def check_speed(config, names):
+    """Raise ValueError if rank_pattern or alpha_pattern take too long to match all the names.
+
+    `r_of` and `alpha_of` have a limit for each name alone: whoever asks them of the many names in a
+    file asks this first.
+    """
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        matcher = _matcher(field_name)
+        for name in names:
+            matcher.first(getattr(config, field_name), name)
+
+
 def check_patterns(config, names):
     """Raise ValueError if a key of rank_pattern or alpha_pattern matches none of the names."""
     for field_name in ("rank_pattern", "alpha_pattern"):
         unmatched = []
+        matcher = _matcher(field_name)
         for expression in getattr(config, field_name):
-            if not any(_first_match({expression: True}, name, False) for name in names):
+            if not any(matcher.first([expression], name) for name in names):
                 unmatched.append(expression)
         if unmatched:
             raise ValueError(
@@ -166,7 +180,7 @@ def find_targets(names, target_modules):
     if target_modules == "all-linear":
         matches = {"all-linear": names}
     elif isinstance(target_modules, str):
-        matches = {target_modules: _whole_matches(target_modules, names)}
+        matches = {target_modules: whole_matches("target_modules", target_modules, names)}
     else:
         matches = {ending: _with_ending(names, ending) for ending in target_modules}
     unmatched = [pattern for pattern, matched in matches.items() if not matched]
@@ -181,13 +195,14 @@ def find_targets(names, target_modules):
     return [name for name in names if name in chosen]
 
 
-def _whole_matches(expression, names):
-    try:
-        return [name for name in names if re.fullmatch(expression, name)]
-    except re.error as error:
-        raise ValueError(
-            f"target_modules {expression!r} is not a regular expression: {error}"
-        ) from None
+def whole_matches(field_name, expression, names):
+    """Those of the names that the `expression` in the field called `field_name` matches whole.
+
+    Raises: ValueError that names both if it is no expression, or takes too long.
+    """
+    check_expressions(field_name, [expression])
+    matcher = Matcher(field_name)
+    return [name for name in names if matcher.first([expression], name)]
 
 
 def _with_ending(names, ending):

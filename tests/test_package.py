@@ -14,7 +14,7 @@ import minilora
 
 ROOT = Path(__file__).resolve().parent.parent
 # All that the package needs besides NumPy.
-OTHERS = ["safetensors", "tokenizers", "tqdm", "threadpoolctl", "ml_dtypes", "gguf", "jinja2"]
+OTHERS = ["safetensors", "tokenizers", "tqdm", "threadpoolctl", "ml_dtypes", "gguf", "jinja2", "regex"]
 CHECK = """
 import minilora
 import numpy as np

@@ -14,6 +14,7 @@ from ..training.datasets import Rows, load_data
 from ..training.loop import exact_rows, heldout_loss
 from .folders import find_sources
 from .generation import load_base
+from .messages import visible
 
 # The exponential of a loss above this is not a float any more.
 LARGEST_EXPONENT = 700
@@ -92,7 +93,10 @@ def _measure_all(model, data, batch, label, how):
 
 
 def _measure(model, examples, batch, label, how):
-    bar = tqdm(examples.epoch(batch), desc=label, unit="batch", delay=1, leave=False, disable=None)
+    label = visible(label)
+    bar = tqdm(
+        examples.epoch(batch), desc=label, unit="batch", delay=1, leave=False, disable=None
+    )
     loss = heldout_loss(model, bar, **how)
     if not isinstance(examples, Rows) or not examples.has_answers:
         return Measured(loss, None, None)

@@ -9,6 +9,7 @@ way, and refused in the same words behind the name of the file.
 from pathlib import Path
 
 from ..disk.checks import json_object
+from ..disk.reading import read_bytes
 from .parser import Assignments
 
 # A file that is larger holds something else.
@@ -36,13 +37,9 @@ def _fields(path):
     """The object that is in the file."""
     if path.suffix.lower() not in (".json", ".toml"):
         raise ValueError(f"{path}: settings are a .json or a .toml file")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no file; give the file of the settings")
-    size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes: no file of settings is as large")
+    content = read_bytes(path, MOST_BYTES)
     if path.suffix.lower() == ".json":
-        return json_object(path, path.read_bytes())
+        return json_object(path, content)
     try:
         import tomllib
     except ImportError:
@@ -50,7 +47,7 @@ def _fields(path):
             f"{path}: to read TOML takes Python 3.11 or newer; write the same as a .json"
         ) from None
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
 

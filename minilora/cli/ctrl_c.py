@@ -38,7 +38,7 @@ class TerminationAsCtrlC:
 
 
 def report_interrupt(program, interrupt):
-    """Print what a KeyboardInterrupt says, or "interrupted", on one line; returns the exit code."""
+    """Print what an interrupt says, or "interrupted", on one line; returns the exit code."""
     # A terminal has just shown ^C, and the line must not be glued to that.
     start = "\n" if sys.stderr.isatty() else ""
     message = str(interrupt) or "interrupted"

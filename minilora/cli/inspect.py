@@ -11,7 +11,7 @@ import numpy as np
 from ..backend import to_numpy
 from ..count import parameter_report
 from ..disk import loaders
-from ..disk.checks import json_object
+from ..disk.adapter_file import read_fingerprint
 from ..disk.folder import load_folder
 from ..disk.models import families_of, load_fields, load_model
 from ..disk.peft import CONFIG, TENSORS, digest_of, load_adapter, read_adapter
@@ -80,8 +80,7 @@ def _inspect_adapter(folder, base, log):
     config, tensors, metadata = load_folder(folder, TENSORS, CONFIG)
     n_parameters = sum(tensor.size for tensor in tensors.values())
     log(f"{folder}: an adapter, {n_parameters:,} parameters in {len(tensors)} tensors")
-    where = f"{folder / TENSORS}: its minilora.base"
-    fingerprint = json_object(where, metadata.get("minilora.base"))
+    fingerprint = read_fingerprint(folder, metadata)
     _log_loaders(config, {name: t.shape for name, t in tensors.items()}, fingerprint, log)
 
     adapter = read_adapter(folder)

@@ -12,7 +12,7 @@ from .. import __version__
 from ..disk.bases import SMOLLM2_COMMAND
 from .advice import for_command_line
 from .ctrl_c import report_interrupt
-from .messages import log, one_line, warn
+from .messages import log, one_line, visible, warn
 from .parser import nearest
 from .table import COMMANDS, parser_of
 
@@ -59,7 +59,7 @@ def _run_to_the_end(argv):
         # The help of a command has been printed, or what is wrong with its arguments.
         return end.code or 0
     except KeyboardInterrupt as interrupt:
-        return report_interrupt("minilora", interrupt)
+        return report_interrupt("minilora", visible(str(interrupt)))
     except BrokenPipeError:
         # Whoever read the output has gone, as `head` does.
         return 1

@@ -3,9 +3,12 @@
 import re
 import sys
 
-# Control characters, but for the newline and the tab, and the marks that turn the direction of
-# writing: what a terminal obeys instead of showing it.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Control characters, but for the newline and the tab, the marks that turn the direction of writing,
+# and ends of lines in Unicode: what a terminal obeys instead of showing it. And halves of
+# surrogates, which no output can say.
+CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 # Of an error that lists many things, this many are shown, each cut to this many characters.
 MOST_LINES = 3
 LONGEST_LINE = 300

@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 
-from .messages import log, one_line
+from .messages import log, one_line, visible
 
 # {our flag: what other programs call it}, all without dashes.
 FLAG_SYNONYMS = {
@@ -170,7 +170,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message):
         """End the program with one line that names this command's help. Raises: SystemExit(2)."""
-        text = self.where + one_line(message)
+        text = visible(self.where + one_line(message))
         see = " See" if text.endswith("?") else "; see"
         self.exit(2, f"{self.prog}: {text}{see} {self.prog} --help\n")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import __version__
 from ..architectures import PRESETS, blank, blank_quantized
 from ..count import n_parameters
-from ..disk.checks import json_object
+from ..disk.reading import open_regular, read_object
 from ..lean import QUERY_BLOCK
 from ..lora import linear_names
 from ..packed import PackedTensor
@@ -87,7 +87,7 @@ def _check_place(file):
         raise FileNotFoundError(f"{file.parent} does not exist; make the folder of the page first")
     if not file.exists():
         return
-    with open(file, "rb") as page:
+    with open_regular(file) as page:
         beginning = page.read(len(MARK))
     if beginning != MARK.encode():
         raise ValueError(f"{file} exists and is no such page; choose another name")
@@ -222,7 +222,7 @@ def read_measured(file):
     Raises: OSError; ValueError that names what is not as that lab writes it.
     """
     file = Path(file)
-    measured = json_object(file, file.read_text(encoding="utf-8"))
+    measured = read_object(file)
     try:
         _check_measured(measured)
     except ValueError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..disk.reading import open_regular
 from ..training.run_log import read_log
 
 COMMAND = "pip install -e '.[plot]'"
@@ -89,7 +90,7 @@ def _check_picture(out):
         )
     if not out.exists():
         return
-    with open(out, "rb") as file:
+    with open_regular(out) as file:
         beginning = file.read(len(PNG))
     if beginning != PNG:
         raise ValueError(f"{out} exists and is no picture; choose another name")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..lora_config import LoRAConfig
-from .checks import errors_name, json_object, listed
+from ..lora_config import LoRAConfig, check_speed
+from .checks import errors_name, json_object, json_texts, listed
 from .folder import load_folder
 from .peft_config import MERGE_IN_PEFT, read_config
 from .tensor_file import widened
@@ -90,32 +90,32 @@ def read_adapter(folder):
     fields, tensors, metadata = load_folder(folder, TENSORS, CONFIG)
     config = read_config(folder / CONFIG, fields)
     factors = _factors(folder, tensors, bool(fields.get("use_dora")))
+    with errors_name(folder / CONFIG):
+        check_speed(config, factors)
     _check_ranks(folder, config, factors)
     where = f"{folder / TENSORS}: its {NOTE}"
     note = json_object(where, metadata.get(NOTE)) or {}
     with errors_name(where):
         our_config = LoRAConfig(**note.get("config", {})) if note else None
         recorded = _recorded_pairs(note.get("pairs"))
-    fingerprint = json_object(f"{folder / TENSORS}: its {BASE_NOTE}", metadata.get(BASE_NOTE))
-    where = f"{folder / TENSORS}: its {STORED_NOTE}"
-    stored = json_object(where, metadata.get(STORED_NOTE)) or {}
-    if not all(isinstance(kind, str) for kind in stored.values()):
-        raise ValueError(f"{where} must name the kind of each tensor, got {stored!r:.200}")
+        columns = _noted_columns(note.get("columns"))
+    fingerprint = read_fingerprint(folder, metadata)
+    stored = json_texts(f"{folder / TENSORS}: its {STORED_NOTE}", metadata.get(STORED_NOTE)) or {}
     where = f"{folder / TENSORS}: its {ROWS_NOTE}"
     rows = json_object(where, metadata.get(ROWS_NOTE)) or {}
     if not all(type(n) is int and n > 0 for n in rows.values()):
         raise ValueError(f"{where} must say how many rows each table had, got {rows!r:.200}")
     return AdapterFile(
-        fields,
-        config,
-        factors,
-        our_config,
-        note.get("columns", {}),
-        recorded,
-        fingerprint,
-        stored,
-        rows,
+        fields, config, factors, our_config, columns, recorded, fingerprint, stored, rows
     )
+
+
+def read_fingerprint(folder, metadata):
+    """The fingerprint of its base in the metadata of an adapter, {tensor: digest}, None for none.
+
+    Raises: ValueError that names the file for anything else.
+    """
+    return json_texts(f"{folder / TENSORS}: its {BASE_NOTE}", metadata.get(BASE_NOTE))
 
 
 def _check_folder(folder):
@@ -191,3 +191,19 @@ def _recorded_pairs(note):
         return {name: (pair["r"], float(pair["scaling"])) for name, pair in note.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"pairs must be {{module: r and scaling}}, got {note!r:.200}") from None
+
+
+def _noted_columns(note):
+    """{our module: (start, stop)} from the note of a file; {} if it has none."""
+    if note is None:
+        return {}
+    if isinstance(note, dict) and all(map(_is_span, note.values())):
+        return {name: tuple(span) for name, span in note.items()}
+    raise ValueError(f"columns must be {{module: [start, stop]}}, got {note!r:.200}")
+
+
+def _is_span(span):
+    """Is it [start, stop], of columns that there may be?"""
+    if not isinstance(span, list) or [type(number) for number in span] != [int, int]:
+        return False
+    return 0 <= span[0] < span[1]

@@ -5,8 +5,8 @@ A GGUF file is read as the folder that transformers would have of it. Knows no k
 
 from pathlib import Path
 
-from .checks import json_object
 from .folder import load_config, load_folder
+from .reading import LARGEST_TOKENIZER, check_regular, read_object
 
 TENSORS = "model.safetensors"
 CONFIG = "config.json"
@@ -41,7 +41,7 @@ def load_fields(base):
     Raises: as `load_config` and `load_gguf`.
     """
     if is_json(base):
-        return json_object(base, Path(base).read_bytes())
+        return read_object(base)
     if is_gguf(base):
         from .gguf import gguf_fields
 
@@ -63,7 +63,13 @@ def load_stored(base):
 
 
 def companions_of(base, folder):
-    """{name: path or bytes} of the files that go along from `base`, or None, into `folder`."""
+    """{name: path or bytes} of the files that go along from `base`, or None, into `folder`.
+
+    A link is followed to where it leads within the folder, and from a snapshot in the cache of
+    Hugging Face to the `blobs` beside its snapshots, where that keeps all files.
+    Raises: ValueError that names a link that leads elsewhere: a folder of a stranger's could take
+    any file of this machine into what is published.
+    """
     if base is None or Path(base).resolve() == Path(folder).resolve():
         return {}
     if is_gguf(base):
@@ -73,4 +79,24 @@ def companions_of(base, folder):
     paths = [Path(base) / name for name in COMPANIONS]
     for pattern in PATTERNS:
         paths += sorted(Path(base).glob(pattern))
-    return {path.relative_to(base).as_posix(): path for path in paths if path.is_file()}
+    companions = {}
+    for path in paths:
+        if path.is_file():
+            _check_inside(Path(base), path)
+            check_regular(path, LARGEST_TOKENIZER)
+            companions[path.relative_to(base).as_posix()] = path
+    return companions
+
+
+def _check_inside(base, path):
+    """Raise ValueError if `path`, which is in the folder `base`, is a link to a file elsewhere."""
+    folder = base.resolve()
+    target = path.resolve()
+    if folder in target.parents:
+        return
+    if folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs":
+        return
+    raise ValueError(
+        f"{path} is a link to {target}, which is not in {base}, and would be copied along: put the "
+        "file itself there, or take the link away"
+    )

@@ -6,7 +6,7 @@ A template is a text in jinja2's language that comes with a model. It is used as
 import re
 from pathlib import Path
 
-from .checks import json_object
+from .reading import LARGEST_TEMPLATE, read_bytes, read_object
 
 TEMPLATE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
@@ -108,10 +108,11 @@ def read_template(folder):
     path = folder / TEMPLATE
     if path.exists():
         try:
-            # As Python reads a text: a line end of Windows is a newline.
-            text = path.read_text(encoding="utf-8")
+            text = read_bytes(path, LARGEST_TEMPLATE).decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from None
+        # As Python reads a text: a line end of Windows is a newline, and so is one of old Macs.
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
         return ChatTemplate(text, specials, path)
     stated = read_settings(folder).get("chat_template")
     if stated is None:
@@ -161,7 +162,7 @@ def read_special_texts(folder):
 def _read_object(path):
     if not path.exists():
         return {}
-    return json_object(path, path.read_bytes())
+    return read_object(path)
 
 
 def special_texts(settings, where):

@@ -3,6 +3,12 @@
 import contextlib
 import json
 
+# What no configuration has, so that nobody must think of it again: numbers beyond every float, and
+# values so deep inside others that Python cannot show them.
+MOST_DIGITS = 300
+DEEPEST = 50
+_TOO_DEEP = f"it is nested deeper than {DEEPEST} levels"
+
 
 def listed(names, most):
     """The names for a message, `most` of them at the most: "a, b, c and 3 more"."""
@@ -34,18 +40,64 @@ def check_same_tensors(where, present, expected):
         raise ValueError(f"{where}: do not match. {'; '.join(differences)}")
 
 
+def parse_json(text, **options):
+    """The value of a JSON text, which is a text or bytes; `options` are those of `json.loads`.
+
+    Raises: ValueError for what is no JSON, for a number that no float can hold, and for what is
+    nested deeper than any file that is read here: who shows or compares it would fail on it.
+    """
+    try:
+        value = json.loads(text, parse_int=_whole_number, **options)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    layer = [value]
+    for _ in range(DEEPEST):
+        layer = [inner for outer in layer for inner in _inside(outer)]
+        if not layer:
+            return value
+    raise ValueError(_TOO_DEEP)
+
+
+def _whole_number(digits):
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits, and {MOST_DIGITS} are read")
+    return int(digits)
+
+
+def _inside(value):
+    """The lists and objects that are parts of a value of JSON."""
+    parts = ()
+    if isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, list):
+        parts = value
+    return [part for part in parts if isinstance(part, (dict, list))]
+
+
 def json_object(where, text):
     """The JSON object in `text`, None for no text; ValueError that names `where` for the rest."""
     if text is None:
         return None
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise ValueError(f"{where}: expected an object with fields, got {kind}")
     return value
+
+
+def json_texts(where, text):
+    """{name: word} of the JSON object in `text`, None for no text.
+
+    Raises: ValueError that names `where` for anything else, and for a word that cannot be printed.
+    """
+    texts = json_object(where, text)
+    for name, value in (texts or {}).items():
+        if not isinstance(value, str) or not value.isprintable():
+            raise ValueError(f"{where}: {name!r:.100} must have a word, got {value!r:.100}")
+    return texts
 
 
 @contextlib.contextmanager
@@ -55,3 +107,15 @@ def errors_name(where):
         yield
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+@contextlib.contextmanager
+def library_errors(where):
+    """What the library `tokenizers` raises here is a ValueError that begins with `where`."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic of Rust's is no Exception.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{where}: {error}") from None
+        raise

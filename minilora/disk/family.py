@@ -153,10 +153,10 @@ def head_is_tied(folder, fields, tensors, *, embedding, head, default):
     if np.array_equal(tensors[head], tensors[embedding]):
         del tensors[head]
         return True
-    # The warning points at the line that called load_model or load_gpt2, four calls above.
+    # The warning points at the line that called load_model or load_gpt2, five calls above.
     warnings.warn(
         f"{folder}: {head} differs from {embedding} although tie_word_embeddings is true; it is "
         "kept as a head of its own, as transformers 5 does (4 overwrites one)",
-        stacklevel=5,
+        stacklevel=6,
     )
     return False

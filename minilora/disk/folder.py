@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from .checks import json_object, listed
+from .reading import LARGEST_CONFIG, read_bytes, read_object
 from .tensor_file import read_metadata, read_shards, read_tensors, write_tensors
 
 # Fields that people may change: no program computes with them.
@@ -122,7 +123,7 @@ def load_folder(folder, tensor_file, config_file):
     path = _config_path(folder, config_file, metadata)
     saved_text = metadata.get("minilora.config")
     saved_config = json_object(f"{whole}: its minilora.config", saved_text)
-    config = json_object(path, path.read_bytes())
+    config = read_object(path)
     if saved_config is not None:
         _check_one_save(f"{folder}: {tensor_file} and {config_file}", saved_config, config)
     return config, tensors, metadata
@@ -137,7 +138,7 @@ def load_config(folder, tensor_file, config_file):
     path = _config_path(folder, config_file, read_metadata(folder / tensor_file))
     if not path.exists():
         raise _missing(path, tensor_file, config_file)
-    return json_object(path, path.read_bytes())
+    return read_object(path)
 
 
 def _missing(path, tensor_file, config_file):
@@ -173,6 +174,6 @@ def _config_path(folder, config_file, metadata):
     """Where the configuration is: still in UNFINISHED if the one there belongs to the tensors."""
     staged = folder / UNFINISHED / config_file
     text = (metadata or {}).get("minilora.config")
-    if text and staged.exists() and staged.read_bytes() == text.encode():
+    if text and staged.exists() and read_bytes(staged, LARGEST_CONFIG) == text.encode():
         return staged
     return folder / config_file

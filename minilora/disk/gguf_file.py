@@ -6,7 +6,6 @@ an array of each token (2 s and 160 MB for 49,152 tokens).
 Source: the GGUF specification, versions 2 and 3 (github.com/ggml-org/ggml, docs/gguf.md).
 """
 
-import stat
 import struct
 from collections import namedtuple
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .lfs import check_no_pointer
+from .reading import check_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -77,8 +77,7 @@ def _mapped(path):
     """The bytes of a file as a read-only array that occupies no memory of its own."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"{path} is not a file; expected a GGUF file")
+    check_regular(path)
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; fetch it again")
     # A plain array over the map: NumPy's own class of maps is slow to take views of.

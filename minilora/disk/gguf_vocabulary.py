@@ -7,6 +7,8 @@ Source: src/llama-vocab.cpp of llama.cpp; transformers' convert_slow_tokenizer.p
 
 import numpy as np
 
+from .checks import library_errors
+
 # What a token is. The rest are plain pieces of text.
 _NORMAL = 1
 _UNKNOWN = 2
@@ -30,7 +32,7 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}| "
     r"?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS = {
+SPLITS = {
     "gpt-2": None,
     "smollm": None,
     "starcoder": None,
@@ -73,7 +75,7 @@ class _Vocabulary:
     """The settings of the tokenizer, by their names without `tokenizer.ggml`."""
 
     def __init__(self, path, settings):
-        self.path = path
+        self.where = f"{path}, its tokenizer"
         self.settings = settings
         self.tokens = self.setting("tokens", list)
         types = self.setting("token_type", np.ndarray)
@@ -86,7 +88,7 @@ class _Vocabulary:
             self.refuse(f"token {twice!r:.50} is there twice")
 
     def refuse(self, why):
-        raise ValueError(f"{self.path}, its tokenizer: {why}")
+        raise ValueError(f"{self.where}: {why}")
 
     def setting(self, key, kind, default=None):
         """A setting, which must be of the type `kind`."""
@@ -128,18 +130,18 @@ def _byte_level(reader):
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     split = reader.setting("pre", str)
-    if split not in _SPLITS:
+    if split not in SPLITS:
         reader.refuse(
             f"it splits texts as {split!r:.50} does (tokenizer.ggml.pre); only "
-            f"{', '.join(_SPLITS)} are read"
+            f"{', '.join(SPLITS)} are read"
         )
     bpe = _bpe(reader, reader.merges(), ignore_merges=split in _WHOLE_PARTS)
     steps = []
     if split in _SINGLE_DIGITS:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if _SPLITS[split] is not None:
-        steps.append(pre_tokenizers.Split(Regex(_SPLITS[split]), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=_SPLITS[split] is None))
+    if SPLITS[split] is not None:
+        steps.append(pre_tokenizers.Split(Regex(SPLITS[split]), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=SPLITS[split] is None))
     bpe.pre_tokenizer = steps[0]
     # A single step stands alone, as in GPT-2's own file.
     if len(steps) > 1:
@@ -211,11 +213,8 @@ def _bpe(reader, merges, **settings):
     # Imported where it is used: whoever only reads tensors does not wait for it.
     from tokenizers import Tokenizer, models
 
-    try:
+    with library_errors(f"{reader.where}: its merges do not belong to its tokens"):
         return Tokenizer(models.BPE(vocab=reader.ids, merges=merges, **settings))
-    except Exception as error:
-        # The library has no exceptions of its own.
-        reader.refuse(f"its merges do not belong to its tokens: {error}")
 
 
 def _add_tokens(reader, bpe):
@@ -228,7 +227,8 @@ def _add_tokens(reader, bpe):
             for token in reader.of_type(kind)
             if token
         ]
-        bpe.add_tokens(added)
+        with library_errors(f"{reader.where}: a token cannot be added"):
+            bpe.add_tokens(added)
 
 
 def _add_ends(reader, bpe):
@@ -250,11 +250,8 @@ def _add_ends(reader, bpe):
         reader.refuse("it asks for a token before or behind each text, and does not say which")
     if len(template) > 1:
         named = [(token, reader.ids[token]) for token in template if token != "$A"]
-        try:
+        around = f"bos {bos!r:.50} and eos {eos!r:.50} cannot be put around texts"
+        with library_errors(f"{reader.where}: {around}"):
             bpe.post_processor = processors.TemplateProcessing(
                 single=template, special_tokens=list(dict.fromkeys(named))
-            )
-        except Exception as error:
-            reader.refuse(
-                f"bos {bos!r:.50} and eos {eos!r:.50} cannot be put around texts: {error}"
             )

@@ -107,6 +107,8 @@ def _check_not_quantized(fields):
 def _check_window(fields):
     """Raise ValueError if some layer looks back less far than the context is long."""
     layer_types = fields.get("layer_types")
+    if not isinstance(layer_types, (list, type(None))):
+        raise ValueError(f"layer_types must be a list of texts, got {layer_types!r:.100}")
     for kind in layer_types or ():
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(

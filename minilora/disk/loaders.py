@@ -6,7 +6,7 @@ Knows no base and refuses nothing: is this module in the base, has it this width
 
 import re
 
-from ..lora_config import LoRAConfig
+from ..lora_config import LoRAConfig, check_speed
 from .adapter_file import PREFIX
 from .models import family_of_file
 from .peft_config import STARTS_IN_THE_BASE, chosen_modules
@@ -42,9 +42,10 @@ def peft_objections(fields, shapes):
         )
     try:
         config = _config(fields)
+        check_speed(config, modules)
         idle = _idle_targets(fields, modules)
         chosen = _chosen(fields, idle, modules)
-    except (ValueError, TypeError, re.error) as error:
+    except (ValueError, TypeError) as error:
         return [*objections, str(error)]
     # What is excluded has no tensors.
     if idle and not fields.get("exclude_modules"):

@@ -18,7 +18,7 @@ from ..ia3 import Factors
 from ..method import Method
 from ..prompt import Prompt
 from ..tensor import Tensor
-from .adapter_file import BASE_NOTE, CONFIG, NOTE, PREFIX, TENSORS
+from .adapter_file import BASE_NOTE, CONFIG, NOTE, PREFIX, TENSORS, read_fingerprint
 from .checks import check_same_tensors, errors_name, json_object, listed
 from .folder import load_folder, save_folder
 from .models import family_of
@@ -148,8 +148,7 @@ def load_method(folder, base, *, say=print):
     """
     folder = Path(folder)
     fields, stored, metadata = load_folder(folder, TENSORS, CONFIG)
-    where = f"{folder / TENSORS}: its {BASE_NOTE}"
-    fingerprint = json_object(where, metadata.get(BASE_NOTE))
+    fingerprint = read_fingerprint(folder, metadata)
     arrays = {name: _finite(folder, name, tensor) for name, tensor in stored.items()}
     method_name = fields.get("peft_type")
     if method_name == "IA3":

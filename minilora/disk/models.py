@@ -36,6 +36,8 @@ FAMILIES = (
     LLAMA,
     OWN,
 )
+# No side of an array is longer, by NumPy's count.
+LARGEST_SIZE = 2**63 - 1
 
 
 def families_of(model):
@@ -117,8 +119,7 @@ def load_model_config(base):
     """
     fields = load_fields(base)
     family = _family_in(base, fields, FAMILIES)
-    with errors_name(fields_file(base)):
-        return family.read_config(base, fields, {})
+    return _read_config(base, family, fields, {})
 
 
 def load_gpt2(folder):
@@ -213,8 +214,8 @@ def _load(base, families):
     fields, tensors = load_stored(base)
     family = _family_in(base, fields, families)
     _take_prefix_off(base, family, tensors)
+    config = _read_config(base, family, fields, tensors)
     with errors_name(fields_file(base)):
-        config = family.read_config(base, fields, tensors)
         _check_size(family.count(config), tensors)
     blank = family.model(config, None)
     return _filled(base, family, blank, tensors)
@@ -231,6 +232,16 @@ def _family_in(base, fields, families):
             f"{' or '.join(known)} is implemented"
         )
     return family
+
+
+def _read_config(base, family, fields, tensors):
+    """The configuration of a model. Raises: ValueError that names the file and the field."""
+    with errors_name(fields_file(base)):
+        config = family.read_config(base, fields, tensors)
+        for name, value in vars(config).items():
+            if type(value) is int and value > LARGEST_SIZE:
+                raise ValueError(f"{name} is {value:.3g}; no array is longer than {LARGEST_SIZE}")
+    return config
 
 
 def _take_prefix_off(base, family, tensors):

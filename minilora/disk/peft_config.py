@@ -4,11 +4,11 @@ Modules go by the names of files, unless they are called ours. Knows names, open
 """
 
 import math
-import re
 from collections import Counter
 
 from ..lora import linear_names
-from ..lora_config import LoRAConfig, as_pattern, find_targets, is_expression
+from ..lora_config import LoRAConfig, as_pattern, find_targets, whole_matches
+from ..patterns import Matcher, check_expressions
 from .checks import errors_name, listed
 from .models import families_of
 
@@ -33,6 +33,9 @@ _SUPPORTED = {
     "init_lora_weights": _STARTS,
     "use_dora": (True, False, None),
 }
+# A block is a number that follows such a name. PEFT's own pattern is any two names.
+_IN_BLOCK = r"(?:.*?\.)??{}\.(?P<block>\d+)\."
+_ANY_BLOCK = r"[^.]*\.[^.]*"
 _READ = (
     *_REQUIRED, "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
     "layers_to_transform", "layers_pattern", "exclude_modules",
@@ -173,8 +176,8 @@ def chosen_modules(where, fields, modules):
 def _without_excluded(modules, excluded):
     """The modules that `excluded`, an expression or a list of endings, does not name."""
     if isinstance(excluded, str):
-        _check_expressions("exclude_modules", [excluded])
-        return [name for name in modules if not re.fullmatch(excluded, name)]
+        matched = set(whole_matches("exclude_modules", excluded, modules))
+        return [name for name in modules if name not in matched]
     suffixes = tuple(f".{ending}" for ending in excluded)
     return [name for name in modules if not f".{name}".endswith(suffixes)]
 
@@ -185,7 +188,9 @@ def _in_layers(modules, fields):
     patterns = fields.get("layers_pattern") or []
     if isinstance(patterns, str):
         patterns = [patterns]
-    _check_expressions("layers_pattern", patterns)
+    if not isinstance(patterns, list) or not all(isinstance(text, str) for text in patterns):
+        raise ValueError(f"layers_pattern must be an expression, or a list of them, got {patterns}")
+    check_expressions("layers_pattern", patterns)
     if layers is None or layers == []:
         return modules
     if isinstance(fields["target_modules"], str):
@@ -195,7 +200,11 @@ def _in_layers(modules, fields):
     if not all(type(layer) is int for layer in layers):
         raise ValueError(f"layers_to_transform must be a number, or a list of them, got {layers}")
     # A module named in full is chosen in whatever block it is.
-    block_of = {m: _block(m, patterns) for m in modules if m not in fields["target_modules"]}
+    matcher = Matcher("layers_pattern", around=_IN_BLOCK)
+    block_of = {}
+    for module in modules:
+        if module not in fields["target_modules"]:
+            block_of[module] = _block(matcher, module, patterns or [_ANY_BLOCK])
     absent = [layer for layer in layers if layer not in block_of.values()]
     if block_of and absent:
         blocks = sorted(set(block_of.values()) - {-1}) or "none"
@@ -205,18 +214,12 @@ def _in_layers(modules, fields):
     return [name for name in modules if name not in block_of or block_of[name] in layers]
 
 
-def _check_expressions(field, expressions):
-    for text in expressions:
-        if not is_expression(text):
-            raise ValueError(f"{field} {text!r} is not a regular expression")
-
-
-def _block(name, patterns):
+def _block(matcher, name, patterns):
     """The number of a module's block, -1 for none: the first that follows one of `patterns`."""
-    for pattern in patterns or [r"[^.]*\.[^.]*"]:
-        match = re.match(rf"(?:.*?\.)??{pattern}\.(?P<block>\d+)\.", name)
-        if match and match["block"]:
-            return int(match["block"])
+    for pattern in patterns:
+        found = matcher.first([pattern], name)
+        if found is not None and found[1]["block"]:
+            return int(found[1]["block"])
     return -1
 
 

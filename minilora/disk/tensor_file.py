@@ -18,11 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..packed import STRIDE, Packed
-from .checks import check_same_tensors, json_object
+from .checks import check_same_tensors
 from .lfs import check_no_pointer
+from .reading import LARGEST_INDEX, check_regular, read_object
 
 # What tensors can be saved in.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+# Of the name of a tensor, which is shown and matched.
+LONGEST_NAME = 1000
 # {a type of safetensors: NumPy's}. bfloat16 is not among them: NumPy has none.
 _NUMPY_TYPES = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
@@ -60,6 +63,8 @@ def read_tensors(path):
         file_map = _map_of(file)
         tensors = {}
         for name, entry in header.items():
+            if len(name) > LONGEST_NAME or not name.isprintable():
+                raise ValueError(f"{path}: the name of a tensor is {name!r:.100}: damaged")
             code = entry["dtype"]
             if code != "BF16" and code not in _NUMPY_TYPES:
                 raise ValueError(
@@ -174,7 +179,7 @@ def read_shards(index):
     gives them.
     """
     check_no_pointer(index)
-    file_of = json_object(index, index.read_bytes()).get("weight_map")
+    file_of = read_object(index, LARGEST_INDEX).get("weight_map")
     is_map = isinstance(file_of, dict) and len(file_of) > 0
     if not is_map or not all(isinstance(file, str) for file in file_of.values()):
         raise ValueError(
@@ -197,8 +202,10 @@ def read_shards(index):
 
 def read_metadata(path):
     """The metadata of a safetensors file; None where there is no sound file."""
-    with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="np") as file:
-        return file.metadata()
+    with contextlib.suppress(OSError, ValueError, SafetensorError):
+        check_regular(path)
+        with safe_open(path, framework="np") as file:
+            return file.metadata()
     return None
 
 

@@ -3,7 +3,6 @@
 Knows the files of tokenizers and the fields of config.json, no tensor.
 """
 
-import base64
 import json
 import re
 from collections.abc import Callable
@@ -22,12 +21,14 @@ from .chat_template import (
     read_special_texts,
     read_template,
 )
-from .checks import json_object
+from .checks import library_errors
 from .conversation import Conversations, turn_end
 from .folder import load_config
 from .lfs import check_no_pointer
 from .models import CONFIG, TENSORS, family_of_fields
+from .reading import LARGEST_TOKENIZER, check_regular, read_object
 from .token_stream import TokenStream
+from .tokenizer_file import MOST_TOKENS, read_tokenizer_file
 from .vocabulary import Vocabulary
 
 # What GPT-2 ends a text with.
@@ -37,8 +38,6 @@ VOCABULARY = "vocab.json"
 MERGES = "merges.txt"
 ADDED = "added_tokens.json"
 GENERATION = "generation_config.json"
-# Ids of tokens stay below this, as the library's do.
-MOST_TOKENS = 2**31
 
 
 @dataclass(frozen=True)
@@ -252,7 +251,7 @@ def _ends(folder, vocabulary, eos_token, fields):
     generation = folder / GENERATION
     stated = [(folder / CONFIG, fields)]
     if generation.exists():
-        stated.append((generation, json_object(generation, generation.read_bytes())))
+        stated.append((generation, read_object(generation)))
     for path, saying in stated:
         ends += _numbered_ends(path, vocabulary, saying.get("eos_token_id"))
     if not ends:
@@ -326,13 +325,9 @@ def _is_cuttable(bpe):
 
 def _read_one_file(folder):
     """The tokenizer in tokenizer.json, with what the files beside it add."""
-    # Imported where it is used: whoever only trains or reads characters does not wait for it.
-    import tokenizers
-
     path = folder / ONE_FILE
     check_no_pointer(path)
-    _check_charsmaps(path)
-    bpe = _read(path, lambda: tokenizers.Tokenizer.from_file(str(path)))
+    bpe = read_tokenizer_file(path)
     for number, token in _added_tokens(folder).items():
         if bpe.token_to_id(token.content) is None:
             bpe.add_tokens([token])
@@ -346,22 +341,6 @@ def _read_one_file(folder):
     return bpe
 
 
-def _check_charsmaps(path):
-    """Raise ValueError for a table of characters that is shorter than it says.
-
-    The library takes its first number for the size of an array, and ends the whole process if there
-    is no such memory.
-    """
-    for match in re.finditer(rb'"precompiled_charsmap"\s*:\s*("[^"]*")', path.read_bytes()):
-        table = _read(path, lambda stored=match[1]: base64.b64decode(json.loads(stored)))
-        size = int.from_bytes(table[:4], "little")
-        if len(table) < 4 + size or size % 4 or size == 0:
-            raise ValueError(
-                f"{path}: damaged: its precompiled_charsmap says that it begins with a table of "
-                f"{size} bytes, and has {len(table)} in all"
-            )
-
-
 def _read_two_files(folder):
     """The tokenizer in vocab.json and merges.txt, with what the files beside them add."""
     import tokenizers
@@ -369,8 +348,11 @@ def _read_two_files(folder):
 
     paths = [str(folder / VOCABULARY), str(folder / MERGES)]
     for path in paths:
+        check_regular(path, LARGEST_TOKENIZER)
         check_no_pointer(path)
-    vocabulary, merges = _read(" and ".join(paths), lambda: models.BPE.read_file(*paths))
+    where = f"{' and '.join(paths)}: damaged, or of another kind"
+    with library_errors(where):
+        vocabulary, merges = models.BPE.read_file(*paths)
     added = _added_tokens(folder)
     texts = {number: text for text, number in vocabulary.items()}
     for number, token in added.items():
@@ -382,8 +364,8 @@ def _read_two_files(folder):
                 "of the tokenizer from one place"
             )
         vocabulary[token.content] = number
-    model = _read(" and ".join(paths), lambda: models.BPE(vocabulary, merges))
-    bpe = tokenizers.Tokenizer(model)
+    with library_errors(where):
+        bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_tokens(list(added.values()))
@@ -407,7 +389,7 @@ def _added_tokens(folder):
     tokens = {}
     path = folder / ADDED
     if path.exists():
-        for text, number in json_object(path, path.read_bytes()).items():
+        for text, number in read_object(path).items():
             special = text in named
             flags = {"content": text, "special": special, "normalized": not special}
             tokens[_added_id(path, text, number)] = _added_token(path, text, flags)
@@ -446,14 +428,3 @@ def _added_token(where, name, saved):
         raise ValueError(
             f"{where}: {name!r:.50}: {json.dumps(saved)[:80]} is no token with its flags: {error}"
         ) from None
-
-
-def _read(where, read):
-    """What `read` gives; a file it cannot read is a ValueError that names `where`."""
-    try:
-        return read()
-    except BaseException as error:
-        # The library has no exceptions of its own, and one that is no Exception.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ValueError(f"{where}: damaged, or of another kind: {error}") from None
-        raise

@@ -15,6 +15,7 @@ import re
 import numpy as np
 
 from .chat_template import CLOSE_MARK, OPEN_MARK
+from .checks import library_errors
 
 # Planes 4 to 6 of Unicode, which no text uses, shadow planes 0 to 2.
 SHADOW = 0x40000
@@ -49,7 +50,8 @@ class Vocabulary:
             bpe.model.dropout = None
         bpe.no_truncation()
         bpe.no_padding()
-        self.start = _text_start(bpe)
+        with library_errors(f"the tokenizer of {where} cannot say what it puts before a text"):
+            self.start = _text_start(bpe)
         bpe.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
         added = bpe.get_added_tokens_decoder()
         self.bpe = bpe
@@ -102,7 +104,8 @@ class Vocabulary:
     def decode(self, ids):
         """The text of `ids`; an id that is no token's has none."""
         ids = np.asarray(ids).reshape(-1).tolist()
-        return self.bpe.decode(ids, skip_special_tokens=False)
+        with library_errors(f"the tokenizer of {self.where} does not take the ids {ids[:8]}"):
+            return self.bpe.decode(ids, skip_special_tokens=False)
 
     def holds_control(self, text):
         """Does `text` hold the name of a control token?"""
@@ -164,15 +167,8 @@ class Vocabulary:
         return tuple(np.concatenate([h, part[n:]]) for h, part in zip(head, parts, strict=True))
 
     def _encoded(self, bpe, text):
-        try:
+        with library_errors(f"the tokenizer of {self.where} does not take {text[:40]!a}"):
             return bpe.encode(text, add_special_tokens=False)
-        except BaseException as error:
-            # The library has no exceptions of its own, and one that is no Exception.
-            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise ValueError(
-                    f"the tokenizer of {self.where} does not take {text[:40]!a}: {error}"
-                ) from None
-            raise
 
     @functools.cached_property
     def _bare(self):

@@ -9,7 +9,9 @@ from collections import namedtuple
 from pathlib import Path
 
 from ..backend import to_numpy
+from ..disk.checks import errors_name
 from ..disk.folder import load_config, load_folder, save_folder
+from ..disk.reading import LARGEST_CONFIG, read_bytes
 from ..fits import indented
 from ..tensor import check_same_layout
 
@@ -46,14 +48,18 @@ class Checkpoint:
 
     `best` is {name: array} of the module when it was at its best, None if nobody marks that: it is
     part of the state. Whoever restores a state with it marks one before, so that both have it.
+
+    `check(progress, steps)` raises ValueError for what cannot be the progress after so many steps;
+    without it any progress is restored.
     """
 
-    def __init__(self, folder, identity, module, adam, places=None):
+    def __init__(self, folder, identity, module, adam, places=None, check=None):
         self.folder = Path(folder)
         self.identity = identity
         self.places = dict(places or {})
         self.module = module
         self.adam = adam
+        self.check = check
         self.best = None
         self.snapshot = None
 
@@ -114,6 +120,7 @@ class Checkpoint:
         state, tensors, _ = load_folder(self.folder, TENSORS, STATE)
         _check_state(self.folder, state)
         self._check_identity(state["identity"])
+        self._check_progress(state["progress"], state["steps"])
         parameters = _without_prefix("module.", tensors)
         moments = _without_prefix("adam.", tensors)
         best = _without_prefix("best.", tensors)
@@ -127,7 +134,18 @@ class Checkpoint:
         (self.folder / FAILURE).unlink(missing_ok=True)
         return state["progress"]
 
+    def _check_progress(self, progress, steps):
+        with errors_name(self.folder / STATE):
+            if type(steps) is not int or steps < 0:
+                raise ValueError(f"steps must be a whole number of at least 0, got {steps!r:.100}")
+            if self.check is not None:
+                self.check(progress, steps)
+
     def _check_identity(self, saved):
+        if not isinstance(saved, dict) or not all(isinstance(v, dict) for v in saved.values()):
+            raise ValueError(
+                f"{self.folder / STATE}: identity must be groups of fields, got {saved!r:.100}"
+            )
         differences = _differences(_flat(saved), _flat(self.identity))
         if differences:
             raise ValueError(
@@ -162,7 +180,7 @@ def read_state(folder):
 def failure_of(folder):
     """What the run said that failed after it was saved in `folder`; None if none did."""
     path = Path(folder) / FAILURE
-    return path.read_text(encoding="utf-8") if path.exists() else None
+    return read_bytes(path, LARGEST_CONFIG).decode(errors="replace") if path.exists() else None
 
 
 def _check_state(folder, state):

@@ -23,6 +23,7 @@ from ..disk.bases import find_base
 from ..disk.folder import check_unused
 from ..disk.models import load_model
 from ..disk.quantized import quantized_base
+from ..disk.reading import LARGEST_DATA, read_bytes
 from ..disk.tokenizer import load_tokenizer
 from ..optim import Adam
 from .checkpoint import REMOVED, Checkpoint, failure_of, is_checkpoint
@@ -30,7 +31,7 @@ from .datasets import load_data
 from .learned import LearnedAdapter, LearnedModel, report_full
 from .loop import Interrupted
 from .parts import PartWorkers
-from .progress import Progress, peak_memory
+from .progress import Progress, check_progress, peak_memory
 from .run_file import (
     CHECKPOINT,
     arrays_of,
@@ -234,15 +235,26 @@ def _prepare(config, xp, arrays, threads, log, quiet):
         threads=threads,
     )
     identity = _identity(config, data, base.config, learned, arrays)
+    check = partial(
+        check_progress,
+        planned=config.steps,
+        is_measured=heldout is not None,
+        eval_every=config.eval_every,
+    )
     checkpoint = Checkpoint(
-        Path(config.out) / CHECKPOINT, identity, learned.module, adam, places_of(config)
+        Path(config.out) / CHECKPOINT,
+        identity,
+        learned.module,
+        adam,
+        places=places_of(config),
+        check=check,
     )
     return _Run(config, learned, adam, batches, heldout, identity, checkpoint)
 
 
 def _identity(config, data, base_config, learned, arrays):
     """What must be the same when the run goes on."""
-    data_file = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
+    data_file = hashlib.sha256(read_bytes(config.data, LARGEST_DATA)).hexdigest()
     identity = {
         "settings": identity_settings(config),
         "data": {"sha256": data_file, "tokens": data.fingerprint()},

@@ -1,5 +1,6 @@
 """How far a fine-tuning has come, and the lines that report it. Knows no model."""
 
+import math
 import sys
 from dataclasses import dataclass, field
 
@@ -145,6 +146,53 @@ def _change(before, after):
         if told != told_after:
             return f"{told} -> {told_after} nats per token"
     return f"{before:.3f} nats per token, unchanged"
+
+
+def check_progress(fields, steps, *, planned, is_measured, eval_every):
+    """Raise ValueError unless `fields`, from JSON, are the Progress of a run after `steps` steps.
+
+    `planned` is how many steps the run has, `is_measured` whether something is held out, on which
+    it measures the loss after each `eval_every` steps (None: before and after).
+    """
+    names = vars(Progress()).keys()
+    if not isinstance(fields, dict) or fields.keys() != names:
+        raise ValueError(f"progress must have {', '.join(names)}, got {fields!r:.100}")
+    if steps > planned:
+        raise ValueError(f"steps is {steps}, of {planned} that the run has")
+    losses = fields["losses"]
+    if not isinstance(losses, list) or not all(map(_is_measured, losses)) or len(losses) != steps:
+        raise ValueError(f"losses must be {steps} numbers, one of each step, got {losses!r:.100}")
+    if type(fields["tokens"]) is not int or fields["tokens"] < steps:
+        raise ValueError(f"tokens of {steps} steps cannot be {fields['tokens']!r:.100}")
+    if not _is_measured(fields["seconds"]) or fields["seconds"] < 0:
+        raise ValueError(f"seconds cannot be {fields['seconds']!r:.100}")
+    if type(fields["clipped"]) is not int or not 0 <= fields["clipped"] <= steps:
+        raise ValueError(f"clipped, of {steps} steps, cannot be {fields['clipped']!r:.100}")
+    before = fields["before"]
+    if before is None:
+        may_be = not is_measured or steps == 0
+    else:
+        may_be = is_measured and _is_measured(before)
+    if not may_be:
+        raise ValueError(f"before, the held-out loss, cannot be {before!r:.100}")
+    due = []
+    if eval_every is not None:
+        due = [n for n in range(1, steps + 1) if n % eval_every == 0 or n == planned]
+    evaluations = fields["evaluations"]
+    if not isinstance(evaluations, list) or not all(map(_is_evaluation, evaluations)):
+        raise ValueError(f"evaluations must be of [steps, loss] each, got {evaluations!r:.100}")
+    if [n for n, _ in evaluations] != due:
+        raise ValueError(f"evaluations must be of the steps {due}, got {evaluations!r:.100}")
+
+
+def _is_measured(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_evaluation(value):
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return type(value[0]) is int and _is_measured(value[1])
 
 
 def peak_memory():

@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 from ..disk.checks import json_object
+from ..disk.reading import LARGEST_LOG, read_bytes
 
 STEP_FIELDS = ("run", "step", "loss", "lr", "tokens", "seconds")
 EVALUATION_FIELDS = ("run", "step", "eval_loss", "tokens", "seconds")
@@ -90,7 +91,7 @@ def cut_back(path, run, progress, say):
     lines = []
     half_line = b""
     if Path(path).exists():
-        *lines, half_line = Path(path).read_bytes().split(b"\n")
+        *lines, half_line = read_bytes(path, LARGEST_LOG).split(b"\n")
     records = [_record(f"{path}, line {i}", line) for i, line in enumerate(lines, 1)]
     for number, record in enumerate(records, 1):
         if record["run"] != run:
@@ -137,7 +138,7 @@ def read_log(path):
     lines of two runs, a step that is absent or comes twice, a last line that is cut off; or says
     that the file is empty. OSError if it cannot be read.
     """
-    *lines, half_line = Path(path).read_bytes().split(b"\n")
+    *lines, half_line = read_bytes(path, LARGEST_LOG).split(b"\n")
     if half_line:
         raise ValueError(
             f"{path}, line {len(lines) + 1}: cut off, it has no end; remove the line, or go on "

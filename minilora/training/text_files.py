@@ -1,10 +1,9 @@
 """Reads a file of text, or of rows as people keep them in JSON lines. Knows nothing of tokens."""
 
-import json
 from collections import namedtuple
-from pathlib import Path
 
-from ..disk.checks import listed
+from ..disk.checks import listed, parse_json
+from ..disk.reading import LARGEST_DATA, read_bytes
 
 # What a row of a file holds: the keys that it must have, and those that it may have besides.
 Schema = namedtuple("Schema", "keys optional")
@@ -36,7 +35,7 @@ def read_text(path):
     Raises: ValueError if it is empty, or with the position of the first byte that is not UTF-8.
     """
     try:
-        text = Path(path).read_bytes().decode()
+        text = read_bytes(path, LARGEST_DATA).decode()
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ValueError(
@@ -153,8 +152,8 @@ def _json(line, where):
     if not line.strip():
         raise ValueError(f"{where} is not JSON (a blank line); {ONE_LINE}")
     try:
-        return json.loads(line, object_pairs_hook=_each_key_once)
-    except (ValueError, RecursionError) as error:
+        return parse_json(line, object_pairs_hook=_each_key_once)
+    except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error}); {ONE_LINE}") from None
 
 

@@ -157,9 +157,10 @@ def test_a_file_that_is_none_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("folder.json").mkdir()
     Path("large.json").write_bytes(b" " * (2**20 + 1))
-    for name, told in (("missing.json", "missing.json: No such file"), ("folder.json", "folder.json is no file"),
+    for name, told in (("missing.json", "missing.json: No such file"),
+                       ("folder.json", "folder.json is a folder, where a file is"),
                        ("a.yaml", "a.yaml: settings are a .json or a .toml file"),
-                       ("large.json", "large.json has 1,048,577 bytes: no file of settings")):  # fmt: skip
+                       ("large.json", "large.json has 1,048,577 bytes, and at most 1,048,576 are read")):  # fmt: skip
         assert main(["finetune", *USUAL, "--config", name]) == 1
         err = capsys.readouterr().err
         assert told in err and err.count("\n") == 1

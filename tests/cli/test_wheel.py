@@ -70,7 +70,8 @@ def test_the_wheel_brings_what_the_commands_need_and_no_extra_of_old(wheel):
         lines = file.read(metadata).decode().splitlines()
     needed = {line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")}
     always = {line.split(">")[0].strip() for line in needed if "extra ==" not in line}
-    assert always == {"numpy", "safetensors", "tokenizers", "gguf", "jinja2", "tqdm", "threadpoolctl", "ml_dtypes"}
+    assert always == {"numpy", "safetensors", "tokenizers", "gguf", "jinja2", "tqdm", "threadpoolctl", "ml_dtypes",
+                      "regex"}  # fmt: skip
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
     assert extras == {"test", "peers", "plot", "mpi", "cuda12", "cuda13"}
 

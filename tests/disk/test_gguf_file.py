@@ -130,12 +130,12 @@ def test_what_is_no_file_is_refused_without_opening_it(path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
         read_gguf(path)
     path.mkdir()
-    refused(path, "is not a file")
+    refused(path, "is a (folder|pipe), where a file is needed")
     path.rmdir()
     if hasattr(os, "mkfifo"):
         # Opening it would wait for somebody to write.
         os.mkfifo(path)
-        refused(path, "is not a file")
+        refused(path, "is a (folder|pipe), where a file is needed")
 
 
 HUGE = [2**31, 2**32 + 1, 2**62, 2**64 - 1]

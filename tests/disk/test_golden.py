@@ -261,8 +261,9 @@ def unused_tensors(pattern):
 
 def last_match_wins(monkeypatch):
     real = lora_config._first_match
+    reverse = lambda patterns: dict(reversed(patterns.items()))
     monkeypatch.setattr(lora_config, "_first_match",
-                        lambda patterns, *rest: real(dict(reversed(patterns.items())), *rest))  # fmt: skip
+                        lambda matcher, patterns, *rest: real(matcher, reverse(patterns), *rest))  # fmt: skip
 
 
 def alpha_reversed(monkeypatch):

@@ -11,6 +11,7 @@ from strategies import small_gpt, tiny_mlp
 
 from minilora.disk.gpt2 import GPT2
 from minilora.disk.peft_config import (
+    _IN_BLOCK,
     _block,
     alpha_for,
     chosen_modules,
@@ -22,6 +23,7 @@ from minilora.disk.peft_config import (
 )
 from minilora.lora import linear_names
 from minilora.lora_config import LoRAConfig, find_targets
+from minilora.patterns import Matcher
 
 FIELDS = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["c_attn"]}
 PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -232,7 +234,8 @@ def test_a_model_of_other_names_has_endings_too():
 @pytest.mark.parametrize("pattern, block", [("h", 1), ("(h)", 1), ("h|layers", -1), ("(h|layers)", 1), ("blocks", -1)])
 def test_a_pattern_of_layers_may_have_groups_of_its_own(pattern, block):
     """As PEFT reads them: `h|layers` is one of two whole patterns, of which the first has no number."""
-    assert _block("transformer.h.1.attn.c_attn", [pattern]) == block
+    matcher = Matcher("layers_pattern", around=_IN_BLOCK)
+    assert _block(matcher, "transformer.h.1.attn.c_attn", [pattern]) == block
 
 
 # Fields that are written.

@@ -232,3 +232,31 @@ def test_a_tensor_of_another_shape_is_refused(saved):
 
     changed(folder, change_tensors=cut)
     is_refused(folder, "v.1")
+
+
+@pytest.mark.parametrize("field, value, complaint", [
+    ("steps", "2", "checkpoint.json: steps must be a whole number of at least 0, got '2'"),
+    ("steps", True, "steps must be"), ("steps", -1, "steps must be"), ("steps", 2.0, "steps must be"),
+    ("steps", None, "steps must be"), ("identity", None, "checkpoint.json: identity must be groups of fi"),
+    ("identity", {"settings": 3}, "identity must be groups of fields"), ("identity", [], "identity must be groups"),
+    ("version", [], r"was written by minilora \[\]"),
+])  # fmt: skip
+def test_a_field_of_another_type_is_refused_by_its_name(saved, field, value, complaint):
+    folder, _ = saved
+    changed(folder, lambda state: state.update({field: value}))
+    is_refused(folder, complaint)
+
+
+def test_a_progress_that_cannot_be_is_refused_before_anything_changes(saved):
+    folder, _ = saved
+    adapter, adam = adapter_and_adam(seed=2, steps=1)
+    before = state_of(adapter, adam)
+    asked = []
+
+    def check(progress, steps):
+        asked.append((progress, steps))
+        raise ValueError("it cannot be")
+
+    with pytest.raises(ValueError, match="checkpoint.json: it cannot be"):
+        Checkpoint(folder, IDENTITY, adapter, adam, check=check).restore()
+    assert asked == [(PROGRESS, 2)] and state_of(adapter, adam) == before

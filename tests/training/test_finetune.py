@@ -206,7 +206,7 @@ def test_the_end_of_a_text_is_held_out(inputs, tmp_path, monkeypatch):
 
 def test_the_rate_warms_up_and_falls_and_nothing_decays(inputs, tmp_path, monkeypatch):
     rates = spied(monkeypatch, Adam, "step", lambda lr: lr)
-    adams = spied(monkeypatch, Checkpoint, "__init__", lambda folder, identity, adapter, adam, places: adam)
+    adams = spied(monkeypatch, Checkpoint, "__init__", lambda folder, identity, adapter, adam: adam)
     run(config_for(inputs, tmp_path, steps=20))
     assert rates == [warmup_cosine(step, 20, 1e-2, 2) for step in range(20)]
     [adam] = adams
@@ -890,10 +890,10 @@ def test_its_memory_is_told_before_it_is_taken(inputs, tmp_path, monkeypatch):
     held = []
     true_init = Checkpoint.__init__
 
-    def init(self, folder, identity, module, adam, places):
+    def init(self, folder, identity, module, adam, **more):
         weights = sum(p.data.nbytes for p in module.parameters())
         held.append((weights, sum(a.nbytes for a in adam.m + adam.v)))
-        true_init(self, folder, identity, module, adam, places)
+        true_init(self, folder, identity, module, adam, **more)
 
     monkeypatch.setattr(Checkpoint, "__init__", init)
     _, report = run_and_report(full(inputs, tmp_path / "out", base=str(inputs / "base")))
@@ -1280,7 +1280,7 @@ def test_what_was_clipped_is_counted_across_a_stop(inputs, tmp_path):
 
 
 def test_weight_decay_reaches_adam(inputs, tmp_path, monkeypatch):
-    adams = spied(monkeypatch, Checkpoint, "__init__", lambda folder, identity, adapter, adam, places: adam)
+    adams = spied(monkeypatch, Checkpoint, "__init__", lambda folder, identity, adapter, adam: adam)
     run(config_for(inputs, tmp_path, weight_decay=0.25))
     assert adams[0].weight_decay == 0.25
 

@@ -1,5 +1,6 @@
 """How far a run has come: what is counted, copied and reported."""
 
+import math
 import re
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.training.progress import Progress, peak_memory
+from minilora.training.progress import Progress, check_progress, peak_memory
 
 
 def test_a_copy_for_json_does_not_change_with_the_run_and_goes_on_from_where_it_was():
@@ -96,3 +97,46 @@ def test_the_peak_of_memory_is_in_bytes():
 def test_where_the_system_does_not_tell_the_peak_is_none(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
     assert peak_memory() is None
+
+
+# What JSON may hold in the place of a progress.
+
+FIELDS = {"before": 5.0, "losses": [4.0, 3.0, 2.5], "tokens": 60, "seconds": 0.5, "evaluations": [[2, 4.5], [3, 4.0]],
+          "clipped": 2}  # fmt: skip
+RUN = {"planned": 3, "is_measured": True, "eval_every": 2}
+
+
+def test_a_progress_that_can_be_is_taken():
+    check_progress(FIELDS, 3, **RUN)
+    check_progress({**FIELDS, "evaluations": []}, 3, **{**RUN, "eval_every": None})
+    check_progress({**FIELDS, "evaluations": [], "before": None}, 3, planned=9, is_measured=False, eval_every=None)
+    check_progress(Progress().as_json(), 0, **RUN)
+    check_progress({**FIELDS, "losses": [4, 3.0], "evaluations": [[2, 4.5]]}, 2, **RUN)
+
+
+@pytest.mark.parametrize("fields, steps, shown", [
+    (None, 3, "progress must have before, losses"), ([1], 3, "progress must have"),
+    ({**FIELDS, "more": 1}, 3, "progress must have"), ({**FIELDS, "losses": [4.0] * 4}, 4, "steps is 4, of 3"),
+    ({**FIELDS, "losses": [4.0, 3.0]}, 3, "losses must be 3 numbers"),
+    ({**FIELDS, "losses": [4.0, 3.0, True]}, 3, "losses must be 3 numbers"),
+    ({**FIELDS, "losses": [4.0, 3.0, math.nan]}, 3, "losses"), ({**FIELDS, "losses": "abc"}, 3, "losses"),
+    ({**FIELDS, "losses": {}}, 0, "losses"), ({**FIELDS, "tokens": 2}, 3, "tokens of 3 steps cannot be 2"),
+    ({**FIELDS, "tokens": 60.0}, 3, "tokens"), ({**FIELDS, "tokens": True}, 3, "tokens"),
+    ({**FIELDS, "clipped": 4}, 3, "clipped, of 3 steps, cannot be 4"), ({**FIELDS, "clipped": True}, 3, "clipped"),
+    ({**FIELDS, "seconds": -1.0}, 3, "seconds cannot be -1.0"), ({**FIELDS, "seconds": None}, 3, "seconds"),
+    ({**FIELDS, "seconds": math.inf}, 3, "seconds"), ({**FIELDS, "before": None}, 3, "before, the held-out loss"),
+    ({**FIELDS, "before": "5"}, 3, "before"), ({**FIELDS, "evaluations": [[2, 4.5]]}, 3, r"of the steps \[2, 3\]"),
+    ({**FIELDS, "evaluations": [[1, 4.5], [3, 4.0]]}, 3, r"of the steps \[2, 3\]"),
+    ({**FIELDS, "evaluations": [[2, 4.5], [3]]}, 3, "evaluations must be of"),
+    ({**FIELDS, "evaluations": [[2, 4.5], [3, math.nan]]}, 3, "evaluations must be of"),
+    ({**FIELDS, "evaluations": [[2, 4.5], [3.0, 4.0]]}, 3, "evaluations must be of"),
+    ({**FIELDS, "evaluations": None}, 3, "evaluations must be of"),
+])  # fmt: skip
+def test_a_progress_that_cannot_be_is_refused_by_its_field(fields, steps, shown):
+    with pytest.raises(ValueError, match=shown):
+        check_progress(fields, steps, **RUN)
+
+
+def test_a_loss_before_without_anything_held_out_is_refused():
+    with pytest.raises(ValueError, match="before, the held-out loss, cannot be 5.0"):
+        check_progress({**FIELDS, "evaluations": []}, 3, planned=3, is_measured=False, eval_every=None)

@@ -1,0 +1,130 @@
+"""A tokenizer.json of anybody's: nothing in it ends this process, or keeps it waiting."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+
+from minilora.disk import tokenizer_file
+from minilora.disk.gguf_vocabulary import SPLITS
+from minilora.disk.tokenizer_file import is_ordinary, read_tokenizer_file
+
+CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAAA"}
+
+
+def fields_in(folder):
+    return json.loads((folder / "tokenizer.json").read_text())
+
+
+def written(folder, fields):
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(fields))
+    return path
+
+
+@pytest.fixture
+def no_trial(monkeypatch):
+    """No process is started."""
+
+    def refuse(*command, **how):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+
+
+SPLIT = {"type": "Split", "pattern": {"Regex": SPLITS["qwen2"]}, "behavior": "Isolated", "invert": False}
+LLAMA2 = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
+          {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}  # fmt: skip
+ORDINARY = {
+    "as it is": {}, "qwen": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        SPLIT, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]}},
+    "llama": {"normalizer": LLAMA2, "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", ORDINARY.values(), ids=ORDINARY)
+def test_what_is_ordinary_is_read_without_another_process(bpe_folder, tmp_path, no_trial, changes):
+    fields = fields_in(bpe_folder) | changes
+    assert is_ordinary(fields)
+    read_tokenizer_file(written(tmp_path, fields)).encode("The fox")
+
+
+RARE = {
+    "prefix": {"model": {"continuing_subword_prefix": "a"}}, "suffix": {"model": {"end_of_word_suffix": "</w>"}},
+    "charsmap": {"normalizer": CHARSMAP}, "nested": {"normalizer": {"type": "Sequence", "normalizers": [CHARSMAP]}},
+    "another kind": {"model": {"type": "Unigram"}}, "no kind": {"model": {"type": None}},
+    "an expression": {"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(a+)+b"}}},
+    "an expression in a normalizer": {"normalizer": {"type": "Replace", "pattern": {"Regex": "a"}, "content": ""}},
+    "a long text": {"normalizer": {"type": "Prepend", "prepend": "a" * 10**5}},
+    "a large number": {"decoder": {"type": "Strip", "content": " ", "start": 2**62, "stop": 0}},
+    "an id": {"model": {"vocab": {"a": 2**40}}},
+    "an id of an added token": {"added_tokens": [{"content": "a", "id": -1}]},
+    "ids": {"model": {"vocab": [["a", 1]]}}, "merges": {"model": {"merges": [["a", "b", "c"]]}},
+}  # fmt: skip
+
+
+def changed(fields, changes):
+    fields = copy.deepcopy(fields)
+    for name, change in changes.items():
+        fields[name] = fields[name] | change if name == "model" else change
+    return fields
+
+
+@pytest.mark.parametrize("changes", RARE.values(), ids=RARE)
+def test_what_is_rare_is_not_ordinary(bpe_folder, changes):
+    assert not is_ordinary(changed(fields_in(bpe_folder), changes))
+
+
+# The second merge cuts a letter of two bytes in half while the library tidies up after the first.
+TOKENS = {"h": 0, "e": 1, "he": 2, "Ġ": 3, "ĠĠ": 4}
+ENDS_A_PROCESS = {"vocab": TOKENS, "merges": [["h", "e"], ["Ġ", "Ġ"]], "continuing_subword_prefix": "a"}
+
+
+@pytest.mark.parametrize("prefix", ["a", "\0"])
+def test_a_file_that_ends_a_process_is_refused_by_name(bpe_folder, tmp_path, prefix):
+    model = ENDS_A_PROCESS | {"continuing_subword_prefix": prefix}
+    path = written(tmp_path, changed(fields_in(bpe_folder), {"model": model}))
+    with pytest.raises(ValueError, match="tokenizer.json: damaged, or of another kind: the library that reads it ends"):
+        read_tokenizer_file(path)
+
+
+def test_that_file_does_end_a_process(bpe_folder, tmp_path):
+    """The planted bug: the file is read here, without a trial."""
+    path = written(tmp_path, changed(fields_in(bpe_folder), {"model": ENDS_A_PROCESS}))
+    code = f"import tokenizers; tokenizers.Tokenizer.from_file({str(path)!r})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode < 0
+
+
+@pytest.mark.parametrize("code, complaint", [
+    ("while True: pass", "does not come back within 1 s"), ("import os; os.abort()", "ends the whole process"),
+    ("import os; os._exit(3)", r"ends the whole process \(exit code 3\)"), ("raise KeyError('x')", "'x'"),
+    ("bytearray(1 << 40)", "MemoryError"),
+], ids=["hangs", "aborts", "exits", "raises", "takes all memory"])  # fmt: skip
+def test_whatever_happens_in_the_other_process_is_told(bpe_folder, tmp_path, monkeypatch, code, complaint):
+    monkeypatch.setattr(tokenizer_file, "PROCESSOR_SECONDS", 1)
+    head, line, tail = tokenizer_file._TRIAL.partition("    bpe = Tokenizer.from_buffer(content)\n")
+    assert line
+    monkeypatch.setattr(tokenizer_file, "_TRIAL", f"{head}    {code}\n{line}{tail}")
+    rare = {"pre_tokenizer": SPLIT | {"pattern": {"Regex": f"a|{code}"}}}
+    with pytest.raises(ValueError, match=f"tokenizer.json: damaged, or of another kind: .*{complaint}"):
+        read_tokenizer_file(written(tmp_path, changed(fields_in(bpe_folder), rare)))
+
+
+def test_one_content_is_tried_once(bpe_folder, tmp_path, monkeypatch):
+    path = written(tmp_path, changed(fields_in(bpe_folder), {"model": {"end_of_word_suffix": "</once>"}}))
+    read_tokenizer_file(path)
+    monkeypatch.setattr(subprocess, "run", None)
+    read_tokenizer_file(path)
+
+
+def test_a_key_that_comes_twice_is_refused(bpe_folder, tmp_path):
+    """Python takes the last one: what was looked at would not be what the library reads."""
+    text = (bpe_folder / "tokenizer.json").read_text()
+    path = tmp_path / "tokenizer.json"
+    path.write_text(text.replace('"model":', '"model": {"type": "Unigram"}, "model":', 1))
+    with pytest.raises(ValueError, match="tokenizer.json: damaged.*a key comes twice among"):
+        read_tokenizer_file(path)
