@@ -154,7 +154,7 @@ def folders(tmp_path_factory, bpe_folder):
 
 IDENTITY = {"settings": {"lr": 0.5, "target": ["q_proj"]}, "base": {"wte.weight": "0123"}}
 PROGRESS = {"before": 4.0, "losses": [2.5, 2.25, 2.0], "tokens": 30, "seconds": 0.5,
-            "evaluations": [[2, 3.5], [3, 3.0]], "clipped": 0}  # fmt: skip
+            "evaluations": [[2, 3.5], [3, 3.0]], "norms": [1.0, 0.5, 0.25]}  # fmt: skip
 
 
 def the_checkpoint(folder):

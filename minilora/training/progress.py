@@ -159,15 +159,15 @@ def check_progress(fields, steps, *, planned, is_measured, eval_every):
         raise ValueError(f"progress must have {', '.join(names)}, got {fields!r:.100}")
     if steps > planned:
         raise ValueError(f"steps is {steps}, of {planned} that the run has")
-    losses = fields["losses"]
-    if not isinstance(losses, list) or not all(map(_is_measured, losses)) or len(losses) != steps:
-        raise ValueError(f"losses must be {steps} numbers, one of each step, got {losses!r:.100}")
+    for name in ("losses", "norms"):
+        values = fields[name]
+        are_numbers = isinstance(values, list) and all(map(_is_measured, values))
+        if not are_numbers or len(values) != steps:
+            raise ValueError(f"{name} must be {steps} numbers, one a step, got {values!r:.100}")
     if type(fields["tokens"]) is not int or fields["tokens"] < steps:
         raise ValueError(f"tokens of {steps} steps cannot be {fields['tokens']!r:.100}")
     if not _is_measured(fields["seconds"]) or fields["seconds"] < 0:
         raise ValueError(f"seconds cannot be {fields['seconds']!r:.100}")
-    if type(fields["clipped"]) is not int or not 0 <= fields["clipped"] <= steps:
-        raise ValueError(f"clipped, of {steps} steps, cannot be {fields['clipped']!r:.100}")
     before = fields["before"]
     if before is None:
         may_be = not is_measured or steps == 0

@@ -102,7 +102,7 @@ def test_where_the_system_does_not_tell_the_peak_is_none(monkeypatch):
 # What JSON may hold in the place of a progress.
 
 FIELDS = {"before": 5.0, "losses": [4.0, 3.0, 2.5], "tokens": 60, "seconds": 0.5, "evaluations": [[2, 4.5], [3, 4.0]],
-          "clipped": 2}  # fmt: skip
+          "norms": [1.0, 0.5, 2]}  # fmt: skip
 RUN = {"planned": 3, "is_measured": True, "eval_every": 2}
 
 
@@ -111,7 +111,7 @@ def test_a_progress_that_can_be_is_taken():
     check_progress({**FIELDS, "evaluations": []}, 3, **{**RUN, "eval_every": None})
     check_progress({**FIELDS, "evaluations": [], "before": None}, 3, planned=9, is_measured=False, eval_every=None)
     check_progress(Progress().as_json(), 0, **RUN)
-    check_progress({**FIELDS, "losses": [4, 3.0], "evaluations": [[2, 4.5]]}, 2, **RUN)
+    check_progress({**FIELDS, "losses": [4, 3.0], "norms": [1, 0.5], "evaluations": [[2, 4.5]]}, 2, **RUN)
 
 
 @pytest.mark.parametrize("fields, steps, shown", [
@@ -120,9 +120,9 @@ def test_a_progress_that_can_be_is_taken():
     ({**FIELDS, "losses": [4.0, 3.0]}, 3, "losses must be 3 numbers"),
     ({**FIELDS, "losses": [4.0, 3.0, True]}, 3, "losses must be 3 numbers"),
     ({**FIELDS, "losses": [4.0, 3.0, math.nan]}, 3, "losses"), ({**FIELDS, "losses": "abc"}, 3, "losses"),
-    ({**FIELDS, "losses": {}}, 0, "losses"), ({**FIELDS, "tokens": 2}, 3, "tokens of 3 steps cannot be 2"),
+    ({**FIELDS, "losses": {}, "norms": []}, 0, "losses"), ({**FIELDS, "tokens": 2}, 3, "tokens of 3 steps cannot be 2"),
     ({**FIELDS, "tokens": 60.0}, 3, "tokens"), ({**FIELDS, "tokens": True}, 3, "tokens"),
-    ({**FIELDS, "clipped": 4}, 3, "clipped, of 3 steps, cannot be 4"), ({**FIELDS, "clipped": True}, 3, "clipped"),
+    ({**FIELDS, "norms": [1.0]}, 3, "norms must be 3 numbers"), ({**FIELDS, "norms": None}, 3, "norms must be 3"),
     ({**FIELDS, "seconds": -1.0}, 3, "seconds cannot be -1.0"), ({**FIELDS, "seconds": None}, 3, "seconds"),
     ({**FIELDS, "seconds": math.inf}, 3, "seconds"), ({**FIELDS, "before": None}, 3, "before, the held-out loss"),
     ({**FIELDS, "before": "5"}, 3, "before"), ({**FIELDS, "evaluations": [[2, 4.5]]}, 3, r"of the steps \[2, 3\]"),
