@@ -39,7 +39,9 @@ def visible(text):
 def one_line(error):
     """An exception, a warning or a message as one line, with a remedy where its text has none."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        if error.filename is None:
+            return error.strerror
+        return f"{_shortened(str(error.filename))}: {error.strerror}"
     if isinstance(error, MemoryError):
         return f"there is not enough memory; use a smaller batch ({error})"
     if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":

@@ -127,7 +127,8 @@ class Checkpoint:
         where = f"{self.folder / TENSORS} is damaged"
         check_same_layout(where, parameters, self.module.state_dict())
         check_same_layout(where, best, self.best or {})
-        self.adam.load_state_dict({"steps": state["steps"], "moments": moments})
+        with errors_name(where):
+            self.adam.load_state_dict({"steps": state["steps"], "moments": moments})
         self.module.load_state_dict(parameters)
         if self.best is not None:
             self.best = _copies(best)

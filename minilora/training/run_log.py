@@ -14,8 +14,10 @@ import os
 from pathlib import Path
 
 from ..disk.checks import json_object
-from ..disk.reading import LARGEST_LOG, read_bytes
+from ..disk.reading import LARGEST_LOG, open_regular
 
+# No line of a log has as many bytes.
+LONGEST_LINE = 4096
 STEP_FIELDS = ("run", "step", "loss", "lr", "tokens", "seconds")
 EVALUATION_FIELDS = ("run", "step", "eval_loss", "tokens", "seconds")
 
@@ -91,7 +93,7 @@ def cut_back(path, run, progress, say):
     lines = []
     half_line = b""
     if Path(path).exists():
-        *lines, half_line = read_bytes(path, LARGEST_LOG).split(b"\n")
+        lines, half_line = _lines(path)
     records = [_record(f"{path}, line {i}", line) for i, line in enumerate(lines, 1)]
     for number, record in enumerate(records, 1):
         if record["run"] != run:
@@ -138,7 +140,7 @@ def read_log(path):
     lines of two runs, a step that is absent or comes twice, a last line that is cut off; or says
     that the file is empty. OSError if it cannot be read.
     """
-    *lines, half_line = read_bytes(path, LARGEST_LOG).split(b"\n")
+    lines, half_line = _lines(path)
     if half_line:
         raise ValueError(
             f"{path}, line {len(lines) + 1}: cut off, it has no end; remove the line, or go on "
@@ -162,6 +164,26 @@ def read_log(path):
         steps_done = due
         records.append(record)
     return records
+
+
+def _lines(path):
+    """([whole lines of the file, without their ends], what stands behind the last of them).
+
+    Zeros, which a power cut may leave at the end of a file, are no line, however many.
+    """
+    lines = []
+    with open_regular(path, LARGEST_LOG) as file:
+        while True:
+            line = file.readline(LONGEST_LINE)
+            if line.endswith(b"\n"):
+                lines.append(line[:-1])
+            elif len(line) == LONGEST_LINE and line.strip(b"\0"):
+                raise ValueError(
+                    f"{path}, line {len(lines) + 1} has {LONGEST_LINE:,} bytes or more: it is of "
+                    "another program, or damaged"
+                )
+            else:
+                return lines, line
 
 
 def _record(where, line):

@@ -76,7 +76,7 @@ def test_a_log_that_is_as_far_as_its_checkpoint_stays_as_it_is(log):
 
 
 @pytest.mark.parametrize("n_steps, n_lines", [(3, 5), (2, 4), (1, 2), (0, 1)])
-@pytest.mark.parametrize("half", ["", '{"run": "abc", "st'])
+@pytest.mark.parametrize("half", ["", '{"run": "abc", "st', "\0" * 5000], ids=["whole", "half a line", "zeros"])
 def test_what_came_after_the_checkpoint_is_cut_off_and_told(log, n_steps, n_lines, half):
     before = log.read_text().splitlines()
     with log.open("a") as file:
@@ -126,7 +126,9 @@ BAD = {
     "no JSON": (step[0] + b"\nstep 2: 3.5\n", "line 2 is not JSON: Expecting value"),
     "an empty line": (step[0] + b"\n\n", "line 2 is not JSON"),
     "bytes": (step[0] + b"\n\xff\xfe\n", "line 2 is not JSON: it is not UTF-8"),
-    "too deep": (b"[" * 10000 + b"\n", "line 1 is not JSON"),
+    "too deep": (b"[" * 3000 + b"\n", "line 1 is not JSON"),
+    "a line without an end": (step[0] + b"\n" + b"x" * 5000, "line 2 has 4,096 bytes or more: it is of another prog"),
+    "zeros behind": (step[0] + b"\n" + b"\0" * 5000, "line 2: cut off"),
     "a list": (b"[1, 2]\n", "line 1: expected an object with fields, got list"),
     "another program's": (b'{"loss": 2.0, "epoch": 1}\n', "line 1 is of another program: it has the fields 'loss, ep"),
     "another's with steps": (b'{"step": 1, "loss": 2.0}\n', "line 1 is of another program"),
