@@ -15,6 +15,7 @@ from .parser import (
     whole_number,
 )
 from .shared_options import (
+    add_accept_base,
     add_backend,
     add_base,
     add_parts,
@@ -38,7 +39,7 @@ def finetune_options(parser):
     _step_options(parser.group("the steps", "How many, and how long each is."))
     _measuring_options(parser.group("what is measured and kept", "On the way, and at the end."))
     add_parts(parser, in_a_step=True, by_processes=True)
-    parser.set_defaults(seed=None, backend=None)
+    parser.set_defaults(seed=None, backend=None, accept_base=None)
 
 
 def _run_options(parser):
@@ -69,6 +70,7 @@ def _run_options(parser):
         help="go on with the run in --out that was interrupted or killed, with all of its settings",
     )
     add_quantize(parser)
+    add_accept_base(parser)
     add_too_long(parser)
     add(
         "--length",

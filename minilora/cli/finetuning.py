@@ -141,7 +141,13 @@ def _check_adapter(settings, refuse):
                     f"argument {_flag(name)}: the adapter of --from-adapter has its own; leave "
                     "out one of the two"
                 )
-    elif "alpha" not in settings:
+        return
+    if "accept_base" in settings:
+        refuse(
+            "argument --accept-base: it is about the base of an adapter; give --from-adapter as "
+            "well"
+        )
+    if "alpha" not in settings:
         refuse(
             "the following arguments are required: --alpha (or --from-adapter, which has its own, "
             "or --full, without an adapter)"

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+from ..fits import ACCEPTABLE
 from ..lora_config import ConfigError, LoRAConfig
 from ..optim import SCHEDULES
 from ..quant import KINDS
@@ -27,7 +28,8 @@ class FineTuneConfig:
     text. out: the folder for the adapter. alpha (which has no default), r, target, dropout, rslora,
     rank_pattern, alpha_pattern: those of LoRAConfig. dora: learn a magnitude for each row as well.
     from_adapter: the folder of an adapter to go on from; r, alpha and all else that makes its shape
-    are then its own, and keep their defaults here. full: train every weight of a copy of the base
+    are then its own, and keep their defaults here. accept_base: what may differ between its base
+    and this one, as for `load_adapter`. full: train every weight of a copy of the base
     instead, and write a model.
 
     lr: the peak of the learning rate. schedule: how it falls after that, "cosine", "linear" or not
@@ -68,6 +70,7 @@ class FineTuneConfig:
     rank_pattern: dict = field(default_factory=dict)
     alpha_pattern: dict = field(default_factory=dict)
     from_adapter: str | None = None
+    accept_base: tuple = ()
     save_every: int = 50
     quantize: str | None = None
     too_long: str | None = None
@@ -91,6 +94,7 @@ class FineTuneConfig:
         if self.too_long not in (None, *TOO_LONG):
             self._refuse("too_long", f"{' or '.join(map(repr, TOO_LONG))}, or None")
         self._check_rate()
+        self._check_accepted()
         if not _is_finite(self.eval_split) or not 0 <= self.eval_split < 1:
             self._refuse("eval_split", "in [0, 1)")
         if self.eval_every is not None and not self.eval_split:
@@ -120,6 +124,14 @@ class FineTuneConfig:
             self._refuse("warmup", f"at most {self.steps}, the number of steps")
         if not _is_finite(self.weight_decay) or self.weight_decay < 0:
             self._refuse("weight_decay", "a finite number of at least 0")
+
+    def _check_accepted(self):
+        """Refuse what no base may differ in, and differences where there is nothing to compare."""
+        accepted = self.accept_base
+        if not isinstance(accepted, (list, tuple)) or not set(accepted) <= set(ACCEPTABLE):
+            self._refuse("accept_base", f"a list of {' and '.join(ACCEPTABLE)}, or empty")
+        if accepted and self.from_adapter is None:
+            self._refuse("accept_base", "empty without from_adapter, whose base it is about")
 
     def _check_defaults(self, names, why):
         """What a run has no use for keeps its default."""

@@ -95,7 +95,9 @@ def _adapter_to_go_on_from(base, config, log):
 
     Raises: as `load_adapter`.
     """
-    adapter = peft.load_adapter(config.from_adapter, base, say=log)
+    adapter = peft.load_adapter(
+        config.from_adapter, base, accept_base=config.accept_base, say=log
+    )
     recipe = replace(adapter.config, dropout=config.dropout)
     # The file may not have said which base it was; from now on it is this one.
     return Adapter(recipe, adapter.pairs, base.fingerprint(), stored_as(base))

@@ -130,7 +130,7 @@ def _from_here(name, path, origin):
 
 
 def _says_something(value):
-    return value is not None and value is not False and value != {}
+    return value is not None and value is not False and value not in ({}, [], ())
 
 
 def _as_json(settings):

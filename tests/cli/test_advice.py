@@ -13,8 +13,9 @@ from minilora.cli.main import main
 from minilora.training.finetune_config import FineTuneConfig
 
 PASSED = re.compile(r"\b[a-z_]+=(?:True|False)\b")
-# Of PyTorch, of a file, of the engine, which no command leaves to the reader; and of the gradient checker.
-ELSEWHERE = {"weights_only=True", "use_dora=True", "requires_grad=True", "relative=True"}
+# Of PyTorch, of a file, of the engine, which no command leaves to the reader, of the checker, and of a program.
+ELSEWHERE = {"weights_only=True", "use_dora=True", "requires_grad=True", "relative=True", "skip_special_tokens=False",
+             "add_special_tokens=False"}  # fmt: skip
 
 
 def texts(source):

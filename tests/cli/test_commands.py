@@ -699,6 +699,7 @@ REFUSED = [
     (tuning + "--quiet=1", 2, "--quiet: ignored explicit argument '1'"),
     (tuning + "--from-adapter one", 2, "--alpha: the adapter of --from-adapter has its own; leave out one"),
     (fully + "--from-adapter one", 2, "--from-adapter: it is of adapters, and --full trains every weight"),
+    (tuning + "--accept-base other-precision", 2, "--accept-base: it is about the base of an adapter; give --from-"),
     (fully + "--rslora", 2, "--rslora: it is of adapters"),
     (going_on, 1, "nowhere does not exist"),
     (going_on + " --from-adapter base", 1, "base holds a model, where an adapter is needed"),

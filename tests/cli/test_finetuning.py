@@ -84,8 +84,8 @@ def test_a_flag_reaches_its_setting_and_so_does_its_line_in_a_file(words, change
 
 def test_every_flag_of_a_setting_is_tried_here():
     tried = {word for words, _ in FLAGS for word in words.split() if word.startswith("--")}
-    elsewhere = "base data out alpha config resume quiet backend from-adapter full parts threads workers".split()
-    elsewhere = {f"--{name}" for name in elsewhere}
+    elsewhere = "base data out alpha config resume quiet backend from-adapter accept-base full parts threads workers"
+    elsewhere = {f"--{name}" for name in elsewhere.split()}
     flags = {flag for flag in parser_of("finetune").flags if flag not in ("-h", "--help")}
     assert flags - tried <= elsewhere and tried <= flags
 
@@ -279,6 +279,18 @@ def test_a_run_goes_on_only_from_the_adapter_that_it_began_with(run, tmp_path, m
 def test_an_adapter_of_another_base_is_not_gone_on_from(run, tmp_path):
     code, _, err = run(*TUNING, "--base", "other", "--out", tmp_path / "out", "--from-adapter", "one")
     assert code == 1 and "this adapter does not fit this base" in err and not (tmp_path / "out").exists()
+
+
+def test_a_base_in_another_precision_is_accepted_by_name_to_go_on_from_and_repeated(run, tmp_path):
+    words = [*TUNING, "--out", tmp_path / "out", "--from-adapter", "one", "--quantize", "nf4", "--parts", 2]
+    code, _, err = run(*words)
+    assert code == 1 and "accept the change with --accept-base other-precision" in err
+    assert run(*words, "--accept-base", "other-precision")[0] == 0
+    assert run("finetune", "--config", tmp_path / "out" / "run.json", "--out", tmp_path / "again")[0] == 0
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "again")
+    # From now on the packed base is its base.
+    words = [*TUNING, "--out", tmp_path / "more", "--from-adapter", tmp_path / "out", "--quantize", "nf4"]
+    assert run(*words)[0] == 0
 
 
 def test_quiet_prints_what_was_learned_and_nothing_else(run, tmp_path):
