@@ -58,6 +58,13 @@ def _run_options(parser):
         help="the adapter's folder, in PEFT's format; with --full a model's",
     )
     add(
+        "--keep",
+        type=whole_number(1),
+        metavar="N",
+        help="--out may hold an adapter: it becomes a version, of which the last N are kept there; "
+        "minilora history lists them, minilora rollback puts one back",
+    )
+    add(
         "--config",
         metavar="FILE",
         help="a .json or a .toml with these options by their names; what is given beside it counts "

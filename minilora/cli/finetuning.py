@@ -22,7 +22,7 @@ OF_SHAPE = (
     "rank_pattern",
     "alpha_pattern",
 )
-OF_ADAPTERS = (*OF_SHAPE, "dropout", "from_adapter", "quantize")
+OF_ADAPTERS = (*OF_SHAPE, "dropout", "from_adapter", "quantize", "keep")
 # {setting: those that say otherwise}: where the one is given, the others of a file do not count.
 INSTEAD_OF = {
     "target": ("target_regex",),
@@ -40,6 +40,7 @@ def run_finetune(args):
     """Do what `minilora finetune` was given."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     refuse = given.pop("refuse")
+    command = given.pop("command")
     resume = given.pop("resume", False)
     quiet = given.pop("quiet", False)
     settings = _all_settings(given, resume)
@@ -75,6 +76,7 @@ def run_finetune(args):
             parts=parts,
             threads=threads,
             resume=resume,
+            command=command,
             log=log,
             quiet=quiet,
             **workers,

@@ -16,10 +16,12 @@ from ..disk.folder import load_folder
 from ..disk.models import families_of, load_fields, load_model
 from ..disk.peft import CONFIG, TENSORS, digest_of, load_adapter, read_adapter
 from ..disk.peft_config import module_table
+from ..disk.versions import version_in
 from ..fits import ACCEPTABLE
 from ..low_rank import product_norm
 from ..quant import storage_of, stored_as
 from .folders import find_sources, kinds_of, located
+from .history import summary
 
 # Of the lines that are wrapped, in characters.
 WIDTH = 110
@@ -91,6 +93,7 @@ def _inspect_adapter(folder, base, log):
     kinds = sorted(set(adapter.stored.values()))
     if kinds:
         verified += f"; it was trained on weights stored as {' and '.join(kinds)}"
+    _log_receipt(version_in(folder), log)
     _log_entry("base", f"{recorded or 'it does not say which'}; {verified}", log)
 
     if base is None and recorded and _is_model(recorded):
@@ -108,6 +111,15 @@ def _inspect_adapter(folder, base, log):
         raise misfit
     if base is None:
         log("  |dW|/|W| needs the base: give its folder with --base")
+
+
+def _log_receipt(version, log):
+    """Print where a Version of an adapter comes from, if it has a receipt, or what that one is."""
+    if version.problem is not None:
+        _log_entry("receipt", version.problem, log)
+    if version.receipt is not None:
+        for title, text in summary(version.receipt):
+            _log_entry(title, text, log)
 
 
 def _recorded_base(config):

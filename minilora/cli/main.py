@@ -25,6 +25,8 @@ COMMAND_SYNONYMS = {
     "combine": ("add", "sum", "mix", "blend", "average", "compress"),
     "extract": ("subtract", "extract-lora", "delta"),
     "inspect": ("show", "info", "describe", "ls", "list"),
+    "history": ("versions", "adapters", "log", "runs"),
+    "rollback": ("revert", "undo", "restore", "back", "reset", "checkout"),
     "count": ("size", "memory", "vram", "params", "parameters", "flops", "estimate", "cost"),
     "playground": ("play", "page", "html", "web", "browser", "widget", "quiz"),
     "plot": ("draw", "graph", "curve", "curves", "chart", "picture"),
@@ -88,6 +90,8 @@ def _run(argv):
         warn(f"minilora: {_no_command(argv)}")
         return 2
     args = parser_of(name).parse_args(argv[1:])
+    # For a receipt.
+    args.command = shlex.join(["minilora", *argv])
     COMMANDS[name].run(args)
     return 0
 

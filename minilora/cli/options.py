@@ -168,6 +168,25 @@ def inspect_options(parser):
     add("--base", metavar="BASE", help="the adapter's base, if it is not where the adapter says")
 
 
+def history_options(parser):
+    """Add the options of `minilora history`."""
+    parser.add_argument(
+        "folders", metavar="DIR", nargs="+", help="adapters are looked for in it, and below it"
+    )
+
+
+def rollback_options(parser):
+    """Add the options of `minilora rollback`."""
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="an adapter's folder, in which finetune --keep kept versions")
+    add(
+        "--to",
+        metavar="VERSION",
+        help="which one: its receipt, its folder, or the first digits of the digest that minilora "
+        "history shows (default: the last before the one in use)",
+    )
+
+
 def count_options(parser):
     """Add the options of `minilora count`."""
     from ..training.finetune_config import FineTuneConfig

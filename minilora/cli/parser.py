@@ -55,6 +55,7 @@ FLAG_SYNONYMS = {
     ),
     "full": ("full-finetuning", "full-fine-tuning", "no-lora", "finetuning-type"),
     "html": ("page", "output", "website"),
+    "keep": ("save-total-limit", "keep-last", "versions", "max-to-keep"),
     "length": (
         "max-length",
         "max-seq-length",
@@ -101,6 +102,7 @@ FLAG_SYNONYMS = {
     "threads": ("num-threads", "n-threads"),
     "top-k": ("topk",),
     "top-p": ("topp", "nucleus"),
+    "to": ("version", "receipt", "digest"),
     "tuned": ("finetuned", "fine-tuned", "finetuned-model", "tuned-model", "target-model"),
     "warmup": ("warmup-steps", "num-warmup-steps", "warmup-ratio", "lr-warmup-steps"),
     "weight-decay": ("decay", "wd", "l2"),

@@ -264,6 +264,18 @@ def _run_inspect(args):
     inspect(args.folder, args.base, log)
 
 
+def _run_history(args):
+    from .history import history
+
+    history(args.folders, log)
+
+
+def _run_rollback(args):
+    from .history import rollback
+
+    rollback(args.folder, args.to, log)
+
+
 def _run_count(args):
     from .counting import CountJob, count
 
@@ -353,6 +365,18 @@ COMMANDS = {
         f"{ADAPTER} --base {BASE}",
         options.inspect_options,
         _run_inspect,
+    ),
+    "history": Command(
+        "list adapters and their versions, with dates and losses",
+        "my-adapter",
+        options.history_options,
+        _run_history,
+    ),
+    "rollback": Command(
+        "make an older version the adapter in its folder",
+        "my-adapter",
+        options.rollback_options,
+        _run_rollback,
     ),
     "count": Command(
         "tell what training a model takes, in full and with LoRA, without the model",

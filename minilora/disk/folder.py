@@ -24,8 +24,8 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None,
     """Write both files so that the folder can be read at every moment, as the old save or the new.
 
     `arrays` is {name: NumPy array}, `config` a dict for JSON, `metadata` {str: str} that other
-    readers skip, `beside` {name: path of a file to copy along, or the bytes of one}; the name may
-    be in a folder inside.
+    readers skip, `beside` {name: path of a file to copy along, or the bytes of one, or a function
+    that makes them of the path of the file of tensors}; the name may be in a folder inside.
     Everything is written into the folder UNFINISHED first. Then the copies get their names, then
     the tensors, which carry their configuration in the metadata, then the configuration: where the
     tensors are, the folder is whole. A crash in between leaves the configuration in UNFINISHED,
@@ -45,9 +45,12 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None,
             (staging / name).parent.mkdir(exist_ok=True)
             if isinstance(content, bytes):
                 (staging / name).write_bytes(content)
-            else:
+            elif not callable(content):
                 shutil.copyfile(content, staging / name)
         write_tensors(staging / tensor_file, arrays, metadata)
+        for name, content in beside.items():
+            if callable(content):
+                (staging / name).write_bytes(content(staging / tensor_file))
         with open(staging / config_file, "wb") as file:
             file.write(text.encode())
         # safetensors makes its file for this user alone. Who may read the one may read the other.
@@ -177,3 +180,32 @@ def _config_path(folder, config_file, metadata):
     if text and staged.exists() and read_bytes(staged, LARGEST_CONFIG) == text.encode():
         return staged
     return folder / config_file
+
+
+def config_path(folder, tensor_file, config_file):
+    """Where the configuration of a folder is, even if a save died before its last rename."""
+    folder = Path(folder)
+    return _config_path(folder, config_file, read_metadata(folder / tensor_file))
+
+
+def place_copies(source, folder, tensor_file, config_file, beside):
+    """Put the files of the folder `source` into `folder`, as `save_folder` puts what it writes.
+
+    `beside` are the names of those beside the two. The tensors carry their configuration in the
+    metadata, or a crash in between leaves them with another's.
+    """
+    source = Path(source)
+    folder = Path(folder)
+    staging = folder / UNFINISHED
+    names = [*beside, tensor_file, config_file]
+    _finish_earlier_save(folder, tensor_file, config_file)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    for name in names:
+        # With the date.
+        shutil.copy2(source / name, staging / name)
+        with open(staging / name, "rb+") as file:
+            os.fsync(file.fileno())
+    for name in names:
+        os.replace(staging / name, folder / name)
+    staging.rmdir()

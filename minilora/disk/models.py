@@ -26,6 +26,7 @@ from .folder import save_folder
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .own import OWN
+from .receipt import beside_of
 from .tensor_file import all_finite, half_kind, release_pages, rounded, widened
 
 # Another kind of model is a record in a file of its own, as gpt2.py has it, and a row here.
@@ -133,12 +134,13 @@ def load_gpt2(folder):
     return _load(folder, (GPT2,))
 
 
-def save_model(model, folder, *, dtype=None, like=None):
+def save_model(model, folder, *, dtype=None, like=None, receipt=None):
     """Write a plain model as the first family that can hold it.
 
     Shapes: each tensor in the orientation of the files, in `dtype`: "float32", "float16",
     "bfloat16", "float64", or None for the one that it computes in. `like` is what the model was
-    loaded from: its tokenizer and other settings go along, also out of a GGUF file.
+    loaded from: its tokenizer and other settings go along, also out of a GGUF file. `receipt` is as
+    for `save_adapter`.
     Raises: ValueError for a model that carries an adapter (merge it first), for a linear without
     the bias that files have, and for numbers that overflow in `dtype`. TypeError for what no family
     holds.
@@ -146,7 +148,7 @@ def save_model(model, folder, *, dtype=None, like=None):
     """
     for family in FAMILIES:
         if family.holds(model):
-            return _save(model, family, folder, dtype, like)
+            return _save(model, family, folder, dtype, like, receipt)
     kinds = ", ".join(dict.fromkeys(family.model.__name__ for family in FAMILIES))
     raise TypeError(
         f"save_model: expected {kinds}, got {type(model).__name__}; an adapter is for save_adapter"
@@ -163,7 +165,7 @@ def save_gpt2(model, folder, *, dtype=None, like=None):
     if not GPT2.holds(model):
         kind = type(model).__name__
         raise ValueError(f"save_gpt2: {kind} is not a GPT with learned positions; see save_model")
-    _save(model, GPT2, folder, dtype, like)
+    _save(model, GPT2, folder, dtype, like, receipt=None)
 
 
 def _layout(family, model):
@@ -180,7 +182,7 @@ def _layout(family, model):
     return layout
 
 
-def _save(model, family, folder, dtype, like):
+def _save(model, family, folder, dtype, like, receipt):
     """Write a model: its tensors joined and turned as files have them, beside its companions."""
     fields = {} if like is None else load_fields(like)
     carrying = adapted_names(model)
@@ -206,7 +208,8 @@ def _save(model, family, folder, dtype, like):
         if dtype is not None:
             array = rounded(name, array, dtype)
         arrays[name] = array
-    save_folder(folder, TENSORS, arrays, CONFIG, config, beside=companions_of(like, folder))
+    beside = {**companions_of(like, folder), **beside_of(receipt)}
+    save_folder(folder, TENSORS, arrays, CONFIG, config, beside=beside)
 
 
 def _load(base, families):

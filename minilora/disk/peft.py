@@ -51,12 +51,14 @@ from .peft_config import (
     read_config,
     written_fields,
 )
+from .receipt import beside_of, check_receipt_of
 
 
-def save_adapter(adapter, folder, *, base_model="minilora", allow_untrained=False):
+def save_adapter(adapter, folder, *, base_model="minilora", allow_untrained=False, receipt=None):
     """Write an adapter to `folder` in PEFT's layout, with the fingerprint of its base.
 
     `base_model`, the name or folder of the base, is recorded for people and for other programs.
+    `receipt`, a dict of the fields in receipt.py but for `tensors`, is written beside it.
     Shapes: lora_A (r, in), lora_B (out, r), of DoRA lora_magnitude_vector (out,), in their dtype.
     Raises: ValueError, unless allow_untrained=True, for an adapter that does nothing (every lora_B
     zero: never trained) or holds inf or nan; and for what a file cannot hold: parts of one c_attn
@@ -100,7 +102,8 @@ def save_adapter(adapter, folder, *, base_model="minilora", allow_untrained=Fals
     )
     # What is written must be readable: a scaling that is not positive is refused here.
     read_config("save_adapter", fields)
-    save_folder(folder, TENSORS, tensors, CONFIG, fields, _metadata(adapter, columns))
+    metadata = _metadata(adapter, columns)
+    save_folder(folder, TENSORS, tensors, CONFIG, fields, metadata, beside_of(receipt))
 
 
 def _is_dora(adapter):
@@ -148,7 +151,7 @@ def _metadata(adapter, columns):
     return metadata
 
 
-def load_adapter(folder, base, *, accept_base=(), say=print):
+def load_adapter(folder, base, *, accept_base=(), receipt=None, say=print):
     """The adapter that PEFT or `save_adapter` wrote, checked against `base`.
 
     `say` is told what went where. A file that does not name its base is loaded, and that is said. A
@@ -156,19 +159,22 @@ def load_adapter(folder, base, *, accept_base=(), say=print):
     was changed on purpose is another one, and is accepted by the name of the change, if nothing
     else differs: accept_base=["other-precision"] if it was quantised, or is not any more;
     ["grown-vocabulary"] if its embedding and its head got more rows after those they had. How much
-    it differs is said. `attach` is then given check_base=False.
+    it differs is said. `attach` is then given check_base=False. With `receipt`, a dict or the path
+    of a receipt.json, the tensors must be those that it is of.
     Shapes: as saved, on the backend of `base` and at least in its dtype; each tensor is used once,
     each target matched.
     Raises: FileNotFoundError, or ValueError that names the file and what is wrong: a field this
-    library does not implement, lora_alpha absent, tensors absent or superfluous, inf or nan, and a
-    base that is not the one the adapter was trained on, with the name under which it would be
-    accepted, if there is one. TypeError if the file holds float64 and the
-    base float32.
+    library does not implement, lora_alpha absent, tensors absent or superfluous, inf or nan, other
+    tensors than those of the receipt, and a base that is not the one the adapter was trained on,
+    with the name under which it would be accepted, if there is one. TypeError if the file holds
+    float64 and the base float32.
     Source: PEFT 0.21, `PeftModel.from_pretrained`, without its silent skips.
     """
     _check_acceptable(accept_base)
     file = read_adapter(folder)
     where = Path(folder) / TENSORS
+    if receipt is not None:
+        check_receipt_of(where, receipt)
     with errors_name(where):
         table = module_table(base, file.factors)
     modules = chosen_modules(Path(folder) / CONFIG, file.fields, list(table))

@@ -12,7 +12,7 @@ import shlex
 import shutil
 from collections import namedtuple
 from concurrent.futures import BrokenExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from ..disk.models import load_model
 from ..disk.quantized import quantized_base
 from ..disk.reading import LARGEST_DATA, read_bytes
 from ..disk.tokenizer import load_tokenizer
+from ..disk.versions import drop_oldest, is_adapter
+from ..disk.versions import keep as keep_version
 from ..optim import Adam
 from .checkpoint import REMOVED, Checkpoint, failure_of, is_checkpoint
 from .datasets import load_data
@@ -32,6 +34,7 @@ from .learned import LearnedAdapter, LearnedModel, report_full
 from .loop import Interrupted
 from .parts import PartWorkers
 from .progress import Progress, check_progress, peak_memory
+from .provenance import provenance
 from .run_file import (
     CHECKPOINT,
     arrays_of,
@@ -51,8 +54,9 @@ from .workers import RemoteWorkers, check_workers
 Result = namedtuple("Result", "adapter losses before after evaluations")
 
 # What a run works with: `learned` a LearnedAdapter or a LearnedModel, `batches` from the first on,
-# `heldout` a Text, Rows or None, `identity` what must be the same when it goes on.
-_Run = namedtuple("_Run", "config learned adam batches heldout identity checkpoint")
+# `train_data` and `heldout` each a Text or Rows, the latter or None, `identity` what must be the
+# same when it goes on.
+_Run = namedtuple("_Run", "config learned adam batches train_data heldout identity checkpoint")
 
 
 def finetune(
@@ -64,6 +68,7 @@ def finetune(
     executor=None,
     n_workers=1,
     resume=False,
+    command="finetune(...)",
     log=print,
     quiet=False,
 ):
@@ -72,11 +77,13 @@ def finetune(
     `config` is a FineTuneConfig. The adapter is saved in the folder `config.out`; with
     `config.full` it is a model. As long as the run has not ended, this folder holds another,
     `checkpoint`, from which `resume=True` goes on. With `config.eval_every` the adapter is saved
-    as it was where the held-out loss was lowest after a step. Beside it lies `run.json`, the file
-    that repeats the run (`minilora finetune --config`). `log` is called with each line of the
-    report; `quiet` leaves of it what was learned, and shows no progress bars. `xp` is the array
-    module to compute with; `parts` and `threads` are those of `train`. With an `executor` of
-    concurrent.futures `n_workers` of its workers compute the parts, in the place of threads:
+    as it was where the held-out loss was lowest after a step. With `config.keep` there may be an
+    adapter, which becomes a version (see versions.py) when this one is saved. Beside it lie
+    `run.json`, the file that repeats the run (`minilora finetune --config`), and `receipt.json`,
+    which tells what came of it, and by what `command` it was started. `log` is called with each
+    line of the report; `quiet` leaves of it what was learned, and shows no progress bars. `xp` is
+    the array module to compute with; `parts` and `threads` are those of `train`. With an `executor`
+    of concurrent.futures `n_workers` of its workers compute the parts, in the place of threads:
     `process_pool`, `mpi_pool`, or another.
     Raises: ValueError or FileNotFoundError, before anything is computed or written, for files and
     settings that do not fit, or workers that would compute other bits; Interrupted on Ctrl-C, and
@@ -90,12 +97,13 @@ def finetune(
         _check_executor(config, xp, threads)
         check_workers(n_workers, parts)
     threads = min(threads, parts)
-    _check_out(Path(config.out), resume)
+    _check_out(Path(config.out), resume, config.keep)
     is_new = not Path(config.out).exists()
     if config.log_file is not None:
         check_place(config.log_file, config.out, resume)
     arrays = arrays_of(xp, parts, has_workers=executor is not None)
     say = _nothing if quiet else log
+    config = _apart_from_out(config)
     run = _prepare(config, xp, arrays, threads, say, quiet)
     progress = _begin(run, resume, say)
     if executor is None:
@@ -112,7 +120,7 @@ def finetune(
             steps.measure_before()
             steps.take()
             after = steps.take_best()
-        _save(run)
+        _save(run, provenance(run, progress, after, command), say)
         write_run_file(config, arrays)
         run.checkpoint.remove()
     _report(run, progress, after, executor is not None, log)
@@ -167,8 +175,11 @@ def _open_log(run):
     return RunLog(run.config.log_file, run_digest(run.identity))
 
 
-def _check_out(out, resume):
-    """Raise unless `out` holds a run to resume, or nothing that a new run would write over."""
+def _check_out(out, resume, most_kept):
+    """Raise unless `out` holds a run to resume, or nothing that a new run would write over.
+
+    An adapter may be there if so many of its versions are kept, at least one.
+    """
     checkpoint = out / CHECKPOINT
     if (out / REMOVED).exists():
         # A run was killed while it removed its checkpoint.
@@ -187,8 +198,26 @@ def _check_out(out, resume):
             f"{out} holds a run that has not ended: go on with --resume, remove {checkpoint}, "
             "or choose another folder"
         )
+    if is_adapter(out):
+        if most_kept is None:
+            raise ValueError(
+                f"{out} holds an adapter, which is never written over: choose another folder, or "
+                "have so many of its versions kept with keep=3 (--keep 3)"
+            )
+        return
     # A run that was killed in its first save leaves a checkpoint folder without a checkpoint.
     check_unused(out, ignore=[CHECKPOINT])
+
+
+def _apart_from_out(config):
+    """`config`, if it goes on from the adapter in its own folder with the version that is kept.
+
+    The adapter in the folder will be another one when the run is resumed or repeated.
+    """
+    parent = config.from_adapter
+    if parent is None or Path(parent).resolve() != Path(config.out).resolve():
+        return config
+    return replace(config, from_adapter=str(keep_version(config.out).folder))
 
 
 def _prepare(config, xp, arrays, threads, log, quiet):
@@ -249,7 +278,7 @@ def _prepare(config, xp, arrays, threads, log, quiet):
         places=places_of(config),
         check=check,
     )
-    return _Run(config, learned, adam, batches, heldout, identity, checkpoint)
+    return _Run(config, learned, adam, batches, train_data, heldout, identity, checkpoint)
 
 
 def _identity(config, data, base_config, learned, arrays):
@@ -318,15 +347,24 @@ def _leave_nothing(run, is_new):
             Path(run.config.out).rmdir()
 
 
-def _save(run):
-    """Write what was learned. If that is nothing, the checkpoint goes: going on would not help."""
+def _save(run, receipt, log):
+    """Write what was learned. If that is nothing, the checkpoint goes: going on would not help.
+
+    An adapter that is there is kept as a version; if there are too many now, the oldest go.
+    """
+    out = run.config.out
+    if run.config.keep is not None and is_adapter(out):
+        log(f"the adapter from before is kept in {keep_version(out).folder}")
     try:
-        run.learned.save(run.config.out)
+        run.learned.save(out, receipt)
     except ValueError as error:
         run.checkpoint.remove()
         raise ValueError(
             f"nothing was learned in {run.adam.steps} steps, and nothing is kept: {error}"
         ) from None
+    if run.config.keep is not None:
+        for folder in drop_oldest(out, run.config.keep):
+            log(f"removed, as more than {run.config.keep} versions were kept: {folder}")
 
 
 def _report(run, progress, after, has_workers, log):

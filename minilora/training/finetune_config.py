@@ -14,7 +14,7 @@ QUANTIZATIONS = tuple(kind.lower() for kind in KINDS)
 # What an adapter brings along that a run goes on from.
 OF_SHAPE = ("alpha", "r", "target", "dora", "rslora", "rank_pattern", "alpha_pattern")
 # What is of adapters.
-OF_ADAPTERS = (*OF_SHAPE, "dropout", "quantize", "from_adapter")
+OF_ADAPTERS = (*OF_SHAPE, "dropout", "quantize", "from_adapter", "keep")
 # By default the learning rate warms up for a tenth of the steps, and for no more than so many.
 LONGEST_WARMUP = 100
 
@@ -43,7 +43,8 @@ class FineTuneConfig:
     None refused. eval_every: steps between two measurements of the held-out loss, of which the best
     decides what is kept (None: before and after, and the last step is kept). patience: after how
     many measurements without improvement the run ends (None: never before `steps`). log_file: a
-    .jsonl for a line on each step.
+    .jsonl for a line on each step. keep: how many older versions of the adapter in `out` are kept
+    (None: there must be none).
     Raises: ConfigError (a ValueError) that names the field, what it must be, and its value.
     """
 
@@ -78,6 +79,7 @@ class FineTuneConfig:
     patience: int | None = None
     full: bool = False
     log_file: str | None = None
+    keep: int | None = None
 
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "save_every"):
@@ -85,7 +87,7 @@ class FineTuneConfig:
                 self._refuse(name, "a whole number of at least 1")
         if not _is_whole(self.seed, 0):
             self._refuse("seed", "a whole number of at least 0")
-        for name in ("length", "eval_every", "patience"):
+        for name in ("length", "eval_every", "patience", "keep"):
             value = getattr(self, name)
             if value is not None and not _is_whole(value, 1):
                 self._refuse(name, "a whole number of at least 1, or None")

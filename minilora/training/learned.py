@@ -1,22 +1,24 @@
 """What a fine-tuning trains, and as what it is kept: an adapter, or all of a model. Knows no steps.
 
 Both have `model`, which computes the loss; `module`, whose tensors are trained; `fingerprint`, that
-of the base; `origin`, a digest of what was gone on from, or None; `save(folder)`; and for reports
-`summary`, `noun`, `file`, the name of the file of tensors, and `remarks()`. `is_large` says whether
-a copy of it after each step would be a burden.
+of the base; `origin`, the SHA-256 of the file that was gone on from, or None; `save(folder,
+receipt)`; `update_sizes()`, for the receipt; and for reports `summary`, `noun`, `file`, the name of
+the file of tensors, and `remarks()`. `is_large` says whether a copy of it after each step would be
+a burden.
 """
 
-import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from ..backend import get_array_module
-from ..compose import spectrum
+from ..backend import get_array_module, to_numpy
 from ..count import parameter_report
 from ..disk import models, peft
+from ..disk.receipt import sha256_of
 from ..lora import Adapter, LoRAPair, attach
-from ..nn import digest_of
+from ..low_rank import product_norm
+from ..nn import table_rows
 from ..quant import stored_as
 
 
@@ -37,25 +39,39 @@ class LearnedAdapter:
             self.module = init(base, config.lora_config(), rng)
         else:
             self.module = _adapter_to_go_on_from(base, config, log)
-            self.origin = _digest(self.module)
+            self.origin = sha256_of(Path(config.from_adapter) / peft.TENSORS)
         self.model = attach(base, self.module, check_base=False)
         self.fingerprint = self.module.base_fingerprint
         self.base = str(config.base)
         self.base_model = base
         recipe = self.module.config
-        is_plain = all(type(pair) is LoRAPair for pair in self.module.pairs.values())
-        kind = "adapter" if is_plain else "DoRA adapter"
+        self.is_plain = all(type(pair) is LoRAPair for pair in self.module.pairs.values())
+        kind = "adapter" if self.is_plain else "DoRA adapter"
         sizes = parameter_report(self.model)
         self.summary = f"{kind} r={recipe.r}, alpha={recipe.alpha:g}: {sizes}"
 
-    def save(self, folder):
-        """Write the adapter into `folder`, in PEFT's format."""
-        peft.save_adapter(self.module, folder, base_model=self.base)
+    def save(self, folder, receipt):
+        """Write the adapter into `folder`, in PEFT's format, with a receipt beside it."""
+        peft.save_adapter(self.module, folder, base_model=self.base, receipt=receipt)
+
+    def update_sizes(self):
+        """{module: {"norm": |dW|, "share": |dW| / |W|}}, in Frobenius's norm.
+
+        The share is None where W is zero. What DoRA makes of the length of a row is not in it.
+        """
+        return {
+            name: {"norm": norm, "share": norm / weight_norm if weight_norm else None}
+            for name, norm, weight_norm in _norms(self.base_model, self.module)
+        }
 
     def remarks(self):
         """Lines on what was learned that nobody would guess: that it changes nothing."""
+        if not self.is_plain:
+            # DoRA also gives each row another length.
+            return []
         largest = 0.0
-        for share in _shares(self.base_model, self.module):
+        for _, norm, weight_norm in _norms(self.base_model, self.module):
+            share = norm / (weight_norm or 1.0)
             if share >= np.finfo(self.module.parameters()[0].dtype).eps:
                 return []
             largest = max(largest, share)
@@ -81,9 +97,13 @@ class LearnedModel:
         self.path = path
         self.summary = f"full fine-tuning: {parameter_report(self.model)}"
 
-    def save(self, folder):
-        """Write a plain model into `folder`, with the tokenizer and settings of its base."""
-        models.save_model(self.model, folder, like=self.path)
+    def save(self, folder, receipt):
+        """Write a plain model into `folder`, with a receipt, and its base's tokenizer."""
+        models.save_model(self.model, folder, like=self.path, receipt=receipt)
+
+    def update_sizes(self):
+        """There are none: the base's weights are not kept beside those that are trained."""
+        return {}
 
     def remarks(self):
         """There are none."""
@@ -100,32 +120,19 @@ def _adapter_to_go_on_from(base, config, log):
     )
     recipe = replace(adapter.config, dropout=config.dropout)
     # The file may not have said which base it was; from now on it is this one.
-    return Adapter(recipe, adapter.pairs, base.fingerprint(), stored_as(base))
+    return Adapter(recipe, adapter.pairs, base.fingerprint(), stored_as(base), table_rows(base))
 
 
-def _digest(adapter):
-    """A digest of all numbers of an adapter."""
-    digest = hashlib.sha256()
-    for name, p in adapter.named_parameters():
-        digest.update(f"{name} {p.dtype} {digest_of(p)}\n".encode())
-    for name, pair in adapter.pairs.items():
-        digest.update(f"{name} {pair.scaling!r}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _shares(base, adapter):
-    """|dW| / |W| of each adapted weight, one after the other, in Frobenius's norm.
-
-    Of DoRA, which also gives each row another length, infinity.
-    """
+def _norms(base, adapter):
+    """(module, |dW|, |W|) of each pair, one after the other, in Frobenius's norm."""
     modules = dict(base.named_modules())
     for name, pair in adapter.pairs.items():
-        if type(pair) is not LoRAPair:
-            yield np.inf
-            continue
+        A = to_numpy(pair.lora_A.data).astype(np.float64)
+        B = to_numpy(pair.lora_B.data).astype(np.float64)
+        # A packed weight is widened here, one at a time.
         weight = modules[name].weight.data
-        norm = float(get_array_module(weight).linalg.norm(weight))
-        yield float(np.linalg.norm(spectrum(pair))) / (norm or 1.0)
+        weight_norm = float(get_array_module(weight).linalg.norm(weight))
+        yield name, float(pair.scaling * product_norm(A, B)), weight_norm
 
 
 def training_bytes(base, keeps_best):

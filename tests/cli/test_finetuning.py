@@ -31,7 +31,7 @@ def given(monkeypatch, tmp_path):
         monkeypatch.setattr(finetune, "finetune", lambda *given, **options: calls.append((given, options)))
         assert main(["finetune", *usual, *map(str, arguments)]) == 0
         [((config, xp), options)] = calls
-        assert xp is np and options.pop("log")
+        assert xp is np and options.pop("log") and options.pop("command").startswith("minilora finetune ")
         return config, options
 
     return given
@@ -64,6 +64,7 @@ FLAGS = [
     ("--eval-split 0.25 --eval-every 3 --patience 2", {"eval_split": 0.25, "eval_every": 3, "patience": 2}),
     ("--log a.jsonl", {"log_file": "a.jsonl"}),
     ("--save-every 6", {"save_every": 6}),
+    ("--keep 2", {"keep": 2}),
 ]  # fmt: skip
 
 

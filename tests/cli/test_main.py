@@ -149,7 +149,7 @@ def test_the_bare_program_prints_what_it_is_and_an_example_of_each_command(capsy
     assert main(["--help"]) == 0
     assert capsys.readouterr() == bare and bare.err == ""
     lines = bare.out.splitlines()
-    assert len(lines) < 36 and "LoRA from scratch" in lines[0]
+    assert len(lines) < 38 and "LoRA from scratch" in lines[0]
     for name, command in COMMANDS.items():
         assert f"  {name:<10} {command.summary}" in lines
         examples = [line for line in lines if line.startswith(f"             minilora {name} ")]
@@ -242,6 +242,9 @@ def test_every_option_of_a_command_is_explained(name, capsys):
     parser.parse_args(examples[0][1:])
 
 
+GOES_ON = ["--base", BASE, "--data", "notes.txt", "--out", "my-adapter"]
+
+
 def test_the_examples_of_the_help_work_as_they_stand(quick, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(quick[0])
     Path("notes.txt").write_text("".join(f"Note {i}: a port is open until it is closed.\n" for i in range(40)))
@@ -258,13 +261,18 @@ def test_the_examples_of_the_help_work_as_they_stand(quick, capsys, monkeypatch,
         if name == "plot" and not importlib.util.find_spec("matplotlib"):
             assert main(example) == 1 and "pip install -e '.[plot]'" in capsys.readouterr().err
             continue
+        if name == "rollback":
+            # There is nothing to go back to yet.
+            assert main(example) == 1 and "none is kept" in capsys.readouterr().err
+            assert main(["finetune", "--from-adapter", "my-adapter", "--keep", "1", "--steps", "4", *GOES_ON]) == 0
+            capsys.readouterr()
         # Its usual steps take seconds, and are as many lines of the log.
         shorter = ["--steps", "4"] if name == "finetune" else []
         assert main([*example, *shorter]) == 0
         out, err = capsys.readouterr()
         assert out.endswith("\n") and "Traceback" not in err
         assert (name == "finetune") == bool(re.search("training loss .* kept in my-adapter", " ".join(out.split())))
-    names = {"adapter_model.safetensors", "adapter_config.json", "run.json"}
+    names = {"adapter_model.safetensors", "adapter_config.json", "receipt.json", "run.json", "versions"}
     assert {path.name for path in Path("my-adapter").iterdir()} == names
     assert main(["generate", "--base", BASE, "--adapter", "my-adapter", "--prompt", "Note"]) == 0
 
@@ -279,6 +287,7 @@ def given_to_finetune(monkeypatch, *arguments, alpha=("--alpha", "3")):
     monkeypatch.setattr(folders, "find_sources", lambda *given: calls.append(given))
     assert main(["finetune", "--base", "b", "--data", "d.txt", "--out", "o", *alpha, *arguments]) == 0
     source, ((config, xp), options) = calls
+    assert options.pop("command").startswith("minilora finetune --base b --data d.txt --out o ")
     assert source == ("b", []) and xp is np and options.keys() == {"resume", "log", "quiet", "parts", "threads"}
     return config, options["resume"], (options["parts"], options["threads"])
 

@@ -1,0 +1,182 @@
+"""Which adapters there are, from when and how good, by their receipts; and an older one put back.
+
+Knows receipts and folders, no tensors.
+"""
+
+import os
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+from ..disk.adapter_file import BASE_NOTE, CONFIG, TENSORS
+from ..disk.checks import json_object
+from ..disk.folder import load_config
+from ..disk.peft import digest_of
+from ..disk.receipt import shown
+from ..disk.tensor_file import read_metadata
+from ..disk.versions import (
+    SHOWN_DIGITS,
+    VERSIONS,
+    find_version,
+    is_adapter,
+    kept_versions,
+    put_back,
+    version_in,
+)
+
+NO_FINGERPRINT = "no fingerprint"
+# Of a command, in characters: it may be as long as its writer likes.
+LONGEST_COMMAND = 1000
+
+
+class _Row(NamedTuple):
+    """An adapter in the list: a Version, the fingerprint of its base in words, the base's name."""
+
+    version: object
+    fingerprint: str
+    base: str
+
+
+def history(folders, log):
+    """Print the adapters in and below `folders`, kept versions too, by base and date.
+
+    Raises: FileNotFoundError if a folder does not exist, or if there is no adapter in any.
+    """
+    rows = [_row(version) for version in _all_versions(folders)]
+    if not rows:
+        raise FileNotFoundError(
+            f"there is no adapter in or below {', '.join(map(str, folders))}: no folder has "
+            f"{TENSORS}"
+        )
+    by_base = {}
+    for row in sorted(rows, key=lambda row: row.version.date):
+        by_base.setdefault(row.fingerprint, []).append(row)
+    for fingerprint, of_base in by_base.items():
+        # Of several names of one base the last.
+        log(f"base {of_base[-1].base}, {fingerprint}")
+        _log_table([row.version for row in of_base], log)
+
+
+def _all_versions(folders):
+    """The Version of each adapter in and below `folders`; of one in use no copy is listed."""
+    versions = {}
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder} is no folder; give one with adapters in it")
+        for place, inside, _ in os.walk(folder):
+            inside[:] = sorted(name for name in inside if name != VERSIONS and name[0] != ".")
+            if not is_adapter(place):
+                continue
+            used = version_in(place)
+            versions[used.folder.resolve()] = used
+            for version in kept_versions(place):
+                if version.digest != used.digest:
+                    versions[version.folder.resolve()] = version
+    return list(versions.values())
+
+
+def _row(version):
+    if version.receipt is not None:
+        base = version.receipt["base"]
+        return _Row(version, f"fingerprint {base['fingerprint']}", base["name"])
+    fingerprint = NO_FINGERPRINT
+    name = "of another program"
+    try:
+        name = str(load_config(version.folder, TENSORS, CONFIG)["base_model_name_or_path"])
+        note = (read_metadata(version.folder / TENSORS) or {}).get(BASE_NOTE)
+        if note is not None:
+            where = f"{version.folder / TENSORS}: its {BASE_NOTE}"
+            fingerprint = f"fingerprint {digest_of(json_object(where, note))}"
+    except (ValueError, OSError, KeyError):
+        # What cannot be read is listed all the same: `inspect` tells what is wrong with it.
+        pass
+    return _Row(version, fingerprint, name)
+
+
+def _log_table(versions, log):
+    """Print a line for each of some Versions of one base, in their order."""
+    lines = [("date (UTC)", "steps", "loss", "held out", "data", "tensors", "adapter")]
+    for version in versions:
+        date = shown(version.date)
+        digest = version.digest[:SHOWN_DIGITS]
+        cells = ("-", "-", "-", "no receipt")
+        if version.receipt is not None:
+            cells = _cells(version.receipt)
+        elif version.problem is not None:
+            cells = ("-", "-", "-", "a wrong receipt")
+        lines.append((date, *cells, digest, str(version.folder)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = []
+        for i, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            # Numbers stand on the right.
+            cells.append(f"{cell:>{width}}" if i in (1, 2, 3) else f"{cell:<{width}}")
+        log(f"  {'  '.join(cells)}".rstrip())
+    for version in versions:
+        if version.problem is not None:
+            log(f"  {version.problem}")
+
+
+def _cells(receipt):
+    """Steps, loss, held-out loss and data of a receipt, as texts."""
+    losses = receipt["losses"]
+    held_out = losses["held_out_after"]
+    data = receipt["data"]
+    return (
+        str(receipt["steps"]),
+        f"{losses['last']:.4f}",
+        "-" if held_out is None else f"{held_out:.4f}",
+        f"{Path(data['path']).name} {data['sha256'][:SHOWN_DIGITS]}",
+    )
+
+
+def rollback(folder, to, log):
+    """Make an older version the adapter in `folder`, keep the one there, and print what was done.
+
+    `to` and errors: as `find_version` and `put_back`.
+    """
+    folder = Path(folder)
+    if not is_adapter(folder):
+        raise FileNotFoundError(f"{folder} holds no adapter: there is no {TENSORS}")
+    version = find_version(folder, to)
+    before = put_back(folder, version)
+    log(f"{folder}: the adapter is now {told(version)}")
+    log(f"the one before is kept in {before.folder}: {told(before)}")
+    command = f"minilora rollback {shlex.quote(str(folder))} --to {before.digest[:SHOWN_DIGITS]}"
+    log(f"to take it back: {command}")
+
+
+def told(version):
+    """A Version in a few words: its digest, and what its receipt says."""
+    words = f"{version.digest[:SHOWN_DIGITS]}, {shown(version.date)} UTC"
+    if version.receipt is None:
+        return f"{words}, without a receipt"
+    steps, loss, held_out, data = _cells(version.receipt)
+    words += f", {steps} steps on {data}, loss {loss}"
+    return words if held_out == "-" else f"{words}, held out {held_out}"
+
+
+def summary(receipt):
+    """What `inspect` shows of a receipt, as (title, text) pairs."""
+    losses = receipt["losses"]
+    data = receipt["data"]
+    versions = receipt["versions"]
+    machine = receipt["machine"]
+    learned = f"loss {losses['first']:.4f} -> {losses['last']:.4f}"
+    if None not in (losses["held_out_before"], losses["held_out_after"]):
+        learned += f", held out {losses['held_out_before']:.4f} -> {losses['held_out_after']:.4f}"
+    if losses["best_step"] is not None:
+        learned += f", the best, after step {losses['best_step']}"
+    run = (
+        f"{shown(receipt['date'])} UTC: {receipt['steps']} steps in {receipt['seconds']:,.0f} s on "
+        f"{data['path']} ({data['sha256'][:SHOWN_DIGITS]}: {data['trained_on']}); {learned} nats "
+        "per token"
+    )
+    if receipt["parent"] is not None:
+        run += f"; it went on from the adapter {receipt['parent'][:SHOWN_DIGITS]}"
+    made_by = (
+        f"minilora {versions['minilora']}, NumPy {versions['numpy']}, Python {versions['python']}; "
+        f"{machine['arrays']}, {receipt['parts']} parts; {machine['processor']}; {machine['blas']}"
+    )
+    command = receipt["command"][:LONGEST_COMMAND]
+    return [("receipt", run), ("command", command), ("made by", made_by)]

@@ -1,0 +1,221 @@
+"""The versions of an adapter: older ones kept in its folder, found, put back. Knows no base.
+
+    my-adapter/                                         the adapter that is used
+    my-adapter/versions/20261127T094837.120Z-5e6f1a2b/  one from before, whole, with its receipt
+
+A version is a copy that gets its name in one rename, and an adapter is put back as it is saved: a
+kill at any moment leaves in my-adapter the one from before or the one from after, whole.
+"""
+
+import filecmp
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .adapter_file import CONFIG, TENSORS
+from .checks import listed
+from .folder import UNFINISHED, config_path, place_copies
+from .receipt import RECEIPT, date_text, read_receipt, receipt_of, sha256_of, shown
+from .tensor_file import read_metadata
+
+VERSIONS = "versions"
+# Beside the two files of an adapter: what its run left with it. A version takes them along.
+BESIDE = (RECEIPT, "run.json")
+# The name of a version that is being removed.
+_REMOVED = ".minilora-removed"
+# Of a digest, in the name of a version, and where people are shown one.
+SHOWN_DIGITS = 8
+# So many say which digest is meant, at least.
+LEAST_DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Version:
+    """An adapter in a folder, seen from outside.
+
+    digest: the SHA-256 of its file of tensors. receipt: as `read_receipt`, or None; problem: what
+    is wrong with the one that lies there, or None. date: that of the receipt; without one, when the
+    tensors were written, in the same form.
+    """
+
+    folder: Path
+    digest: str
+    date: str
+    receipt: dict | None
+    problem: str | None
+
+
+def is_adapter(folder):
+    """Does `folder` hold the tensors of an adapter?"""
+    return (Path(folder) / TENSORS).is_file()
+
+
+def version_in(folder):
+    """The Version that the adapter in `folder` is. Raises: OSError if there is none."""
+    folder = Path(folder)
+    receipt = None
+    problem = None
+    try:
+        receipt = receipt_of(folder, TENSORS)
+    except ValueError as error:
+        problem = str(error)
+    if receipt is None:
+        date = date_text((folder / TENSORS).stat().st_mtime)
+        return Version(folder, sha256_of(folder / TENSORS), date, None, problem)
+    return Version(folder, receipt["tensors"]["sha256"], receipt["date"], receipt, None)
+
+
+def kept_versions(folder):
+    """The Versions that are kept in `folder`, the oldest first."""
+    place = Path(folder) / VERSIONS
+    if not place.is_dir():
+        return []
+    inside = [path for path in place.iterdir() if not path.name.startswith(".")]
+    versions = [version_in(path) for path in inside if is_adapter(path)]
+    return sorted(versions, key=lambda version: (version.date, version.folder.name))
+
+
+def keep(folder):
+    """Copy the adapter in `folder` among its versions, unless it is there; returns the Version."""
+    folder = Path(folder)
+    current = version_in(folder)
+    for version in kept_versions(folder):
+        if _are_one(current, version):
+            return version
+    # Not every system allows a colon in a name.
+    stamp = current.date.replace("-", "").replace(":", "")
+    place = folder / VERSIONS / f"{stamp}-{current.digest[:SHOWN_DIGITS]}"
+    staging = place.with_name(UNFINISHED)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for name, path in _files_of(folder).items():
+        # With its date, by which a version without a receipt is sorted.
+        shutil.copy2(path, staging / name)
+        with open(staging / name, "rb+") as file:
+            os.fsync(file.fileno())
+    os.replace(staging, place)
+    return version_in(place)
+
+
+def _files_of(folder):
+    """{name: path} of the files of an adapter that `folder` has."""
+    paths = {name: folder / name for name in (*BESIDE, TENSORS)}
+    paths[CONFIG] = config_path(folder, TENSORS, CONFIG)
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def _are_one(current, version):
+    """Is the `version` a copy of the adapter in use, with its receipt?
+
+    A save that was killed leaves the next receipt beside the adapter from before. That one is not
+    of these tensors, and its version has its own.
+    """
+    if current.digest != version.digest or current.receipt not in (None, version.receipt):
+        return False
+    config = config_path(current.folder, TENSORS, CONFIG)
+    return filecmp.cmp(config, version.folder / CONFIG, shallow=False)
+
+
+def drop_oldest(folder, most):
+    """Remove the oldest versions in `folder` beyond `most`; returns their folders.
+
+    The one that is used is not counted, and no copy of it is removed.
+    """
+    used = sha256_of(Path(folder) / TENSORS)
+    older = [version for version in kept_versions(folder) if version.digest != used]
+    dropped = [version.folder for version in older[: max(0, len(older) - most)]]
+    for place in dropped:
+        being_removed = place.with_name(_REMOVED)
+        shutil.rmtree(being_removed, ignore_errors=True)
+        # So that no half of it is ever found under its name.
+        os.replace(place, being_removed)
+        shutil.rmtree(being_removed)
+    return dropped
+
+
+def find_version(folder, to=None):
+    """The Version kept in `folder` that `to` means; without it, the last before the one in use.
+
+    `to` is the path of a receipt or of a folder with an adapter, or the first digits of the digest
+    of a file of tensors.
+    Raises: ValueError that lists what is kept if there is none, or if several are meant.
+    """
+    folder = Path(folder)
+    current = version_in(folder)
+    kept = kept_versions(folder)
+    if to is None:
+        older = [
+            version
+            for version in kept
+            if version.date < current.date and version.digest != current.digest
+        ]
+        if not older:
+            raise ValueError(
+                f"{folder}: no version is older than the one in use, {_named(current)}"
+                f"{_kept_words(kept)}"
+            )
+        return older[-1]
+    prefix = _digest_meant(to)
+    found = [version for version in kept if version.digest.startswith(prefix)]
+    if len({version.digest for version in found}) > 1:
+        names = listed(map(_named, found), most=6)
+        raise ValueError(f"{folder}: {to} may be {names}; give more digits")
+    if found:
+        return found[-1]
+    if current.digest.startswith(prefix):
+        raise ValueError(f"{folder}: {_named(current)} is the one in use")
+    raise ValueError(f"{folder}: no version has the digest {prefix}{_kept_words(kept)}")
+
+
+def _digest_meant(to):
+    """The digest that `to` stands for, or its first digits."""
+    path = Path(to)
+    # A path that exists comes first, as everywhere.
+    if path.is_dir() and is_adapter(path):
+        return sha256_of(path / TENSORS)
+    if path.is_file():
+        return read_receipt(path)["tensors"]["sha256"]
+    digits = str(to).lower()
+    if len(digits) < LEAST_DIGITS or not set(digits) <= set("0123456789abcdef"):
+        raise ValueError(
+            f"{to} is no receipt, no folder of an adapter, and no digest: that has hexadecimal "
+            f"digits, {LEAST_DIGITS} of them at least"
+        )
+    return digits
+
+
+def _named(version):
+    return f"{version.digest[:SHOWN_DIGITS]} of {shown(version.date)}"
+
+
+def _kept_words(kept):
+    if not kept:
+        return ", and none is kept (finetune --keep keeps some)"
+    return f"; kept are {listed(map(_named, kept), most=6)}"
+
+
+def put_back(folder, version):
+    """Make a kept `version` the adapter in `folder`; returns the Version that was in use until now.
+
+    That one is copied among the versions first, and no version is removed.
+    Raises: ValueError, before anything changes, for an adapter whose tensors do not say which
+    configuration is theirs: while its two files get their names, a reader could take one for the
+    other's.
+    """
+    folder = Path(folder)
+    metadata = read_metadata(version.folder / TENSORS) or {}
+    if "minilora.config" not in metadata:
+        raise ValueError(
+            f"{version.folder} was written by another program, and cannot be put back in a way "
+            "that no kill disturbs; copy its files by hand"
+        )
+    before = keep(folder)
+    names = _files_of(version.folder)
+    for name in BESIDE:
+        if name not in names:
+            # It is of the one before, with which it is kept.
+            (folder / name).unlink(missing_ok=True)
+    beside = [name for name in BESIDE if name in names]
+    place_copies(version.folder, folder, TENSORS, CONFIG, beside)
+    return before

@@ -1,0 +1,176 @@
+"""`minilora history` and `minilora rollback`, and the receipts that `minilora inspect` shows."""
+
+import json
+import re
+import shlex
+import shutil
+from dataclasses import replace
+
+import pytest
+from strategies import receipt_fields, trained_adapter
+
+from minilora import load_adapter, load_model, save_adapter
+from minilora.cli import history
+from minilora.disk.receipt import RECEIPT, sha256_of
+from minilora.disk.versions import keep, kept_versions
+
+TENSORS = "adapter_model.safetensors"
+FINGERPRINT = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return load_model(folder / "base")
+
+
+def save(base, folder, seed, **changes):
+    """The adapter of a seed, with a receipt of that day of December."""
+    fields = receipt_fields(f"2026-12-{seed:02}T01:02:03.456Z", steps=seed, **changes)
+    save_adapter(trained_adapter(base, seed), folder, receipt=fields)
+
+
+@pytest.fixture
+def kept(base, tmp_path):
+    """The folder of an adapter of the third, which keeps those of the first and the second."""
+    for seed in (1, 2, 3):
+        if seed > 1:
+            keep(tmp_path / "a")
+        save(base, tmp_path / "a", seed)
+    return tmp_path / "a"
+
+
+def lines_of(out):
+    """(the bases, the cells of each adapter's line) of a list; its cells have no two spaces in them."""
+    lines = out.splitlines()
+    rows = [re.split(" {2,}", line.strip()) for line in lines if line.startswith("  2")]
+    return [line for line in lines if not line.startswith(" ")], rows
+
+
+def test_adapters_and_their_versions_are_listed_by_date_with_what_their_receipts_say(run, kept):
+    code, out, err = run("history", kept)
+    bases, rows = lines_of(out)
+    assert (code, err) == (0, "") and bases == [f"base b, fingerprint {FINGERPRINT}"]
+    places = [version.folder for version in kept_versions(kept)]
+    same = ["3.2500", "3.5000", "notes.txt abababab"]
+    for day, place in enumerate([*places, kept], 1):
+        digits = sha256_of(place / TENSORS)[:8]
+        assert rows[day - 1] == [f"2026-12-{day:02} 01:02:03", str(day), *same, digits, str(place)]
+    assert len(rows) == 3
+    assert out.splitlines()[1].split() == "date (UTC) steps loss held out data tensors adapter".split()
+
+
+def test_adapters_below_a_folder_are_grouped_by_their_bases(run, base, kept, tmp_path, folder):
+    fields = receipt_fields(base={"name": "other", "fingerprint": "f" * 16})
+    fields["losses"]["held_out_after"] = None
+    save_adapter(trained_adapter(base, 4), tmp_path / "deep" / "down" / "b", receipt=fields)
+    shutil.copytree(folder / "one", tmp_path / "one")
+    (tmp_path / ".hidden").mkdir()
+    save(base, tmp_path / ".hidden" / "c", 5)
+    code, out, err = run("history", tmp_path)
+    bases, rows = lines_of(out)
+    assert (code, err) == (0, "") and len(rows) == 5 and len(bases) == 3
+    assert f"base b, fingerprint {FINGERPRINT}" in bases and f"base other, fingerprint {'f' * 16}" in bases
+    [one] = [row for row in rows if row[-1] == str(tmp_path / "one")]
+    assert one[1:5] == ["-", "-", "-", "no receipt"]
+    assert any(line.startswith(f"base {folder / 'base'}, fingerprint ") for line in bases), "that its tensors note"
+    [down] = [row for row in rows if row[-1].endswith("b")]
+    assert down[1:4] == ["4", "3.2500", "-"]
+
+
+def test_a_folder_given_twice_is_listed_once(run, kept, tmp_path):
+    assert len(lines_of(run("history", kept, tmp_path, kept / "versions" / "..")[1])[1]) == 3
+
+
+def test_of_the_adapter_in_use_no_copy_is_listed(run, kept):
+    keep(kept)
+    assert len(kept_versions(kept)) == 3 and len(lines_of(run("history", kept)[1])[1]) == 3
+
+
+def test_a_receipt_of_other_tensors_and_a_damaged_one_are_told(run, base, tmp_path):
+    save(base, tmp_path / "a", 1)
+    save(base, tmp_path / "b", 2)
+    shutil.copy(tmp_path / "a" / RECEIPT, tmp_path / "b" / RECEIPT)
+    save(base, tmp_path / "c", 3)
+    (tmp_path / "c" / RECEIPT).write_text('{"receipt": 7}')
+    code, out, err = run("history", tmp_path)
+    rows = lines_of(out)[1]
+    assert (code, err) == (0, "") and [row[4] for row in rows].count("a wrong receipt") == 2 and len(rows) == 3
+    assert "b/receipt.json is the receipt of other tensors" in out and "c/receipt.json: receipt must be 1, got 7" in out
+    for name, told in (("b", "is the receipt of other tensors"), ("c", "receipt must be 1, got 7")):
+        code, out, err = run("inspect", tmp_path / name)
+        assert (code, err) == (0, "") and told in " ".join(out.split())
+
+
+def test_an_adapter_that_cannot_be_read_is_listed_all_the_same(run, base, tmp_path):
+    for name, damage in (("a", b""), ("b", b"nonsense" * 9)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / TENSORS).write_bytes(damage)
+        (tmp_path / name / "adapter_config.json").write_bytes(damage)
+    code, out, err = run("history", tmp_path)
+    assert (code, err) == (0, "") and len(lines_of(out)[1]) == 2 and "of another program, no fingerprint" in out
+
+
+@pytest.mark.parametrize("words", [["nowhere"], ["t.txt"], ["base"]])
+def test_where_there_is_no_adapter_it_is_said(run, words):
+    code, out, err = run("history", *words)
+    assert (code, out) == (1, "") and err.count("\n") == 1 and ("no adapter" in err or "no folder" in err)
+
+
+# Back.
+
+
+def test_the_last_version_is_put_back_and_taken_back_again(run, base, kept):
+    digests = [version.digest for version in kept_versions(kept)]
+    newest = sha256_of(kept / TENSORS)
+    code, out, err = run("rollback", kept)
+    assert (code, err) == (0, "") and sha256_of(kept / TENSORS) == digests[1]
+    first, second, third = out.splitlines()
+    now = f"{digests[1][:8]}, 2026-12-02 01:02:03 UTC, 2 steps on notes.txt abababab, loss 3.2500, held out 3.5000"
+    assert first == f"{kept}: the adapter is now {now}"
+    assert "is kept in" in second and newest[:8] in second and third.startswith("to take it back: minilora rollback")
+    load_adapter(kept, base, receipt=kept / RECEIPT, say=lambda account: None)
+    assert run(*third.partition("minilora ")[2].split())[0] == 0 and sha256_of(kept / TENSORS) == newest
+    assert run("rollback", kept, "--to", kept_versions(kept)[0].folder / RECEIPT)[0] == 0
+    assert sha256_of(kept / TENSORS) == digests[0] and len(kept_versions(kept)) == 3
+    code, out, err = run("rollback", kept)
+    assert (code, out) == (1, "") and "no version is older" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, told", [
+    (["nowhere"], "nowhere holds no adapter"), (["base"], "base holds no adapter"), (["one"], "none is kept"),
+    (["one", "--to", "xyz"], "no digest"), (["one", "--to", "abcdef"], "no version has the digest abcdef"),
+])  # fmt: skip
+def test_what_cannot_be_put_back_is_one_line(run, words, told):
+    code, out, err = run("rollback", *words)
+    assert (code, out) == (1, "") and told in err and err.count("\n") == 1
+
+
+# What inspect shows.
+
+
+def test_inspect_shows_the_receipt_and_obeys_nothing_in_it(run, base, tmp_path):
+    save(base, tmp_path / "a", 3, command="minilora finetune \x1b[31m" + "x" * 5000, parent="cd" * 32)
+    code, out, err = run("inspect", tmp_path / "a")
+    told = " ".join(out.split())
+    assert (code, err) == (0, "") and "\x1b" not in out and "\\x1b[31m" in out and len(out) < 5000
+    assert "receipt 2026-12-03 01:02:03 UTC: 3 steps in 0 s on d/notes.txt (abababab: 100 tokens); " in told
+    assert "loss 4.5000 -> 3.2500, held out 4.7500 -> 3.5000, the best, after step 2 nats per token" in told
+    assert "it went on from the adapter cdcdcdcd" in told
+    assert "made by minilora 0.6.0, NumPy 2.4.6, Python 3.11.1; numpy, 2 parts; a processor; a BLAS" in told
+
+
+def test_a_run_of_the_program_leaves_a_receipt_with_its_command(run, tmp_path):
+    words = ["finetune", "--base", "base", "--data", "q.jsonl", "--out", tmp_path / "my adapter", "--alpha", 4]
+    words += ["--steps", 4, "--batch", 2, "--r", 2]
+    assert run(*words)[::2] == (0, "")
+    receipt = json.loads((tmp_path / "my adapter" / RECEIPT).read_text())
+    assert receipt["command"] == shlex.join(["minilora", *map(str, words)])
+    assert run(*words)[0] == 1
+    assert run(*words, "--keep", 1)[0] == 0 and len(kept_versions(tmp_path / "my adapter")) == 1
+
+
+def test_planted_a_list_that_takes_a_receipt_for_granted_is_seen(run, base, tmp_path, monkeypatch):
+    true_version_in = history.version_in
+    monkeypatch.setattr(history, "version_in", lambda folder: replace(true_version_in(folder), problem=None))
+    with pytest.raises(AssertionError):
+        test_a_receipt_of_other_tensors_and_a_damaged_one_are_told(run, base, tmp_path)
