@@ -264,12 +264,11 @@ def assignment(read):
 
 def expression(text):
     """The type of an argument: a regular expression."""
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise argparse.ArgumentTypeError(
-            f"must be a regular expression, got {text!r}: {error}"
-        ) from None
+    from ..patterns import problem_of
+
+    problem = problem_of([text])
+    if problem is not None:
+        raise argparse.ArgumentTypeError(problem)
     return text
 
 

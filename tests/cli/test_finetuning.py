@@ -1,5 +1,7 @@
 """`minilora finetune`: what it is given by flags, by a file and by a checkpoint, and which of them counts."""
 
+import contextlib
+import io
 import json
 import sys
 from dataclasses import replace
@@ -7,14 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import given as given_drawn
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from minilora import Adam, load_adapter, load_model
-from minilora.cli import folders
+from minilora.cli import config_file, folders
 from minilora.cli.main import main
 from minilora.cli.table import parser_of
-from minilora.training import finetune
+from minilora.patterns import problem_of
+from minilora.training import finetune, run_file
 from minilora.training.finetune_config import FineTuneConfig
+from minilora.training.run_file import arrays_of
 from minilora.training.threads import parts_and_threads
 
 USUAL = ["--base", "b", "--data", "d.txt", "--out", "o", "--alpha", "3"]
@@ -134,7 +141,7 @@ BAD_FILES = [
     ('{"target": [["a"]]}', 2, "c.json: target must be a number or a text, got ['a']"),
     ('{"target": {"a": 1}}', 2, "c.json: target must be a number or a text"),
     ('{"rank_pattern": {"a": 1.5}}', 2, "c.json: argument --rank-pattern: must be a whole number of at least 1"),
-    ('{"rank_pattern": {"(": 1}}', 2, "c.json: argument --rank-pattern: must be a regular expression, got '('"),
+    ('{"rank_pattern": {"(": 1}}', 2, "c.json: argument --rank-pattern: '(' is not a regular expression"),
     ('{"schedule": "step"}', 2, "c.json: argument --schedule: invalid choice: 'step'"),
     ('{"resume": true}', 2, "c.json: resume is said on the command line, not in a file"),
     ('{"config": "d.json"}', 2, "c.json: config is said on the command line"),
@@ -165,6 +172,89 @@ def test_a_file_that_is_none_is_refused(tmp_path, monkeypatch, capsys):
         assert main(["finetune", *USUAL, "--config", name]) == 1
         err = capsys.readouterr().err
         assert told in err and err.count("\n") == 1
+
+
+names = st.text("abcxyz_.*0123456789\\\\[]()|=, -é", min_size=1).filter(lambda text: problem_of([text]) is None)
+positive = st.floats(1e-300, 1e300)
+from_zero = st.integers(0, 10**9)
+from_one = st.integers(1, 10**9)
+maybe = lambda some: st.none() | some
+OF_ALL = {
+    "base": st.text("abc/ .-=é", min_size=1), "data": st.just("d.txt"), "out": st.just("o"),
+    "lr": positive, "schedule": st.sampled_from(["cosine", "linear", "constant"]), "warmup": maybe(st.just(0)),
+    "weight_decay": st.just(0.0) | positive, "clip": positive, "steps": from_one, "batch": from_one,
+    "accumulate": from_one, "seed": from_zero, "eval_split": st.floats(0.01, 0.99), "length": maybe(from_one),
+    "save_every": from_one, "too_long": maybe(st.sampled_from(["cut", "drop"])), "eval_every": maybe(from_one),
+}  # fmt: skip
+OF_LORA = {
+    "dropout": st.floats(0, 0.99), "quantize": maybe(st.sampled_from(["nf4", "q8_0"])),
+}  # fmt: skip
+SHAPES = {
+    "alpha": positive, "r": from_one, "dora": st.booleans(), "rslora": st.booleans(),
+    "target": st.just("all-linear") | names | st.lists(st.from_regex(r"[a-z_.]+", fullmatch=True), min_size=1),
+    "rank_pattern": st.dictionaries(names, from_one), "alpha_pattern": st.dictionaries(names, positive),
+}  # fmt: skip
+configs = st.one_of(
+    st.fixed_dictionaries({**OF_ALL, **OF_LORA, **SHAPES}),
+    st.fixed_dictionaries({**OF_ALL, **OF_LORA, "from_adapter": st.just("a"),
+                           "accept_base": st.just(()) | st.just(["other-precision"])}),
+    st.fixed_dictionaries({**OF_ALL, "full": st.just(True)}),
+)
+
+
+def read_back(given, config, parts):
+    """The FineTuneConfig that the command makes of the file that repeats a run of `config`."""
+    Path("run.json").write_text(json.dumps(run_file.settings_of(config, arrays_of(np, parts, False))))
+    again, options = given("--config", "run.json", "--out", config.out, usual=[])
+    assert options["parts"] == parts
+    return again
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given_drawn(configs, st.integers(2, 9))
+def test_whatever_the_settings_are_the_file_of_a_run_gives_them_back(given, fields, parts):
+    config = FineTuneConfig(**fields)
+    assert read_back(given, config, parts) == config
+
+
+def zeros_say_nothing(patch):
+    patch.setattr(run_file, "_says_something", bool)
+
+
+def numbers_are_shortened(patch):
+    patch.setattr(config_file, "_text", lambda parser, name, value: str(value)[:9])
+
+
+def an_expression_is_a_name(patch):
+    true_settings = run_file.settings_of
+
+    def settings_of(*given):
+        return {name.removesuffix("_regex"): value for name, value in true_settings(*given).items()}
+
+    patch.setattr(run_file, "settings_of", settings_of)
+
+
+@pytest.mark.parametrize("bug", [zeros_say_nothing, numbers_are_shortened, an_expression_is_a_name])
+def test_what_a_file_of_a_run_loses_is_noticed(given, monkeypatch, bug):
+    config = replace(PLAIN, warmup=0, lr=0.1 + 2**-40, target=".*q_proj", rank_pattern={"a=b": 3})
+    assert read_back(given, config, 2) == config
+    bug(monkeypatch)
+    assert read_back(given, config, 2) != config
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given_drawn(st.sampled_from(sorted(set(parser_of("finetune").flags))), st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=2)
+    | st.dictionaries(st.text(), inner, max_size=2), max_leaves=3))  # fmt: skip
+def test_whatever_stands_in_a_file_it_is_taken_or_refused_in_one_line(monkeypatch, tmp_path, flag, value):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finetune, "finetune", lambda *given, **options: None)
+    monkeypatch.setattr(folders, "find_sources", lambda *given: None)
+    Path("c.json").write_text(json.dumps({flag.lstrip("-"): value}))
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["finetune", *USUAL, "--config", "c.json"])
+    assert code in (0, 1, 2) and err.getvalue().count("\n") == (code != 0) and out.getvalue() == ""
 
 
 # Runs.
