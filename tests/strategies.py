@@ -347,18 +347,19 @@ def trained_adapter(base, seed=1, r=2, alpha=4, target_modules=("q_proj", "mlp.u
     return learned(adapter, seed, 1.0)
 
 
-def receipt_fields(date="2026-11-27T09:48:37.120Z", **changes):
-    """The fields of a receipt but for its tensors, as a run would write them."""
-    return {
-        "date": date, "command": "minilora finetune --base b --data d.txt", "parent": None,
-        "base": {"name": "b", "fingerprint": "0123456789abcdef"},
+def receipt_fields(date="2026-11-27T09:48:37.120Z", steps=4, **changes):
+    """The fields of a receipt but for its tensors, as a run of so many steps would write them."""
+    run = {
         "data": {"path": "d/notes.txt", "sha256": "ab" * 32, "trained_on": "100 tokens", "held_out": "20 tokens"},
-        "settings": {"seed": 7, "steps": 4}, "parts": 2,
-        "versions": {"minilora": "0.6.0", "python": "3.11.1", "numpy": "2.4.6"},
-        "machine": {"arrays": "numpy", "processor": "a processor", "blas": "a BLAS"},
-        "steps": 4, "tokens": 80, "seconds": 0.25, "updates": {"h.0.q_proj": {"norm": 0.5, "share": None}},
+        "settings": {"seed": 7}, "arrays": "numpy", "parts": 2, "steps": steps, "tokens": 80, "seconds": 0.25,
         "losses": {"first": 4.5, "last": 3.25, "held_out_before": 4.75, "held_out_after": 3.5, "best_step": 2},
-        **changes,
+    }  # fmt: skip
+    return {
+        "date": date, "command": "minilora finetune --base b --data d.txt", "parents": [],
+        "base": {"name": "b", "fingerprint": "0123456789abcdef"}, "run": run,
+        "versions": {"minilora": "0.6.0", "python": "3.11.1", "numpy": "2.4.6"},
+        "machine": {"processor": "a processor", "blas": "a BLAS"},
+        "updates": {"h.0.q_proj": {"norm": 0.5, "share": None}}, **changes,
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..disk.adapter_file import BASE_NOTE, CONFIG, TENSORS
-from ..disk.checks import json_object
+from ..disk.checks import json_object, listed
 from ..disk.folder import load_config
 from ..disk.peft import digest_of
 from ..disk.receipt import shown
@@ -27,6 +27,8 @@ from ..disk.versions import (
 NO_FINGERPRINT = "no fingerprint"
 # Of a command, in characters: it may be as long as its writer likes.
 LONGEST_COMMAND = 1000
+# So many of the adapters that one was made of are named.
+MOST_PARENTS = 4
 
 
 class _Row(NamedTuple):
@@ -50,10 +52,11 @@ def history(folders, log):
         )
     by_base = {}
     for row in sorted(rows, key=lambda row: row.version.date):
-        by_base.setdefault(row.fingerprint, []).append(row)
-    for fingerprint, of_base in by_base.items():
+        key = row.base if row.fingerprint == NO_FINGERPRINT else row.fingerprint
+        by_base.setdefault(key, []).append(row)
+    for of_base in by_base.values():
         # Of several names of one base the last.
-        log(f"base {of_base[-1].base}, {fingerprint}")
+        log(f"base {of_base[-1].base}, {of_base[-1].fingerprint}")
         _log_table([row.version for row in of_base], log)
 
 
@@ -78,7 +81,10 @@ def _all_versions(folders):
 def _row(version):
     if version.receipt is not None:
         base = version.receipt["base"]
-        return _Row(version, f"fingerprint {base['fingerprint']}", base["name"])
+        fingerprint = NO_FINGERPRINT
+        if base["fingerprint"] is not None:
+            fingerprint = f"fingerprint {base['fingerprint']}"
+        return _Row(version, fingerprint, base["name"])
     fingerprint = NO_FINGERPRINT
     name = "of another program"
     try:
@@ -119,12 +125,16 @@ def _log_table(versions, log):
 
 def _cells(receipt):
     """Steps, loss, held-out loss and data of a receipt, as texts."""
-    losses = receipt["losses"]
-    held_out = losses["held_out_after"]
-    data = receipt["data"]
+    run = receipt["run"]
+    if run is None:
+        # Added up from others, or taken out of a model.
+        made_of = ", ".join(digest[:SHOWN_DIGITS] for digest in receipt["parents"][:MOST_PARENTS])
+        return ("-", "-", "-", f"made of {made_of}" if made_of else "not trained")
+    held_out = run["losses"]["held_out_after"]
+    data = run["data"]
     return (
-        str(receipt["steps"]),
-        f"{losses['last']:.4f}",
+        str(run["steps"]),
+        f"{run['losses']['last']:.4f}",
         "-" if held_out is None else f"{held_out:.4f}",
         f"{Path(data['path']).name} {data['sha256'][:SHOWN_DIGITS]}",
     )
@@ -152,31 +162,41 @@ def told(version):
     if version.receipt is None:
         return f"{words}, without a receipt"
     steps, loss, held_out, data = _cells(version.receipt)
+    if steps == "-":
+        return f"{words}, {data}"
     words += f", {steps} steps on {data}, loss {loss}"
     return words if held_out == "-" else f"{words}, held out {held_out}"
 
 
 def summary(receipt):
     """What `inspect` shows of a receipt, as (title, text) pairs."""
-    losses = receipt["losses"]
-    data = receipt["data"]
     versions = receipt["versions"]
     machine = receipt["machine"]
+    told = f"{shown(receipt['date'])} UTC"
+    made_by = (
+        f"minilora {versions['minilora']}, NumPy {versions['numpy']}, Python {versions['python']}; "
+        f"{machine['processor']}; {machine['blas']}"
+    )
+    if receipt["run"] is not None:
+        told += f": {_run_in_words(receipt['run'])}"
+        made_by += f"; {receipt['run']['arrays']}, {receipt['run']['parts']} parts"
+    parents = receipt["parents"]
+    if parents:
+        digests = [digest[:SHOWN_DIGITS] for digest in parents]
+        told += f"; made of the tensors {listed(digests, MOST_PARENTS)}"
+    command = receipt["command"][:LONGEST_COMMAND]
+    return [("receipt", told), ("command", command), ("made by", made_by)]
+
+
+def _run_in_words(run):
+    losses = run["losses"]
+    data = run["data"]
     learned = f"loss {losses['first']:.4f} -> {losses['last']:.4f}"
     if None not in (losses["held_out_before"], losses["held_out_after"]):
         learned += f", held out {losses['held_out_before']:.4f} -> {losses['held_out_after']:.4f}"
     if losses["best_step"] is not None:
         learned += f", the best, after step {losses['best_step']}"
-    run = (
-        f"{shown(receipt['date'])} UTC: {receipt['steps']} steps in {receipt['seconds']:,.0f} s on "
-        f"{data['path']} ({data['sha256'][:SHOWN_DIGITS]}: {data['trained_on']}); {learned} nats "
-        "per token"
+    return (
+        f"{run['steps']} steps in {run['seconds']:,.0f} s on {data['path']} "
+        f"({data['sha256'][:SHOWN_DIGITS]}: {data['trained_on']}); {learned} nats per token"
     )
-    if receipt["parent"] is not None:
-        run += f"; it went on from the adapter {receipt['parent'][:SHOWN_DIGITS]}"
-    made_by = (
-        f"minilora {versions['minilora']}, NumPy {versions['numpy']}, Python {versions['python']}; "
-        f"{machine['arrays']}, {receipt['parts']} parts; {machine['processor']}; {machine['blas']}"
-    )
-    command = receipt["command"][:LONGEST_COMMAND]
-    return [("receipt", run), ("command", command), ("made by", made_by)]

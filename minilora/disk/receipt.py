@@ -77,37 +77,52 @@ _NUMBER = (_is_number, "a finite number")
 _SIZE = (lambda value: _is_number(value) and value >= 0, "a finite number of at least 0")
 _SHA256 = (_is_hex(64), "64 hexadecimal digits")
 _FINGERPRINT = (_is_hex(16), "16 hexadecimal digits")
+_DIGESTS = (
+    lambda value: isinstance(value, list) and all(map(_is_hex(64), value)),
+    "a list of texts of 64 hexadecimal digits",
+)
 _OBJECT = (lambda value: isinstance(value, dict), "an object with fields")
 _THIS_FORMAT = (lambda value: type(value) is int and value == FORMAT, f"{FORMAT}")
 _A_DATE = (_is_date, "a date in UTC such as 2026-11-27T09:48:37.120Z")
 
-# {field: what it holds}; of an object within, {field: ...} again. Losses are in nats per token;
-# `seconds` is what the steps took, `tokens` how many they read. `parent` is the SHA-256 of the file
-# of tensors from which a run went on.
+# {field: what it holds}; of an object within, {field: ...} again. `parents` are the SHA-256 of the
+# files of tensors that an adapter was made of: the one that a run went on from, those that were
+# added. `run` is null where nothing was trained. Losses are in nats per token; `seconds` is what
+# the steps took, `tokens` how many they read.
 FIELDS = {
     "receipt": _THIS_FORMAT,
     "date": _A_DATE,
     "command": _TEXT,
     "tensors": {"file": _TEXT, "sha256": _SHA256},
-    "parent": _or_none(_SHA256),
-    "base": {"name": _TEXT, "fingerprint": _FINGERPRINT},
-    "data": {"path": _TEXT, "sha256": _SHA256, "trained_on": _TEXT, "held_out": _or_none(_TEXT)},
-    "settings": _OBJECT,
-    "parts": _WHOLE,
-    "versions": {"minilora": _TEXT, "python": _TEXT, "numpy": _TEXT},
-    "machine": {"arrays": _TEXT, "processor": _TEXT, "blas": _TEXT},
-    "steps": _WHOLE,
-    "tokens": _WHOLE,
-    "seconds": _SIZE,
-    "losses": {
-        "first": _NUMBER,
-        "last": _NUMBER,
-        "held_out_before": _or_none(_NUMBER),
-        "held_out_after": _or_none(_NUMBER),
-        "best_step": _or_none(_WHOLE),
+    "parents": _DIGESTS,
+    "base": {"name": _TEXT, "fingerprint": _or_none(_FINGERPRINT)},
+    "run": {
+        "data": {
+            "path": _TEXT,
+            "sha256": _SHA256,
+            "trained_on": _TEXT,
+            "held_out": _or_none(_TEXT),
+        },
+        "settings": _OBJECT,
+        "arrays": _TEXT,
+        "parts": _WHOLE,
+        "steps": _WHOLE,
+        "tokens": _WHOLE,
+        "seconds": _SIZE,
+        "losses": {
+            "first": _NUMBER,
+            "last": _NUMBER,
+            "held_out_before": _or_none(_NUMBER),
+            "held_out_after": _or_none(_NUMBER),
+            "best_step": _or_none(_WHOLE),
+        },
     },
+    "versions": {"minilora": _TEXT, "python": _TEXT, "numpy": _TEXT},
+    "machine": {"processor": _TEXT, "blas": _TEXT},
     "updates": _OBJECT,
 }
+# These objects may be null.
+_MAY_BE_NULL = ("run",)
 # {module: this}: ‖ΔW‖, and ‖ΔW‖ / ‖W‖ where the module has a W that is not zero.
 UPDATE = {"norm": _SIZE, "share": _or_none(_SIZE)}
 
@@ -131,6 +146,8 @@ def _check_fields(where, value, fields, prefix):
     for field, kind in fields.items():
         if field not in value:
             raise ValueError(f"{where}: there is no {prefix}{field}; it is no whole receipt")
+        if value[field] is None and field in _MAY_BE_NULL:
+            continue
         if isinstance(kind, dict):
             _check_fields(where, value[field], kind, f"{prefix}{field}.")
             continue

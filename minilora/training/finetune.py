@@ -34,7 +34,7 @@ from .learned import LearnedAdapter, LearnedModel, report_full
 from .loop import Interrupted
 from .parts import PartWorkers
 from .progress import Progress, check_progress, peak_memory
-from .provenance import provenance
+from .provenance import of_run, provenance
 from .run_file import (
     CHECKPOINT,
     arrays_of,
@@ -120,7 +120,7 @@ def finetune(
             steps.measure_before()
             steps.take()
             after = steps.take_best()
-        _save(run, provenance(run, progress, after, command), say)
+        _save(run, _receipt(run, progress, after, command), say)
         write_run_file(config, arrays)
         run.checkpoint.remove()
     _report(run, progress, after, executor is not None, log)
@@ -345,6 +345,20 @@ def _leave_nothing(run, is_new):
         # Somebody else may have put something there.
         with contextlib.suppress(OSError):
             Path(run.config.out).rmdir()
+
+
+def _receipt(run, progress, after, command):
+    """What is written beside what was learned, but for the digest of its file of tensors."""
+    learned = run.learned
+    parents = [] if learned.origin is None else [learned.origin]
+    return provenance(
+        command,
+        run.config.base,
+        learned.fingerprint,
+        parents,
+        learned.update_sizes(),
+        of_run(run, progress, after),
+    )
 
 
 def _save(run, receipt, log):

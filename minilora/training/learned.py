@@ -55,14 +55,8 @@ class LearnedAdapter:
         peft.save_adapter(self.module, folder, base_model=self.base, receipt=receipt)
 
     def update_sizes(self):
-        """{module: {"norm": |dW|, "share": |dW| / |W|}}, in Frobenius's norm.
-
-        The share is None where W is zero. What DoRA makes of the length of a row is not in it.
-        """
-        return {
-            name: {"norm": norm, "share": norm / weight_norm if weight_norm else None}
-            for name, norm, weight_norm in _norms(self.base_model, self.module)
-        }
+        """How large each update is, as `update_sizes` says."""
+        return update_sizes(self.base_model, self.module)
 
     def remarks(self):
         """Lines on what was learned that nobody would guess: that it changes nothing."""
@@ -121,6 +115,17 @@ def _adapter_to_go_on_from(base, config, log):
     recipe = replace(adapter.config, dropout=config.dropout)
     # The file may not have said which base it was; from now on it is this one.
     return Adapter(recipe, adapter.pairs, base.fingerprint(), stored_as(base), table_rows(base))
+
+
+def update_sizes(base, adapter):
+    """{module: {"norm": |dW|, "share": |dW| / |W|}} of an adapter of `base`, in Frobenius's norm.
+
+    The share is None where W is zero. What DoRA makes of the length of a row is not in it.
+    """
+    return {
+        name: {"norm": norm, "share": norm / weight_norm if weight_norm else None}
+        for name, norm, weight_norm in _norms(base, adapter)
+    }
 
 
 def _norms(base, adapter):

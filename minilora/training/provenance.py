@@ -1,4 +1,4 @@
-"""Where an adapter comes from: what a run writes into its receipt. Knows a run, and no folder."""
+"""Where an adapter comes from: what is written into its receipt. Knows runs, and no folder."""
 
 import contextlib
 import platform
@@ -13,12 +13,37 @@ from .run_file import settings_of
 from .threads import blas_kernel
 
 
-def provenance(run, progress, after, command):
-    """The fields of a receipt (see disk/receipt.py) but for `tensors`, of a run that has ended now.
+def provenance(command, base, fingerprint, parents, updates, run=None):
+    """The fields of a receipt (see disk/receipt.py) but for `tensors`, of what is made now.
 
-    `run` has `config`, `learned`, `train_data`, `heldout` and `identity`, as finetune.py makes
-    them; `progress` is its Progress, `after` the held-out loss of what is kept, or None. `command`
-    is what the run was started with.
+    `command` is what it is made by, `base` the name of its base, `fingerprint` that one's, or None
+    if it is not known. `parents` are the SHA-256 of the files of adapters that it is made of,
+    `updates` what `update_sizes` gives, `run` what `of_run` does.
+    """
+    return {
+        "date": date_text(time.time()),
+        "command": command,
+        "parents": parents,
+        "base": {
+            "name": str(base),
+            "fingerprint": None if fingerprint is None else digest_of(fingerprint),
+        },
+        "run": run,
+        "versions": {
+            "minilora": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
+        "machine": {"processor": processor(), "blas": blas_kernel()},
+        "updates": updates,
+    }
+
+
+def of_run(run, progress, after):
+    """What a receipt says of a run that has ended.
+
+    `run` has `config`, `train_data`, `heldout` and `identity`, as finetune.py makes them;
+    `progress` is its Progress, `after` the held-out loss of what is kept, or None.
     """
     config = run.config
     best_step = None
@@ -26,10 +51,6 @@ def provenance(run, progress, after, command):
         best_step, _ = progress.best()
     arrays = run.identity["arrays"]
     return {
-        "date": date_text(time.time()),
-        "command": command,
-        "parent": run.learned.origin,
-        "base": {"name": str(config.base), "fingerprint": digest_of(run.learned.fingerprint)},
         "data": {
             "path": str(config.data),
             "sha256": run.identity["data"]["sha256"],
@@ -37,20 +58,12 @@ def provenance(run, progress, after, command):
             "held_out": None if run.heldout is None else str(run.heldout),
         },
         "settings": settings_of(config, arrays),
+        "arrays": arrays["module"],
         "parts": arrays["parts (--parts)"],
-        "versions": {
-            "minilora": __version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-        },
-        "machine": {
-            "arrays": arrays["module"],
-            "processor": processor(),
-            "blas": blas_kernel(),
-        },
         "steps": len(progress.losses),
         "tokens": progress.tokens,
         "seconds": progress.seconds,
+        # NumPy's numbers are none of JSON's.
         "losses": {
             "first": float(progress.losses[0]),
             "last": float(progress.losses[-1]),
@@ -58,7 +71,6 @@ def provenance(run, progress, after, command):
             "held_out_after": None if after is None else float(after),
             "best_step": best_step,
         },
-        "updates": run.learned.update_sizes(),
     }
 
 

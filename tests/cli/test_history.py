@@ -61,7 +61,7 @@ def test_adapters_and_their_versions_are_listed_by_date_with_what_their_receipts
 
 def test_adapters_below_a_folder_are_grouped_by_their_bases(run, base, kept, tmp_path, folder):
     fields = receipt_fields(base={"name": "other", "fingerprint": "f" * 16})
-    fields["losses"]["held_out_after"] = None
+    fields["run"]["losses"]["held_out_after"] = None
     save_adapter(trained_adapter(base, 4), tmp_path / "deep" / "down" / "b", receipt=fields)
     shutil.copytree(folder / "one", tmp_path / "one")
     (tmp_path / ".hidden").mkdir()
@@ -149,14 +149,14 @@ def test_what_cannot_be_put_back_is_one_line(run, words, told):
 
 
 def test_inspect_shows_the_receipt_and_obeys_nothing_in_it(run, base, tmp_path):
-    save(base, tmp_path / "a", 3, command="minilora finetune \x1b[31m" + "x" * 5000, parent="cd" * 32)
+    save(base, tmp_path / "a", 3, command="minilora finetune \x1b[31m" + "x" * 5000, parents=["cd" * 32])
     code, out, err = run("inspect", tmp_path / "a")
     told = " ".join(out.split())
     assert (code, err) == (0, "") and "\x1b" not in out and "\\x1b[31m" in out and len(out) < 5000
     assert "receipt 2026-12-03 01:02:03 UTC: 3 steps in 0 s on d/notes.txt (abababab: 100 tokens); " in told
     assert "loss 4.5000 -> 3.2500, held out 4.7500 -> 3.5000, the best, after step 2 nats per token" in told
-    assert "it went on from the adapter cdcdcdcd" in told
-    assert "made by minilora 0.6.0, NumPy 2.4.6, Python 3.11.1; numpy, 2 parts; a processor; a BLAS" in told
+    assert "made of the tensors cdcdcdcd" in told
+    assert "made by minilora 0.6.0, NumPy 2.4.6, Python 3.11.1; a processor; a BLAS; numpy, 2 parts" in told
 
 
 def test_a_run_of_the_program_leaves_a_receipt_with_its_command(run, tmp_path):

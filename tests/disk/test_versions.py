@@ -65,7 +65,8 @@ def test_a_version_is_a_copy_with_all_that_belongs_to_it_and_is_sorted_by_its_da
     kept = kept_versions(folder)
     assert seeds_of(kept) == [1, 2] and seed_in(folder) == 3
     for seed, version in enumerate(kept, 1):
-        assert version.receipt["steps"] == seed and version.problem is None and version.digest == digest(version.folder)
+        assert version.receipt["run"]["steps"] == seed and version.problem is None
+        assert version.digest == digest(version.folder)
         names = {path.name for path in version.folder.iterdir()}
         assert names == {TENSORS, CONFIG, RECEIPT, "run.json"}
         assert json.loads((version.folder / "run.json").read_text()) == {"seed": seed}
@@ -152,7 +153,7 @@ def test_a_version_is_put_back_whole_and_nothing_is_lost(tmp_path):
     before = put_back(folder, kept_versions(folder)[0])
     assert seed_in(folder) == 1 and seed_in(before.folder) == 3 and (folder / TENSORS).read_bytes() == tensors
     assert seeds_of(kept_versions(folder)) == [1, 2, 3], "no version was removed"
-    assert version_in(folder).receipt["steps"] == 1
+    assert version_in(folder).receipt["run"]["steps"] == 1
     assert json.loads((folder / "run.json").read_text()) == {"seed": 1}
     assert {path.name for path in folder.iterdir()} == {TENSORS, CONFIG, RECEIPT, "run.json", VERSIONS}
     put_back(folder, before)
@@ -167,7 +168,8 @@ def test_what_the_one_before_had_beside_it_goes_with_it(tmp_path):
     put_back(folder, kept_versions(folder)[0])
     assert {path.name for path in folder.iterdir()} == {TENSORS, CONFIG, VERSIONS}
     put_back(folder, [version for version in kept_versions(folder) if version.receipt][0])
-    assert version_in(folder).receipt["steps"] == 3 and json.loads((folder / "run.json").read_text()) == {"seed": 3}
+    assert version_in(folder).receipt["run"]["steps"] == 3
+    assert json.loads((folder / "run.json").read_text()) == {"seed": 3}
 
 
 def test_an_adapter_of_another_program_is_kept_and_not_put_back(tmp_path):
@@ -273,9 +275,9 @@ def test_a_kill_at_any_moment_leaves_one_whole_and_loses_none(change, old, new, 
         # The next command takes it from there, over whatever was left behind.
         change(moment)
         assert seed_in(moment) == new and all_seeds(moment) >= least
-        assert version_in(moment).receipt["steps"] == new
+        assert version_in(moment).receipt["run"]["steps"] == new
         for version in kept_versions(moment):
-            assert version.receipt["steps"] == seed_in(version.folder)
+            assert version.receipt["run"]["steps"] == seed_in(version.folder)
         assert not list(moment.rglob(".*")), "nothing of the kill is left"
         digests = [version.digest for version in kept_versions(moment)]
         assert len(digests) == len(set(digests)), "nothing is there twice"
@@ -303,4 +305,4 @@ def test_planted_a_version_that_grows_under_its_name_is_seen(tmp_path, monkeypat
 def test_a_folder_without_tensors_is_no_adapter(tmp_path):
     assert not is_adapter(tmp_path) and kept_versions(tmp_path) == []
     save(tmp_path, 1)
-    assert is_adapter(tmp_path) and read_receipt(tmp_path / RECEIPT)["steps"] == 1
+    assert is_adapter(tmp_path) and read_receipt(tmp_path / RECEIPT)["run"]["steps"] == 1
