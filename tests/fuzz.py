@@ -12,6 +12,7 @@ seed, which repeats it alone.
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import glob
 import io
@@ -125,7 +126,7 @@ def of_tokenizer(base):
     return Subject((*subject.needs, adapter, "chats.jsonl"), subject.spoilt, (*commands, chats, merged, talk))
 
 
-RESUMED = shlex.join([*RUN, "--resume"])
+RUN_FILES = ("gpt2", "q.jsonl", "run", "log.jsonl")
 # {kind of case: its Subjects}
 KINDS = {
     "adapter": (
@@ -143,7 +144,13 @@ KINDS = {
     ),
     "gguf": (of_base("a.gguf", "b.gguf", "a.gguf"),),
     "tokenizer": (of_tokenizer("gpt2"), of_tokenizer("gpt2two"), of_tokenizer("llama")),
-    "checkpoint": (Subject(("gpt2", "q.jsonl", "run", "log.jsonl"), ("run/checkpoint/*", "log.jsonl"), (RESUMED,)),),
+    "checkpoint": (
+        Subject(RUN_FILES, ("run/checkpoint/*", "log.jsonl"), (
+            shlex.join([*RUN, "--resume"]),
+            "finetune --resume --out run",
+            "finetune --resume --out run --threads 1",
+        )),
+    ),
     "configuration": (
         of_adapter("gpt2", "lora", "lora2", "lora/*.json", "gpt2/config.json"),
         of_adapter("patterns/base", "patterns/adapter", "patterns/adapter", "patterns/*/*.json"),
@@ -151,6 +158,12 @@ KINDS = {
         of_base("llama", "llamatwo", "llama/config.json"),
         of_base("characters", "characterstwo", "characters/config.json"),
         Subject(("gpt2",), ("gpt2/config.json",), ("count --base gpt2/config.json --r 2 --length 16",)),
+        Subject(("gpt2", "q.jsonl", "done", "settings.toml"), ("done/*.json", "settings.toml"), (
+            "finetune --config done/run.json --out out --threads 1",
+            "finetune --config settings.toml --out out --threads 1",
+            "inspect done --base gpt2",
+            "finetune --base gpt2 --data q.jsonl --from-adapter done --out out --steps 1 --parts 1 --threads 1",
+        )),
     ),
     "data": (
         Subject(("gpt2", "lora", "q.jsonl", "chats.jsonl", "t.txt"), ("q.jsonl", "chats.jsonl", "t.txt"), (
@@ -202,7 +215,14 @@ def make_case(kind, seed, files, folder):
         others = [other for other in sorted(Path().glob("*/*")) if is_plain(other) and other != path]
         same_name = [other for other in others if other.name == path.name]
         notes.append(spoil(rng, path, same_name or others))
+        if path.name in SAY_HOW_MUCH and is_plain(path) and path.stat().st_size < 1 << 20:
+            path.write_bytes(MUCH.sub(rb"\g<1>7", path.read_bytes()))
     return Case(shlex.split(pick(rng, subject.commands)), notes)
+
+
+# Files that say how much is computed, and where one says that it is more than a hundred.
+SAY_HOW_MUCH = ("run.json", "settings.toml", "checkpoint.json")
+MUCH = re.compile(rb'("?(?:steps|batch|accumulate|length|parts|workers)"?\s*[:=]\s*)"?[\d.e+]{3,}"?')
 
 
 def is_plain(path):
@@ -299,6 +319,9 @@ def _is_large(word):
 
 def serve(files):
     """Read cases, a line each, run them, and answer with a line on each: on the descriptors that were 0 and 1."""
+    with contextlib.suppress(OSError, AttributeError):
+        # PR_SET_PDEATHSIG: where this is Linux, no case outlives whoever asked for it.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     questions = os.fdopen(os.dup(0), "r")
     answers = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDWR)
@@ -351,7 +374,7 @@ def run_case(kind, seed, files, here, plant=None):
         "kind": kind, "seed": seed, "argv": case.argv, "notes": case.notes, "code": code, "out": out[-4000:],
         "err": err[-4000:], "trace": trace, "seconds": round(seconds, 3), "cpu": round(cpu, 3),
         "memory": max(0, _bytes_of("VmHWM") - idle), "new": new, "changed": changed, "threads": threads,
-        "controls": sorted({*CONTROLS.findall(out), *CONTROLS.findall(err.replace("\x1b[A", ""))}),
+        "controls": sorted({*CONTROLS.findall(out), *CONTROLS.findall(err)}),
     }  # fmt: skip
 
 
@@ -523,6 +546,10 @@ def left_behind(answer):
     if argv[:1] == ["plot"]:
         may_write += [re.sub(r"\.[^.]*$", ".png", word) for word in argv[1:]]
     done = answer["code"] == 0
+    if "--resume" in argv:
+        # The log that the run began; and whatever ends it, its checkpoint says so.
+        may_write += ["log.jsonl"] if done else []
+        done = done or f"{Path(may_write[0])}/checkpoint" in answer["err"]
     wrong = []
     for path in (*answer["new"], *answer["changed"]):
         inside = any(path == place or path.startswith(f"{place}/") for place in may_write)

@@ -59,7 +59,7 @@ def spoil(rng, path, others):
         return _spoil_tensors(rng, path)
     if path.suffix == ".gguf" and draw < 0.8:
         return _spoil_gguf(rng, path)
-    if path.suffix in (".txt", ".jinja") and draw < 0.6:
+    if path.suffix in (".txt", ".jinja", ".toml") and draw < 0.6:
         return _spoil_text(rng, path)
     return _spoil_bytes(rng, path, 0, path.stat().st_size)
 
@@ -337,7 +337,7 @@ def _spoil_tensors(rng, path):
 
 def _spoil_metadata(rng, metadata):
     """One of the texts in the metadata: most hold JSON of their own."""
-    key = pick(rng, list(metadata))
+    key = pick(rng, sorted(metadata))
     if not isinstance(metadata[key], str):
         return f"{key} is no text"
     try:

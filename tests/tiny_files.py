@@ -32,7 +32,19 @@ MERGES = [("▁", "t"), ("h", "e"), ("o", "n"), ("▁t", "he"), ("▁", "on")]
 GPT_SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 128}
 LLAMA_SHAPE = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 4,
                "num_key_value_heads": 2, "head_dim": 2, "max_position_embeddings": 128}  # fmt: skip
-# A run of these words, and what it is resumed with.
+SETTINGS = """base = "gpt2"
+data = "q.jsonl"
+alpha = 4
+r = 2
+steps = 2
+lr = 1e-3
+target = ["q_proj", "up_proj"]
+schedule = "linear"
+
+[rank-pattern]
+"h.1.mlp.up_proj" = 1
+"""
+# The words of a run with checkpoints, evaluations and a log.
 RUN = ("finetune", "--base", "gpt2", "--data", "q.jsonl", "--out", "run", "--alpha", "4", "--r", "2", "--steps", "5",
        "--batch", "2", "--save-every", "2", "--eval-split", "0.25", "--eval-every", "2", "--log", "log.jsonl",
        "--dropout", "0.1", "--parts", "2", "--threads", "1")  # fmt: skip
@@ -45,11 +57,30 @@ def write_all(folder):
     _write_bases(folder)
     for name in ("c_attn", "old_style", "regex", "patterns", "sharded"):
         shutil.copytree(GOLDEN / name, folder / name, ignore=shutil.ignore_patterns("*.npz"))
-    with inside(folder):
-        interrupted_run()
+    with inside(folder), _no_place_of_its_own():
+        run(3)
+        shutil.move("run", "stopped")
+        shutil.move("log.jsonl", "stopped.jsonl")
+        run()
+        shutil.move("run", "done")
+        shutil.move("log.jsonl", "done.jsonl")
+        shutil.move("stopped", "run")
+        shutil.move("stopped.jsonl", "log.jsonl")
+
+
+@contextlib.contextmanager
+def _no_place_of_its_own():
+    """What a run notes of the folder that it was started in is true wherever its files are copied."""
+    true_getcwd = os.getcwd
+    os.getcwd = lambda: "."
+    try:
+        yield
+    finally:
+        os.getcwd = true_getcwd
 
 
 def _write_data(folder):
+    (folder / "settings.toml").write_text(SETTINGS)
     (folder / "t.txt").write_text(TEXT, encoding="utf-8")
     rows = [{"prompt": prompt, "answer": answer} for prompt, answer in ROWS]
     chats = [{"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
@@ -189,21 +220,22 @@ def inside(folder):
         os.chdir(here)
 
 
-def interrupted_run():
-    """Leave the folder `run` and `log.jsonl` as a RUN leaves them that Ctrl-C ends in its third step."""
+def run(stop=None):
+    """The run of the words RUN, in the working directory, which Ctrl-C ends in its step `stop`."""
     true_step = Adam.step
     n_steps = []
 
     def step(self, lr):
         true_step(self, lr)
         n_steps.append(1)
-        if len(n_steps) == 3:
+        if len(n_steps) == stop:
             raise KeyboardInterrupt
 
     Adam.step = step
+    said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = main(list(RUN))
     finally:
         Adam.step = true_step
-    assert code == 130, code
+    assert code == (0 if stop is None else 130), said.getvalue()
