@@ -34,6 +34,7 @@ import time
 import traceback
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -549,7 +550,7 @@ def left_behind(answer):
     if "--resume" in argv:
         # The log that the run began; and whatever ends it, its checkpoint says so.
         may_write += ["log.jsonl"] if done else []
-        done = done or f"{Path(may_write[0])}/checkpoint" in answer["err"]
+        done = done or any(f"{place}/checkpoint" in answer["err"] for place in may_write)
     wrong = []
     for path in (*answer["new"], *answer["changed"]):
         inside = any(path == place or path.startswith(f"{place}/") for place in may_write)
@@ -642,11 +643,9 @@ def fuzz(questions, jobs, files, scratch, say):
         finally:
             process.stop()
 
-    threads = [threading.Thread(target=work) for _ in range(jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in [pool.submit(work) for _ in range(jobs)]:
+            done.result()
 
 
 class Tally:

@@ -357,6 +357,18 @@ def at_random(name, files, scratch, log, rng, n):
         log.add(name, "random", ended, wrong)
 
 
+def _in_a_child(function, *arguments):
+    """Call a function in a process of its own: this one starts no thread, so that it can be forked at any time."""
+    child = os.fork()
+    if not child:
+        try:
+            function(*arguments)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0, f"{function.__name__} failed"
+
+
 SORTS = ("operations", "half-written", "random", "full disk", "wrong")
 
 
@@ -372,6 +384,7 @@ def main():
     """Run the command at the top of this file; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--random", type=int, default=100, help="kills at random moments, over all scenarios")
+    parser.add_argument("--step", type=int, default=1, help="kill before each so many-th operation")
     parser.add_argument("--writes", type=int, default=12, help="kills half-way through a file, for each scenario")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
@@ -382,12 +395,12 @@ def main():
     with tempfile.TemporaryDirectory(prefix="kills-") as scratch:
         scratch = Path(scratch)
         files = scratch / "files"
-        write_all(files)
+        _in_a_child(write_all, files)
         with inside(scratch):
             for name in args.only:
                 share = args.random // len(args.only) + (name in args.only[: args.random % len(args.only)])
                 if not SCENARIOS[name].alone:
-                    at_operations(name, files, scratch, log)
+                    at_operations(name, files, scratch, log, args.step)
                     in_writes(name, files, scratch, log, rng, args.writes)
                     on_full_disk(name, files, scratch, log, rng, args.writes)
                 at_random(name, files, scratch, log, rng, share)
