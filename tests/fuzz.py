@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 import numpy as np
 from mutations import ESCAPES, pick, spoil, without_metadata
-from tiny_files import RUN, inside, write_all
+from tiny_files import KEPT, RUN, inside, older_version, write_all
 
 # Seconds that a case may take, and bytes that it may take beyond what the process has before it.
 LIMIT = 5
@@ -152,6 +152,17 @@ KINDS = {
             "finetune --resume --out run --threads 1",
         )),
     ),
+    "versions": (
+        Subject(("gpt2", "q.jsonl", "kept"), ("kept/*", "kept/versions/*/*", "kept/*.json"), (
+            "history kept",
+            "history . kept",
+            "rollback kept",
+            "rollback kept --to VERSION",
+            "inspect kept --base gpt2",
+            shlex.join(KEPT),
+            "finetune --base gpt2 --data q.jsonl --from-adapter kept --out out --steps 1 --parts 1 --threads 1",
+        )),
+    ),
     "configuration": (
         of_adapter("gpt2", "lora", "lora2", "lora/*.json", "gpt2/config.json"),
         of_adapter("patterns/base", "patterns/adapter", "patterns/adapter", "patterns/*/*.json"),
@@ -218,11 +229,12 @@ def make_case(kind, seed, files, folder):
         notes.append(spoil(rng, path, same_name or others))
         if path.name in SAY_HOW_MUCH and is_plain(path) and path.stat().st_size < 1 << 20:
             path.write_bytes(MUCH.sub(rb"\g<1>7", path.read_bytes()))
-    return Case(shlex.split(pick(rng, subject.commands)), notes)
+    command = pick(rng, subject.commands).replace("VERSION", older_version(files))
+    return Case(shlex.split(command), notes)
 
 
 # Files that say how much is computed, and where one says that it is more than a hundred.
-SAY_HOW_MUCH = ("run.json", "settings.toml", "checkpoint.json")
+SAY_HOW_MUCH = ("run.json", "settings.toml", "checkpoint.json", "receipt.json")
 MUCH = re.compile(rb'("?(?:steps|batch|accumulate|length|parts|workers)"?\s*[:=]\s*)"?[\d.e+]{3,}"?')
 
 
@@ -544,6 +556,8 @@ def left_behind(answer):
         flag, _, value = word.partition("=")
         if len(flag) > 3 and any(name.startswith(flag) for name in ("--out", "--log", "--html")):
             may_write.append(os.path.normpath(value or "".join(argv[i + 1 : i + 2])))
+    if argv[:1] == ["rollback"]:
+        may_write += argv[1:]
     if argv[:1] == ["plot"]:
         may_write += [re.sub(r"\.[^.]*$", ".png", word) for word in argv[1:]]
     done = answer["code"] == 0

@@ -22,17 +22,22 @@ from typing import NamedTuple
 
 import numpy as np
 from fuzz import keep_results
-from tiny_files import RUN, inside, write_all
+from tiny_files import KEPT, RUN, inside, older_version, write_all
 
 # Seconds after which a run that does not end counts as one that hangs.
 PATIENCE = 120
 
 
 class Scenario(NamedTuple):
-    """A command that writes. `needs` are names of tiny_files.py, `alone` says that it starts processes of its own."""
+    """A command that writes to the folder `out`.
+
+    `needs` are names of tiny_files.py, of which `place` is what `out` holds before; `alone` says that the command
+    starts processes of its own.
+    """
 
     argv: tuple
     needs: tuple
+    place: str | None = None
     alone: bool = False
 
 
@@ -66,6 +71,10 @@ SCENARIOS = {
     "extract": Scenario(
         ("extract", "--base", "gpt2", "--tuned", "gpt2two", "--r", "2", "--out", "out"), ("gpt2", "gpt2two")
     ),
+    "finetune --keep": Scenario(
+        tuple("out" if word == "kept" else word for word in KEPT), ("gpt2", "q.jsonl", "kept"), place="kept"
+    ),
+    "rollback": Scenario(("rollback", "out", "--to", "VERSION"), ("kept",), place="kept"),
     "finetune, two processes": Scenario(
         finetuning("--workers", "2", without=["--threads"]), ("gpt2", "q.jsonl"), alone=True
     ),
@@ -217,21 +226,21 @@ def contents(folder):
     return found
 
 
-# Fields that say when something was, and how long it took.
-TIMES = ("seconds", "date")
+# Fields that say when something was, how long it took, and whether it was resumed.
+TIMES = ("seconds", "date", "command")
 
 
 def _timeless(record):
     return {name: value for name, value in record.items() if name not in TIMES}
 
 
-def fresh(files, folder, needs):
-    """A new folder with these of the files of tiny_files.py."""
+def fresh(files, folder, scenario):
+    """A new folder with what a scenario needs of the files of tiny_files.py."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for name in needs:
+    for name in scenario.needs:
         copy = shutil.copytree if (files / name).is_dir() else shutil.copyfile
-        copy(files / name, folder / name)
+        copy(files / name, folder / ("out" if name == scenario.place else name))
     return folder
 
 
@@ -255,7 +264,8 @@ def go_on(scenario, folder, expected, rng=None):
         elif ended.code == 1 and more and ("nothing to resume" in ended.err):
             # It had ended, but for its last word; or it had not begun.
             more = ()
-        elif ended.code == 1 and "is not empty" in ended.err and (folder / "out").exists():
+        elif ended.code == 1 and ("is not empty" in ended.err or "is the one in use" in ended.err):
+            # It had ended, but for its last word. What lies there will show it.
             break
         else:
             return f"exit code {ended.code}: {ended.err.strip()[-300:]}"
@@ -272,6 +282,13 @@ def difference(found, expected):
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
 
 
+def scenario_of(name, files):
+    """The Scenario `name` on these files."""
+    scenario = SCENARIOS[name]
+    version = older_version(files)
+    return scenario._replace(argv=tuple(word.replace("VERSION", version) for word in scenario.argv))
+
+
 class Undisturbed(NamedTuple):
     """What a run leaves that nothing disturbs, its operations on files, its seconds, the largest file it writes."""
 
@@ -283,10 +300,10 @@ class Undisturbed(NamedTuple):
 
 def undisturbed(name, files, scratch):
     """Run the scenario `name` twice, in peace: an Undisturbed. Raises: AssertionError unless both leave the same."""
-    scenario = SCENARIOS[name]
+    scenario = scenario_of(name, files)
     left = []
     for turn in range(2):
-        folder = fresh(files, scratch / f"peace{turn}", scenario.needs)
+        folder = fresh(files, scratch / f"peace{turn}", scenario)
         before = {path: path.stat().st_size for path in folder.rglob("*")}
         ended = run(scenario, folder)
         assert ended.code == 0, f"{name}: exit code {ended.code}: {ended.err}"
@@ -314,9 +331,9 @@ class Log:
 
 def at_operations(name, files, scratch, log, step=1):
     """Kill the scenario before each of its operations, or each `step`-th, and go on."""
-    scenario, peace = SCENARIOS[name], undisturbed(name, files, scratch)
+    scenario, peace = scenario_of(name, files), undisturbed(name, files, scratch)
     for when in range(1, peace.operations + 1, step):
-        folder = fresh(files, scratch / "killed", scenario.needs)
+        folder = fresh(files, scratch / "killed", scenario)
         ended = run(scenario, folder, operation=when)
         wrong = go_on(scenario, folder, peace.expected)
         log.add(name, "operations", ended, wrong and f"before operation {when}: {wrong}")
@@ -324,9 +341,9 @@ def at_operations(name, files, scratch, log, step=1):
 
 def in_writes(name, files, scratch, log, rng, n):
     """Kill the scenario half-way through a file, `n` times, and go on."""
-    scenario, peace = SCENARIOS[name], undisturbed(name, files, scratch)
+    scenario, peace = scenario_of(name, files), undisturbed(name, files, scratch)
     for size in sorted(int(np.exp(rng.uniform(0, np.log(peace.largest)))) for _ in range(n)):
-        folder = fresh(files, scratch / "killed", scenario.needs)
+        folder = fresh(files, scratch / "killed", scenario)
         ended = run(scenario, folder, file_size=size)
         wrong = go_on(scenario, folder, peace.expected)
         log.add(name, "half-written", ended, wrong and f"after {size} bytes of a file: {wrong}")
@@ -334,9 +351,9 @@ def in_writes(name, files, scratch, log, rng, n):
 
 def on_full_disk(name, files, scratch, log, rng, n):
     """Let the scenario run out of disk in a file, `n` times, and run it again."""
-    scenario, peace = SCENARIOS[name], undisturbed(name, files, scratch)
+    scenario, peace = scenario_of(name, files), undisturbed(name, files, scratch)
     for size in sorted(int(np.exp(rng.uniform(0, np.log(peace.largest)))) for _ in range(n)):
-        folder = fresh(files, scratch / "killed", scenario.needs)
+        folder = fresh(files, scratch / "killed", scenario)
         ended = run(scenario, folder, full=size)
         lines = ended.err.strip().splitlines()
         wrong = None
@@ -349,9 +366,9 @@ def on_full_disk(name, files, scratch, log, rng, n):
 
 def at_random(name, files, scratch, log, rng, n):
     """Kill the scenario `n` times at random moments, some of them again while it goes on."""
-    scenario, peace = SCENARIOS[name], undisturbed(name, files, scratch)
+    scenario, peace = scenario_of(name, files), undisturbed(name, files, scratch)
     for _ in range(n):
-        folder = fresh(files, scratch / "killed", scenario.needs)
+        folder = fresh(files, scratch / "killed", scenario)
         ended = run(scenario, folder, after=float(rng.uniform(0, peace.seconds)))
         wrong = go_on(scenario, folder, peace.expected, rng)
         log.add(name, "random", ended, wrong)

@@ -48,6 +48,9 @@ schedule = "linear"
 RUN = ("finetune", "--base", "gpt2", "--data", "q.jsonl", "--out", "run", "--alpha", "4", "--r", "2", "--steps", "5",
        "--batch", "2", "--save-every", "2", "--eval-split", "0.25", "--eval-every", "2", "--log", "log.jsonl",
        "--dropout", "0.1", "--parts", "2", "--threads", "1")  # fmt: skip
+# And those of a short one, into a folder that keeps what was there before.
+KEPT = ("finetune", "--base", "gpt2", "--data", "q.jsonl", "--out", "kept", "--alpha", "4", "--r", "1", "--steps", "2",
+        "--keep", "2", "--parts", "1", "--threads", "1")  # fmt: skip
 
 
 def write_all(folder):
@@ -58,10 +61,12 @@ def write_all(folder):
     for name in ("c_attn", "old_style", "regex", "patterns", "sharded"):
         shutil.copytree(GOLDEN / name, folder / name, ignore=shutil.ignore_patterns("*.npz"))
     with inside(folder), _no_place_of_its_own():
-        run(3)
+        run(RUN, stop=3)
         shutil.move("run", "stopped")
         shutil.move("log.jsonl", "stopped.jsonl")
-        run()
+        run(RUN)
+        for seed in range(2):
+            run([*KEPT, "--seed", str(seed)])
         shutil.move("run", "done")
         shutil.move("log.jsonl", "done.jsonl")
         shutil.move("stopped", "run")
@@ -204,6 +209,12 @@ def filled(adapter, seed):
     return adapter
 
 
+def older_version(folder):
+    """What `rollback --to` is given for the version that is kept in `kept`: digits of its digest."""
+    (receipt,) = folder.glob("kept/versions/*/receipt.json")
+    return json.loads(receipt.read_bytes())["tensors"]["sha256"][:12]
+
+
 def save(adapter, folder, base):
     """Write an adapter that names its base as it lies beside it."""
     save_adapter(adapter, folder, base_model=base)
@@ -220,8 +231,8 @@ def inside(folder):
         os.chdir(here)
 
 
-def run(stop=None):
-    """The run of the words RUN, in the working directory, which Ctrl-C ends in its step `stop`."""
+def run(words, stop=None):
+    """The command of these words, in the working directory; Ctrl-C ends it in its step `stop`."""
     true_step = Adam.step
     n_steps = []
 
@@ -235,7 +246,7 @@ def run(stop=None):
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = main(list(RUN))
+            code = main(list(words))
     finally:
         Adam.step = true_step
     assert code == (0 if stop is None else 130), said.getvalue()
