@@ -580,6 +580,8 @@ def names_something(answer):
         return len(line) > 20
     words = {part for word in answer["argv"] for part in re.split(r"[/=]", word) if len(part) > 2}
     words |= {part.rpartition("/")[2] for note in answer["notes"] for part in [note.partition(":")[0].split(" is ")[0]]}
+    # Or a path that the case has put into a file?
+    words |= {note.rpartition(" = ")[2].strip("'\"")[-6:] for note in answer["notes"] if " = " in note}
     return any(word in line for word in words if word) or "--" in line
 
 

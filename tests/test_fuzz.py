@@ -130,3 +130,12 @@ def test_a_tally_counts_by_kind_and_says_which_case_repeats_a_finding(files, tmp
     [(name, cases)] = results["findings"].items()
     assert name.startswith("traceback: KeyError at") and all(case.startswith("adapter:") for case in cases)
     assert len(tally.table()) == 3 and "KeyError" in tally.lines()[0]
+
+
+def test_a_short_run_finds_nothing(files, tmp_path):
+    """A few of each kind. The long run is `python tests/fuzz.py`, whose figures are in examples/trust.md."""
+    tally = Tally()
+    kinds = [kind for kind in KINDS if kind != "results"]
+    fuzz(questions_of(kinds, 25 * len(kinds), 7), 2, files, tmp_path, tally.add)
+    assert tally.lines() == []
+    assert all(counts["refused"] > 1 and counts["harmless"] > 0 for counts in tally.counts.values())
