@@ -13,14 +13,17 @@ import numpy as np
 from ..count import parameter_report
 from ..disk import characters
 from ..disk.models import load_model, save_model
-from ..disk.peft import load_adapter, save_adapter
+from ..disk.peft import CONFIG, TENSORS, load_adapter, save_adapter
+from ..disk.receipt import RECEIPT
 from ..gpt import GPT, GPTConfig
 from ..lora import attach, init_adapter, merge
 from ..lora_config import LoRAConfig
 from ..optim import Adam, warmup_cosine
 from ..training.batches import answer_rows, consecutive_windows, random_windows, row_batches
 from ..training.corpus import load_corpus
+from ..training.learned import update_sizes
 from ..training.loop import heldout_loss, train
+from ..training.provenance import provenance
 from .asking import LONGEST_ANSWER, Lines, pairs
 from .demo_run import ADAPTER, DemoRun, checked_question
 from .demo_tables import (
@@ -115,7 +118,9 @@ def run(size, out, xp, seed, log=print, *, rerun_command="minilora demo", parts=
         )
         seconds = time.perf_counter() - started
         log(f"[4/5] Trained A and B only, {size.lora_steps} steps in {seconds:.0f} s")
-        save_adapter(adapter, out / ADAPTER, base_model=str(out / BASE))
+        updates = update_sizes(base, adapter)
+        receipt = provenance(rerun_command, out / BASE, adapter.base_fingerprint, [], updates)
+        save_adapter(adapter, out / ADAPTER, base_model=str(out / BASE), receipt=receipt)
         run.saved.append(f"{out / ADAPTER} (the adapter)")
 
         run.begin("step 5 of 5, comparing")
@@ -140,8 +145,8 @@ def _headline(xp, corpus):
 
 def _save_base(base, out):
     # An adapter of an earlier run belongs to another base: it must not be found beside this one.
-    for file in (out / ADAPTER).glob("adapter_*"):
-        file.unlink()
+    for name in (TENSORS, CONFIG, RECEIPT):
+        (out / ADAPTER / name).unlink(missing_ok=True)
     save_model(base, out / BASE)
 
 

@@ -22,10 +22,12 @@ from ..lora_config import LoRAConfig
 from ..optim import Adam, warmup_cosine
 from ..training.batches import answer_rows, pad_rows
 from ..training.datasets import load_data
+from ..training.learned import update_sizes
 from ..training.loop import train
+from ..training.provenance import provenance
 from ..training.threads import keep_freed_memory
 from .asking import LONGEST_ANSWER, Chat, pairs
-from .demo_run import ADAPTER, DemoRun, checked_question, receipt
+from .demo_run import ADAPTER, DemoRun, checked_question, costs_table
 from .demo_tables import (
     ROWS,
     after_table,
@@ -112,7 +114,9 @@ def run(size, base, out, xp, seed, log=print, *, rerun_command="minilora demo", 
             f"alone: {losses[0]:.2f} -> {np.mean(losses[-10:]):.3f}"
         )
         log(f"      {data}: {rows}")
-        save_adapter(adapter, out / ADAPTER, base_model=str(base))
+        updates = update_sizes(model, adapter)
+        receipt = provenance(rerun_command, base, adapter.base_fingerprint, [], updates)
+        save_adapter(adapter, out / ADAPTER, base_model=str(base), receipt=receipt)
         run.saved.append(f"{out / ADAPTER} (the adapter)")
 
         run.begin("step 5 of 5, comparing")
@@ -127,7 +131,7 @@ def run(size, base, out, xp, seed, log=print, *, rerun_command="minilora demo", 
         merged_line(adapted, merged, asking, sets["unseen"], after["unseen"], probe, log)
         detached_line(model, probe, reference, log)
         run.end()
-        receipt(run.costs, log)
+        costs_table(run.costs, log)
         n_bytes = (out / ADAPTER / TENSORS).stat().st_size
         log(f"      kept in {out}: the adapter, {n_bytes / 1e6:,.1f} MB, in PEFT's format")
         log(f"      the same by hand: {_finetune_command(base, data, size.steps, seed)}")

@@ -84,7 +84,7 @@ def checked_question(question, out):
     return question
 
 
-def receipt(costs, log):
+def costs_table(costs, log):
     """Print what each step took, and what all did."""
     width = max(len(cost.name) for cost in costs)
     log(f"      {'':<{width}}   seconds   CPU seconds   MB at most by then")

@@ -129,7 +129,7 @@ def _cells(receipt):
     if run is None:
         # Added up from others, or taken out of a model.
         made_of = ", ".join(digest[:SHOWN_DIGITS] for digest in receipt["parents"][:MOST_PARENTS])
-        return ("-", "-", "-", f"made of {made_of}" if made_of else "not trained")
+        return ("-", "-", "-", f"made of {made_of}" if made_of else "-")
     held_out = run["losses"]["held_out_after"]
     data = run["data"]
     return (

@@ -123,8 +123,8 @@ FIELDS = {
 }
 # These objects may be null.
 _MAY_BE_NULL = ("run",)
-# {module: this}: ‖ΔW‖, and ‖ΔW‖ / ‖W‖ where the module has a W that is not zero.
-UPDATE = {"norm": _SIZE, "share": _or_none(_SIZE)}
+# {module: this}: ‖ΔW‖, and ‖ΔW‖ / ‖W‖; null for what no float can say, as beside a W of zeros.
+UPDATE = {"norm": _or_none(_SIZE), "share": _or_none(_SIZE)}
 
 
 def check_receipt(where, receipt):

@@ -7,15 +7,17 @@ the file of tensors, and `remarks()`. `is_large` says whether a copy of it after
 a burden.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from ..backend import get_array_module, to_numpy
+from ..backend import to_numpy
 from ..count import parameter_report
 from ..disk import models, peft
 from ..disk.receipt import sha256_of
+from ..kernels import sum_of_squares
 from ..lora import Adapter, LoRAPair, attach
 from ..low_rank import product_norm
 from ..nn import table_rows
@@ -120,12 +122,19 @@ def _adapter_to_go_on_from(base, config, log):
 def update_sizes(base, adapter):
     """{module: {"norm": |dW|, "share": |dW| / |W|}} of an adapter of `base`, in Frobenius's norm.
 
-    The share is None where W is zero. What DoRA makes of the length of a row is not in it.
+    What no float can say is None, as the share where W is zero. What DoRA makes of the length of a
+    row is not in it.
     """
-    return {
-        name: {"norm": norm, "share": norm / weight_norm if weight_norm else None}
-        for name, norm, weight_norm in _norms(base, adapter)
-    }
+    sizes = {}
+    for name, norm, weight_norm in _norms(base, adapter):
+        share = norm / weight_norm if weight_norm else math.inf
+        sizes[name] = {"norm": finite(norm), "share": finite(share)}
+    return sizes
+
+
+def finite(number):
+    """`number` as a float, None if it is not finite, or None itself."""
+    return float(number) if number is not None and math.isfinite(number) else None
 
 
 def _norms(base, adapter):
@@ -136,7 +145,7 @@ def _norms(base, adapter):
         B = to_numpy(pair.lora_B.data).astype(np.float64)
         # A packed weight is widened here, one at a time.
         weight = modules[name].weight.data
-        weight_norm = float(get_array_module(weight).linalg.norm(weight))
+        weight_norm = math.sqrt(float(sum_of_squares([weight])))
         yield name, float(pair.scaling * product_norm(A, B)), weight_norm
 
 

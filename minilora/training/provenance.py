@@ -9,6 +9,7 @@ import numpy as np
 from .. import __version__
 from ..disk.peft import digest_of
 from ..disk.receipt import date_text
+from .learned import finite
 from .run_file import settings_of
 from .threads import blas_kernel
 
@@ -67,8 +68,8 @@ def of_run(run, progress, after):
         "losses": {
             "first": float(progress.losses[0]),
             "last": float(progress.losses[-1]),
-            "held_out_before": None if progress.before is None else float(progress.before),
-            "held_out_after": None if after is None else float(after),
+            "held_out_before": finite(progress.before),
+            "held_out_after": finite(after),
             "best_step": best_step,
         },
     }

@@ -110,7 +110,7 @@ def test_it_trains_as_it_was_told_and_moves_A_and_B_alone(ran):
     assert (steps, options["parts"], options["threads"], options["seed"]) == (2, 2, 1, 3)
     rates = [options["schedule"](step) for step in range(steps)]
     assert max(rates) == demo_base.LR
-    adapter = load_adapter(ran.out / demo_run.ADAPTER, load_model(ran.base), say=lambda receipt: None)
+    adapter = load_adapter(ran.out / demo_run.ADAPTER, load_model(ran.base), say=lambda account: None)
     assert (adapter.config.r, adapter.config.alpha) == (8, 16)
     assert len(adapter.pairs) == 2 * 7 and all(pair.lora_B.data.any() for pair in adapter.pairs.values())
     assert all(np.array_equal(p.data, q.data) for p, q in zip(factors, adapter.parameters(), strict=True))
@@ -150,7 +150,7 @@ def test_what_is_kept_is_named_with_its_size_and_the_hint_repeats_the_command(ra
     assert f"kept in {ran.out}: the adapter, {size / 1e6:,.1f} MB" in ran.text
     assert ran.lines[-1].strip() == "now ask: minilora demo --base b --ask 'which port does ssh use?'"
     kept = {path.name for path in everything(ran.out)}
-    assert kept == {"security", "adapter_model.safetensors", "adapter_config.json",
+    assert kept == {"security", "adapter_model.safetensors", "adapter_config.json", "receipt.json",
                     "trained.jsonl", "unseen.jsonl", "never.jsonl"}  # fmt: skip
 
 

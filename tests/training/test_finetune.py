@@ -19,13 +19,13 @@ from gguf_files import write_sentencepiece_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from strategies import character_gpt, contents, seeds, small_gpt, small_llama
+from strategies import character_gpt, contents, receipt_fields, seeds, small_gpt, small_llama, trained_adapter
 
 from minilora import GPT, Adam, attach, generate, load_adapter, load_model, save_model
 from minilora.disk import peft
 from minilora.disk.characters import decode, encode
 from minilora.disk.folder import UNFINISHED
-from minilora.disk.receipt import receipt_of
+from minilora.disk.receipt import check_receipt, receipt_of
 from minilora.disk.versions import kept_versions
 from minilora.dora import DoRAPair
 from minilora.functional import IGNORE
@@ -34,7 +34,7 @@ from minilora.quant import quantize, stored_as
 from minilora.training import finetune, steps
 from minilora.training.checkpoint import Checkpoint, is_checkpoint
 from minilora.training.finetune_config import FineTuneConfig
-from minilora.training.learned import training_bytes
+from minilora.training.learned import training_bytes, update_sizes
 from minilora.training.loop import Interrupted, train
 from minilora.training.parts import PartWorkers, part_rng
 from minilora.training.run_log import RunLog
@@ -1393,6 +1393,21 @@ def test_a_receipt_names_the_adapter_that_was_gone_on_from(inputs, tmp_path):
     new = {"alpha": None, "r": 8, "target": "all-linear", "from_adapter": str(tmp_path / "first")}
     run(config_for(inputs, tmp_path / "more", **new))
     assert receipt_in(tmp_path / "more")["parents"] == [receipt_in(tmp_path / "first")["tensors"]["sha256"]]
+
+
+def test_what_no_float_can_say_of_an_update_is_null_and_ends_no_run():
+    base = small_gpt(dtype="float64")
+    adapter = trained_adapter(base, target_modules=["q_proj"])
+    layers = dict(base.named_modules())
+    for name, weight, size in (("h.0.attn.q_proj", 0.0, 1.0), ("h.1.attn.q_proj", 1e-300, 1e300)):
+        layers[name].weight.data[...] = weight
+        adapter.pairs[name].lora_A.data[...] = size
+        adapter.pairs[name].lora_B.data[...] = size
+    with np.errstate(over="ignore", invalid="ignore"):
+        sizes = update_sizes(base, adapter)
+    assert sizes["h.0.attn.q_proj"]["norm"] > 0 and sizes["h.0.attn.q_proj"]["share"] is None
+    assert sizes["h.1.attn.q_proj"] == {"norm": None, "share": None}
+    check_receipt("r", {"receipt": 1, **receipt_fields(updates=sizes), "tensors": {"file": "f", "sha256": "0" * 64}})
 
 
 def test_a_model_has_a_receipt_too(inputs, tmp_path):
