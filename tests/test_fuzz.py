@@ -138,4 +138,6 @@ def test_a_short_run_finds_nothing(files, tmp_path):
     kinds = [kind for kind in KINDS if kind != "results"]
     fuzz(questions_of(kinds, 25 * len(kinds), 7), 2, files, tmp_path, tally.add)
     assert tally.lines() == []
-    assert all(counts["refused"] > 1 and counts["harmless"] > 0 for counts in tally.counts.values())
+    # Neither is everything refused, nor nothing.
+    assert all(counts["refused"] > 1 for counts in tally.counts.values())
+    assert sum(counts["harmless"] for counts in tally.counts.values()) > 30
