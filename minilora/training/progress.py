@@ -110,18 +110,20 @@ class Progress:
         if after is not None and not self.evaluations and after > self.before:
             remarks.append(f"the held-out loss rose, by {after - self.before:.2g}: {remedy}")
         elif after is None and last > first:
+            if len(self.losses) < 2 * REPORTED_STEPS:
+                remedy = "each step has other rows; hold some out to know (--eval-split)"
             remarks.append(f"the training loss rose, by {last - first:.2g}: {remedy}")
         n = len(self.norms)
         n_clipped = sum(norm > clip for norm in self.norms)
         if max(self.norms) > GREW * max(self.norms[0], clip):
             remarks.append(
-                f"the gradients grew to {max(self.norms) / self.norms[0]:,.0f} times their norm in "
-                "the first step, and clipping alone held them back: lower the learning rate"
+                f"the norm of the gradients grew from {self.norms[0]:.2g} to {max(self.norms):.2g}"
+                ", and clipping alone held them back: lower the learning rate"
             )
         elif n_clipped > CLIPPED_OFTEN * n:
             remarks.append(
                 f"clipping shortened the gradients in {n_clipped} of {n} steps, to a norm of "
-                f"{clip:g}: nearly each step was as long as clipping allows"
+                f"{clip:g} (--clip)"
             )
         return remarks
 

@@ -69,17 +69,19 @@ ROSE = "lower the learning rate, or look at the data"
     (Progress(5.0, [4.0, 3.0]), 5.5, [f"the held-out loss rose, by 0.5: {ROSE}"]),
     (Progress(5.0, [3.0, 4.0]), 4.5, []),
     (Progress(5.0, [3.0, 4.0], evaluations=[[2, 6.0]]), 6.0, []),
-    (Progress(None, [3.0, 4.0]), None, [f"the training loss rose, by 1: {ROSE}"]),
+    (Progress(None, [3.0] * 10 + [4.0] * 10), None, [f"the training loss rose, by 1: {ROSE}"]),
+    (Progress(None, [3.0, 4.0]), None,
+     ["the training loss rose, by 1: each step has other rows; hold some out to know (--eval-split)"]),
     (Progress(None, [4.0, 4.0]), None, []),
     (Progress(None, [4.0] * 10, norms=[1.0] * 9 + [0.5]), None, []),
     (Progress(None, [4.0] * 10, norms=[1.0] * 10), None,
-     ["clipping shortened the gradients in 10 of 10 steps, to a norm of 0.5: nearly each step was as long as clipping "
-      "allows"]),
+     ["clipping shortened the gradients in 10 of 10 steps, to a norm of 0.5 (--clip)"]),
     (Progress(None, [4.0] * 3, norms=[1.0, 9.0, 0.1]), None, []),
     (Progress(None, [4.0] * 3, norms=[0.01, 4.0, 0.1]), None, []),
     (Progress(None, [4.0] * 3, norms=[1.0, 11.0, 0.1]), None,
-     ["the gradients grew to 11 times their norm in the first step, and clipping alone held them back: lower the "
-      "learning rate"]),
+     ["the norm of the gradients grew from 1 to 11, and clipping alone held them back: lower the learning rate"]),
+    (Progress(None, [4.0] * 3, norms=[0.0, 11.0, 0.1]), None,
+     ["the norm of the gradients grew from 0 to 11, and clipping alone held them back: lower the learning rate"]),
 ], ids=str)  # fmt: skip
 def test_what_went_otherwise_than_hoped_is_told_in_a_line_each(progress, after, told):
     progress.norms = progress.norms or [0.0]
