@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from minilora import Adam, load_adapter, load_model
-from minilora.cli import config_file, folders
+from minilora.cli import config_file, finetuning, folders
 from minilora.cli.main import main
 from minilora.cli.table import parser_of
 from minilora.patterns import problem_of
-from minilora.training import finetune, run_file
+from minilora.training import finetune, finetune_config, run_file
 from minilora.training.finetune_config import FineTuneConfig
 from minilora.training.run_file import arrays_of
 from minilora.training.threads import parts_and_threads
@@ -398,3 +398,9 @@ def test_no_bar_is_drawn_into_a_file(run, tmp_path, monkeypatch):
     assert run(*TUNING, *SHAPE, "--eval-split", 0.3, "--out", tmp_path / "a")[2] == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert "training" in run(*TUNING, *SHAPE, "--out", tmp_path / "b")[2]
+
+
+def test_the_command_and_the_settings_agree_on_what_is_of_adapters():
+    """The command has them once more: it refuses before it loads what trains."""
+    assert set(finetuning.OF_SHAPE) == {*finetune_config.OF_SHAPE, "target_regex"}
+    assert set(finetuning.OF_ADAPTERS) == {*finetune_config.OF_ADAPTERS, "target_regex"}
