@@ -30,16 +30,17 @@ NOTE = "minilora.adapter"
 BASE_NOTE = "minilora.base"
 STORED_NOTE = "minilora.stored"
 ROWS_NOTE = "minilora.rows"
+_ON_AN_EMBEDDING = (
+    "LoRA on an embedding is not supported: merged into a tied one it would change the head; leave "
+    f"the embedding out of target_modules, or, if the head is not tied, {MERGE_IN_PEFT}"
+)
 # Keys that PEFT skips or reads as something else, and what they tell. The last one is in every key.
 _STRANGE_KEYS = (
     (f"{PREFIX}{PREFIX}", "the model was wrapped twice: take one prefix out of every key"),
     (".default.", "the name of the adapter was left in the key: take it out"),
-    (
-        "lora_embedding_",
-        "it is LoRA on an embedding, which is not supported: merged into a tied one it would "
-        "change the head; leave the embedding out of target_modules, or, where the head is not "
-        f"tied, {MERGE_IN_PEFT}",
-    ),
+    ("lora_embedding_", _ON_AN_EMBEDDING),
+    # PEFT saves the embedding itself beside it.
+    (".base_layer.weight", _ON_AN_EMBEDDING),
     (
         "trainable_tokens",
         "rows of an embedding were trained (trainable_token_indices), which is not supported; "
@@ -47,7 +48,7 @@ _STRANGE_KEYS = (
     ),
     ("lora_magnitude_vector", "DoRA's magnitudes are <module>.lora_magnitude_vector"),
     ("lora_B.bias", "lora_bias is not supported"),
-    (".bias", "biases that were trained beside LoRA are not supported"),
+    (".bias", f"biases that were trained beside LoRA are not supported; {MERGE_IN_PEFT}"),
     (
         "",
         "only LoRA's factors are read, and no whole tensor that was trained beside them "

@@ -21,11 +21,11 @@ STARTS_IN_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TRAINED_BESIDE = {
     "modules_to_save": "whole copies of these modules were trained",
     "trainable_token_indices": "rows of an embedding were trained, for the tokens of these numbers",
+    "bias": "biases of the base were trained",
 }
 # What makes another file of such an adapter.
 MERGE_IN_PEFT = (
-    "in PEFT merge_and_unload() and save_pretrained(folder) make a plain model of it and its base, "
-    "which is read here as any base"
+    "merge it in PEFT (merge_and_unload, save_pretrained), and use the merged model as a base"
 )
 _SUPPORTED = {
     "peft_type": ("LORA",),
@@ -65,6 +65,11 @@ def read_config(where, fields):
             f"{where}: no {', '.join(missing)}; these have no safe default, add what training used"
         )
     for key, value in fields.items():
+        if key in _TRAINED_BESIDE and not is_neutral(value) and value != "none":
+            raise ValueError(
+                f"{where}: {key}={value!r:.200} is not supported: {_TRAINED_BESIDE[key]}, beside "
+                f"LoRA's factors; {MERGE_IN_PEFT}"
+            )
         if key in _SUPPORTED:
             if key == "init_lora_weights" and str(value).startswith(STARTS_IN_THE_BASE):
                 raise ValueError(
@@ -75,11 +80,6 @@ def read_config(where, fields):
             if value not in _SUPPORTED[key]:
                 only = _SUPPORTED[key][0]
                 raise ValueError(f"{where}: {key}={value!r} is not supported, only {only!r}")
-        elif key in _TRAINED_BESIDE and not is_neutral(value):
-            raise ValueError(
-                f"{where}: {key}={value!r:.200} is not supported: {_TRAINED_BESIDE[key]}, beside "
-                f"LoRA's factors; {MERGE_IN_PEFT}"
-            )
         elif key not in _READ and key not in _HARMLESS and not is_neutral(value):
             raise ValueError(
                 f"{where}: {key}={value!r} changes what the adapter computes and is not supported"

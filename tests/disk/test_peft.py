@@ -628,8 +628,8 @@ WRONG = {  # what is wrong: (the change, what the message must show)
     "a bias of lora_B": (tensor(f"{AT}.lora_B.bias", np.ones(8, "f4")), "lora_B.bias is not.*lora_bias is not supp"),
     "lora_bias": (put(lora_bias=True), "lora_bias=True"),
     "a bias beside it": (tensor(f"{AT}.base_layer.bias", np.ones(8, "f4")), "base_layer.bias.*trained beside LoRA"),
-    "bias all": (put(bias="all"), "bias='all'.*'none'"),
-    "bias lora_only": (put(bias="lora_only"), "bias='lora_only'.*'none'"),
+    "bias all": (put(bias="all"), "bias='all'.*biases of the base"),
+    "bias lora_only": (put(bias="lora_only"), "bias='lora_only'.*biases of the base"),
     "a whole saved module": (tensor(f"{PREFIX}transformer.ln_f.weight", np.ones(8, "f4")), "ln_f.weight is not"),
     "a saved head": (tensor(f"{PREFIX}lm_head.weight", np.ones((11, 8), "f4")), "lm_head.weight is not"),
     "modules_to_save": (put(modules_to_save=["ln_f"]), r"modules_to_save=\['ln_f'\]"),
@@ -1163,7 +1163,8 @@ def test_names_that_nobody_has_are_refused_with_both_lists():
 
 
 @pytest.mark.parametrize("key, what", [
-    ("transformer.wte.lora_embedding_A", "LoRA on an embedding, .*leave the embedding out of target_modules"),
+    ("transformer.wte.lora_embedding_A", "LoRA on an embedding .*leave the embedding out of target_modules"),
+    ("transformer.wte.base_layer.weight", "LoRA on an embedding .*leave the embedding out of target_modules"),
     ("transformer.wte.token_adapter.trainable_tokens_delta", "rows of an embedding were trained .*merge_and_unload"),
     ("lm_head.weight", "no whole tensor .*modules_to_save.*merge_and_unload"),
 ])  # fmt: skip

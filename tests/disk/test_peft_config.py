@@ -107,9 +107,10 @@ def test_a_field_that_changes_what_is_computed_is_refused_by_name(field, value):
 @pytest.mark.parametrize("fields, what", [
     ({"modules_to_save": ["lm_head"]}, "whole copies of these modules were trained"),
     ({"trainable_token_indices": {"wte": [1]}}, "rows of an embedding were trained"),
+    ({"bias": "all"}, "biases of the base were trained"),
 ])  # fmt: skip
 def test_what_was_trained_beside_lora_is_called_what_it_is_and_the_way_out_is_told(fields, what):
-    with pytest.raises(ValueError, match=f"{what}.*, beside LoRA's .*merge_and_unload.* read here as any base"):
+    with pytest.raises(ValueError, match=f"{what}.*, beside LoRA's .*merge_and_unload.* as a base"):
         read_config("f", {**FIELDS, **fields})
 
 
