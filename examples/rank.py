@@ -45,7 +45,7 @@ def tuned(r, lr, seed, curve=None):
     adapter = init_adapter(base.model, config, np.random.default_rng(seed), allow_large_r=True)
     model = attach(base.model, adapter)
 
-    def watch(step, _):
+    def watch(step, loss, norm):
         if curve is not None and step % max(1, steps // 10) == 0:
             curve.append((step, run.loss(base, model, code.validation, 32)))
 
