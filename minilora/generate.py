@@ -77,8 +77,8 @@ def generate_tokens(
     left: no row sees its padding. `cache`, from `model.new_cache`, may hold what stands before ids.
     Raises: ValueError, before anything is computed, for ids that do not fit or would outgrow
     block_size, temperature < 0, top_k outside 1 .. V, top_p outside (0, 1], stop outside the
-    vocabulary, temperature > 0 without an rng; later for logits of nan, and for a given `cache`
-    that has no room left.
+    vocabulary, temperature > 0 without an rng; later for logits of inf or nan, and for a given
+    `cache` that has no room left.
     Source: Fan et al. 2018 (top-k sampling); Holtzman et al. 2020 (the nucleus).
     """
     V = model.config.vocab_size
@@ -192,8 +192,11 @@ def _length(new, stops):
 
 def _choose(logits, temperature, top_k, top_p, rng):
     """One token id for each row of logits (B, V), which are written over."""
-    if np.isnan(logits).any():
-        raise ValueError("generate: the model's logits are nan; its parameters hold inf or nan")
+    if not np.isfinite(logits).all():
+        raise ValueError(
+            "generate: the model's logits are inf or nan: its parameters hold such numbers, or far "
+            "too large ones"
+        )
     if temperature == 0:
         return logits.argmax(-1)
     # The likeliest is 0 and stays it, however small the temperature; others may become -inf.

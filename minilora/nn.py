@@ -141,7 +141,7 @@ class Module:
 
         It tells which base this is. Values are hashed as float32: a copy in float64, made for
         checking, is still the same base, and so is a base whose weights are stored in fewer bits
-        and widened to these values. What a file holds is hashed once.
+        and widened to these values. What a file holds is hashed once, and verified by the way.
         """
         return {name: digest_of(p) for name, p in self.named_parameters()}
 
@@ -192,8 +192,12 @@ def _rebuilt_parts(name, module, replace):
 
 
 def digest_of(tensor):
-    """16 hex digits of the SHA-256 of a tensor's shape and of its values as float32."""
+    """16 hex digits of the SHA-256 of a tensor's shape and of its values as float32.
+
+    Raises: ValueError if its file says that other values were saved.
+    """
     if isinstance(tensor, StoredTensor):
+        tensor.verify()
         return tensor.once(_digest)
     return _digest(tensor.data)
 

@@ -267,19 +267,26 @@ class StoredTensor(Tensor):
     """A frozen tensor over an array that nobody can write: what a file holds.
 
     So what is asked of its values is computed once. A GPU's arrays have no such lock: there it is a
-    promise.
+    promise. `claim`, or None, is what the file says of the bytes: its `check()` raises ValueError
+    if they are others.
     """
 
-    __slots__ = ("_answers",)
+    __slots__ = ("_answers", "claim")
 
-    def __init__(self, data):
+    def __init__(self, data, claim=None):
         super().__init__(data)
         self.data = _read_only(self.data)
         self._answers = {}
+        self.claim = claim
 
     def to_device(self, xp):
         """The same tensor in the memory of `xp`."""
-        return StoredTensor(to_device(self.data, xp))
+        return StoredTensor(to_device(self.data, xp), self.claim)
+
+    def verify(self):
+        """Raise ValueError unless the values are those that were saved, if their file tells."""
+        if self.claim is not None:
+            self.claim.check()
 
     def once(self, question):
         """`question(self.data)`: the function is called the first time alone."""
@@ -310,6 +317,7 @@ class PackedTensor(StoredTensor):
     def __init__(self, kind, shape, *arrays):
         self.packed = Packed(kind, shape, *map(_read_only, arrays))
         self.source = None
+        self.claim = None
         self.node = None
         self._answers = {}
 
@@ -335,6 +343,7 @@ class PackedTensor(StoredTensor):
         arrays = [to_device(array, xp) for array in self.packed.arrays]
         moved = PackedTensor(self.kind, self.shape, *arrays)
         moved.source = self.source
+        moved.claim = self.claim
         return moved
 
 

@@ -392,3 +392,13 @@ def test_a_model_that_computes_nan_does_not_generate_text_as_if_nothing_were_wro
     broken = tiny_gpt().map_tensors(lambda t: Tensor(t.data * math.nan))
     with pytest.raises(ValueError, match="nan|finite"):
         generate(broken, np.array([[1, 2]]), 3, **options)
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["ln_f.weight", "ln_f.bias", "wte.weight", "h.0.mlp.down_proj.bias"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_one_parameter_that_is_not_finite_gives_no_tokens(name, number):
+    model = tiny_gpt().trainable_copy()
+    dict(model.named_parameters())[name].data.reshape(-1)[5] = number
+    with pytest.raises(ValueError, match="logits are inf or nan"):
+        generate(model, np.array([[1, 2]]), 3)

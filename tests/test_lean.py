@@ -257,6 +257,16 @@ def test_the_textbooks_version_obeys_the_same_bound(case):
     is_within_the_bounds(case, "float32", CASES[case][1])
 
 
+@pytest.mark.parametrize("norm", [F.layer_norm, F.rms_norm, lean.layer_norm, lean.rms_norm])
+def test_squares_that_overflow_are_warned_of(norm):
+    """The result is zeros then: finite, so that nothing else tells."""
+    x = Tensor(np.linspace(-1, 1, 8, dtype="f4")[None] * np.float32(1e30))
+    weight = Tensor(np.ones(8, "f4"))
+    bias = [Tensor(np.zeros(8, "f4"))] if norm.__name__ == "layer_norm" else []
+    with pytest.warns(RuntimeWarning, match="overflow encountered"):
+        norm(x, weight, *bias)
+
+
 @both_dtypes
 @pytest.mark.parametrize("n_tiny", [0, 1, 3])
 def test_rms_norm_by_a_weight_from_a_file_obeys_the_bound_too(dtype, n_tiny):

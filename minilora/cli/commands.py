@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..compose import combine, compress, extract, spectrum
-from ..disk.folder import check_unused
+from ..disk.folder import new_folder
 from ..disk.models import TENSORS, load_model
 from ..disk.peft import TENSORS as ADAPTER_TENSORS
 from ..disk.peft import load_adapter, save_adapter
@@ -40,27 +40,27 @@ def merge_folders(
     options are those of `save_merged`.
     Raises: ValueError if `out` is not empty, or as `combine` and `save_merged`.
     """
-    check_unused(out)
-    path = find_sources(base, adapters)
-    model = load_model(path)
-    loaded = _load_all(adapters, model, accept_base, log)
-    if weights is None:
-        [adapter] = loaded
-    else:
-        # Each was compared with this base, when it was loaded.
-        adapter = combine(loaded, weights, check_base=False)
-        log(f"added: {_formula(adapters, weights)}")
-    save_merged(
-        attach(model, adapter, check_base=False),
-        out,
-        dtype=dtype,
-        like=path,
-        quantize=quantize,
-        allow_rounding=allow_rounding,
-        say=log,
-    )
-    size = (Path(out) / TENSORS).stat().st_size
-    log(f"kept in {out}: a plain model, {size / 1e6:,.1f} MB")
+    with new_folder(out):
+        path = find_sources(base, adapters)
+        model = load_model(path)
+        loaded = _load_all(adapters, model, accept_base, log)
+        if weights is None:
+            [adapter] = loaded
+        else:
+            # Each was compared with this base, when it was loaded.
+            adapter = combine(loaded, weights, check_base=False)
+            log(f"added: {_formula(adapters, weights)}")
+        save_merged(
+            attach(model, adapter, check_base=False),
+            out,
+            dtype=dtype,
+            like=path,
+            quantize=quantize,
+            allow_rounding=allow_rounding,
+            say=log,
+        )
+        size = (Path(out) / TENSORS).stat().st_size
+        log(f"kept in {out}: a plain model, {size / 1e6:,.1f} MB")
 
 
 def combine_folders(base, adapters, weights, out, log, *, r=None, accept_base=()):
@@ -71,17 +71,17 @@ def combine_folders(base, adapters, weights, out, log, *, r=None, accept_base=()
     one base in several precisions give one that does not say which is its own.
     Raises: ValueError if `out` is not empty, or as `combine`, `compress` and `save_adapter`.
     """
-    check_unused(out)
-    model = load_model(find_sources(base, adapters))
-    loaded = _load_all(adapters, model, accept_base, log)
-    adapter = combine(loaded, weights, check_base=not accept_base)
-    log(f"added: {_formula(adapters, weights)}: {_sizes(adapter)}")
-    if r is not None:
-        result = compress(adapter, r)
-        adapter = result.adapter
-        log(f"compressed: {_sizes(adapter)}")
-        _log_lost(result, log)
-    _save(adapter, out, base, log)
+    with new_folder(out):
+        model = load_model(find_sources(base, adapters))
+        loaded = _load_all(adapters, model, accept_base, log)
+        adapter = combine(loaded, weights, check_base=not accept_base)
+        log(f"added: {_formula(adapters, weights)}: {_sizes(adapter)}")
+        if r is not None:
+            result = compress(adapter, r)
+            adapter = result.adapter
+            log(f"compressed: {_sizes(adapter)}")
+            _log_lost(result, log)
+        _save(adapter, out, base, log)
 
 
 def extract_folders(base, tuned, out, log, *, r, target):
@@ -90,17 +90,17 @@ def extract_folders(base, tuned, out, log, *, r, target):
     Both are what `find_base` takes. `target` is as for `finetune`: the names of files, or ours.
     Raises: ValueError if `out` is not empty, or as `extract`.
     """
-    check_unused(out)
-    model = load_model(find_sources(base))
-    tuned_model = load_model(find_sources(tuned))
-    names = our_targets(model, target)
-    with tqdm(
-        total=len(names), desc="extracting", unit="layer", delay=1, leave=False, disable=None
-    ) as bar:
-        result = extract(model, tuned_model, r, names, on_layer=lambda name: bar.update())
-    log(f"extracted: {_sizes(result.adapter)}, of {len(names)} targeted")
-    _log_lost(result, log)
-    _save(result.adapter, out, base, log)
+    with new_folder(out):
+        model = load_model(find_sources(base))
+        tuned_model = load_model(find_sources(tuned))
+        names = our_targets(model, target)
+        with tqdm(
+            total=len(names), desc="extracting", unit="layer", delay=1, leave=False, disable=None
+        ) as bar:
+            result = extract(model, tuned_model, r, names, on_layer=lambda name: bar.update())
+        log(f"extracted: {_sizes(result.adapter)}, of {len(names)} targeted")
+        _log_lost(result, log)
+        _save(result.adapter, out, base, log)
 
 
 def _load_all(folders, model, accept_base, log):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..disk.checks import errors_name
 from ..disk.models import load_model_config
 from ..disk.peft import load_adapter
 from ..disk.tokenizer import load_tokenizer
@@ -97,7 +98,8 @@ def _measure(model, examples, batch, label, how):
     bar = tqdm(
         examples.epoch(batch), desc=label, unit="batch", delay=1, leave=False, disable=None
     )
-    loss = heldout_loss(model, bar, **how)
+    with errors_name(label):
+        loss = heldout_loss(model, bar, **how)
     if not isinstance(examples, Rows) or not examples.has_answers:
         return Measured(loss, None, None)
     is_exact = exact_rows(model, examples.rows, batch, **how)

@@ -16,6 +16,7 @@ from ..disk.folder import load_folder
 from ..disk.models import families_of, load_fields, load_model
 from ..disk.peft import CONFIG, TENSORS, digest_of, load_adapter, read_adapter
 from ..disk.peft_config import module_table
+from ..disk.tensor_file import noted_digests
 from ..disk.versions import version_in
 from ..fits import ACCEPTABLE
 from ..low_rank import product_norm
@@ -27,24 +28,40 @@ from .history import summary
 WIDTH = 110
 
 
-def inspect(folder, base, log):
+# What is told of a file whose tensors are compared with their digests, and of one without.
+VERIFIED = "those that were saved, by the SHA-256 of each tensor"
+UNVERIFIED = "UNVERIFIED, the file holds no digests: minilora writes them since version 0.6"
+
+
+def inspect(folder, base, log, *, verify=False):
     """Print what is in a folder: a model, or an adapter measured against its base.
 
     `base` is what `find_base` takes, or None: then it is looked for where the adapter says.
+    All values are compared with the digests in their file; with `verify` there must be some.
     Raises: FileNotFoundError if it holds neither; what reading it raises, after everything else was
-    printed.
+    printed; with `verify` ValueError for a file without digests.
     """
     folder = located(folder)
     kinds = kinds_of(folder)
     if base is not None and "adapter" not in kinds:
         raise ValueError(f"{folder} holds a model, which has no base; inspect it without --base")
     if "model" in kinds:
-        _inspect_model(folder, log)
+        _inspect_model(folder, verify, log)
     if "adapter" in kinds:
-        _inspect_adapter(Path(folder), base, log)
+        _inspect_adapter(Path(folder), base, verify, log)
 
 
-def _inspect_model(folder, log):
+def _log_values(folder, has_digests, verify, log):
+    """Say whether values were compared with digests. Where they must be, raise ValueError."""
+    _log_entry("values", VERIFIED if has_digests else UNVERIFIED, log)
+    if verify and not has_digests:
+        raise ValueError(
+            f"{folder}: nothing to verify its values with; what minilora merge or finetune writes "
+            "has digests"
+        )
+
+
+def _inspect_model(folder, verify, log):
     model = load_model(folder)
     config = model.config
     family = families_of(model)[0]
@@ -63,6 +80,8 @@ def _inspect_model(folder, log):
     if stored_as(model):
         _log_entry("stored", _storage(model), log)
     log(f"  fingerprint  {digest_of(model.fingerprint())}")
+    has_digests = all(getattr(p, "claim", None) for p in model.parameters())
+    _log_values(folder, has_digests, verify, log)
 
 
 def _storage(model):
@@ -77,12 +96,13 @@ def _storage(model):
     )
 
 
-def _inspect_adapter(folder, base, log):
+def _inspect_adapter(folder, base, verify, log):
     """What other programs would say comes first: this library may refuse to read it at all."""
     config, tensors, metadata = load_folder(folder, TENSORS, CONFIG)
     n_parameters = sum(tensor.size for tensor in tensors.values())
     log(f"{folder}: an adapter, {n_parameters:,} parameters in {len(tensors)} tensors")
     fingerprint = read_fingerprint(folder, metadata)
+    _log_values(folder, bool(noted_digests(folder / TENSORS, metadata)), verify, log)
     _log_loaders(config, {name: t.shape for name, t in tensors.items()}, fingerprint, log)
 
     adapter = read_adapter(folder)

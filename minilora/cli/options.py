@@ -166,6 +166,12 @@ def inspect_options(parser):
     add = parser.add_argument
     add("folder", metavar="DIR", help="an adapter's folder, a model's, or a .gguf file")
     add("--base", metavar="BASE", help="the adapter's base, if it is not where the adapter says")
+    add(
+        "--verify",
+        action="store_true",
+        help="fail unless each tensor has a digest in its file; those that are there are always "
+        "compared",
+    )
 
 
 def history_options(parser):

@@ -104,6 +104,7 @@ FLAG_SYNONYMS = {
     "top-p": ("topp", "nucleus"),
     "to": ("version", "receipt", "digest"),
     "tuned": ("finetuned", "fine-tuned", "finetuned-model", "tuned-model", "target-model"),
+    "verify": ("check", "checksum", "sha256", "integrity"),
     "warmup": ("warmup-steps", "num-warmup-steps", "warmup-ratio", "lr-warmup-steps"),
     "weight-decay": ("decay", "wd", "l2"),
     "weights": ("scales", "coefficients", "adapter-weights", "ratios"),

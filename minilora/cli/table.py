@@ -261,7 +261,7 @@ def _run_extract(args):
 def _run_inspect(args):
     from .inspect import inspect
 
-    inspect(args.folder, args.base, log)
+    inspect(args.folder, args.base, log, verify=args.verify)
 
 
 def _run_history(args):

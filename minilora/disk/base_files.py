@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .folder import load_config, load_folder
 from .reading import LARGEST_TOKENIZER, check_regular, read_object
+from .tensor_file import Claim, noted_digests
 
 TENSORS = "model.safetensors"
 CONFIG = "config.json"
@@ -50,16 +51,25 @@ def load_fields(base):
 
 
 def load_stored(base):
-    """(fields, {name: array or PackedTensor}) of a base, by the names that transformers has.
+    """(fields, {name: array or PackedTensor}, {name: Claim}) of a base, by transformers' names.
+
+    Nothing is read yet to check the claims; a file that no claim stands in has none.
 
     Raises: as `load_folder` and `load_gguf`.
     """
     if is_gguf(base):
         from .gguf import load_gguf
 
-        return load_gguf(base)
-    fields, tensors, _ = load_folder(base, TENSORS, CONFIG)
-    return fields, tensors
+        return *load_gguf(base), {}
+    fields, tensors, metadata = load_folder(base, TENSORS, CONFIG, verify=False)
+    path = Path(base) / TENSORS
+    digests = noted_digests(path, metadata)
+    claims = {
+        name: Claim(path, name, array, digests.get(name))
+        for name, array in tensors.items()
+        if digests
+    }
+    return fields, tensors, claims
 
 
 def companions_of(base, folder):

@@ -5,19 +5,24 @@ travels in the metadata of the tensors, so that two files of two different saves
 Pickles are never opened.
 """
 
+import contextlib
+import errno
 import json
 import os
 import shutil
 from pathlib import Path
 
 from .checks import json_object, listed
+from .lock import LOCK, only_writer
 from .reading import LARGEST_CONFIG, read_bytes, read_object
-from .tensor_file import read_metadata, read_shards, read_tensors, write_tensors
+from .tensor_file import check_digests, read_metadata, read_shards, read_tensors, write_tensors
 
 # Fields that people may change: no program computes with them.
 FREE = ("base_model_name_or_path", "_name_or_path")
-# The folder inside a folder where a save is written.
-UNFINISHED = ".unfinished"
+# The folder inside a folder where a save is written. No folder of anybody else's has this name.
+UNFINISHED = ".minilora-unfinished"
+# The disk is full, or what one user or one file may take of it is used up.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None, beside=None):
@@ -30,6 +35,7 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None,
     the tensors, which carry their configuration in the metadata, then the configuration: where the
     tensors are, the folder is whole. A crash in between leaves the configuration in UNFINISHED,
     where readers find it.
+    Raises: OSError that names the file that could not be written.
     """
     folder = Path(folder)
     staging = folder / UNFINISHED
@@ -43,25 +49,31 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None,
     try:
         for name, content in beside.items():
             (staging / name).parent.mkdir(exist_ok=True)
-            if isinstance(content, bytes):
-                (staging / name).write_bytes(content)
-            elif not callable(content):
-                shutil.copyfile(content, staging / name)
-        write_tensors(staging / tensor_file, arrays, metadata)
+            with _full_disk_names(folder / name):
+                if isinstance(content, bytes):
+                    (staging / name).write_bytes(content)
+                elif not callable(content):
+                    shutil.copyfile(content, staging / name)
+        with _full_disk_names(folder / tensor_file):
+            write_tensors(staging / tensor_file, arrays, metadata)
         for name, content in beside.items():
             if callable(content):
-                (staging / name).write_bytes(content(staging / tensor_file))
-        with open(staging / config_file, "wb") as file:
+                with _full_disk_names(folder / name):
+                    (staging / name).write_bytes(content(staging / tensor_file))
+        with _full_disk_names(folder / config_file), open(staging / config_file, "wb") as file:
             file.write(text.encode())
         # safetensors makes its file for this user alone. Who may read the one may read the other.
         shutil.copymode(staging / config_file, staging / tensor_file)
         # On the disk before it gets its name: a crash leaves no empty file under a good name.
         for name in names:
-            with open(staging / name, "rb+") as file:
+            with _full_disk_names(folder / name), open(staging / name, "rb+") as file:
                 os.fsync(file.fileno())
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
             os.replace(staging / name, folder / name)
+        # The new names too, before the old state can no longer be told from what is staged.
+        for inside in sorted({(folder / name).parent for name in names}):
+            sync_folder(inside)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error.filename} vanished while it was written: does another run write there too?"
@@ -74,6 +86,29 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None,
             shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _full_disk_names(path):
+    """An error of a full disk names `path`, the file that there was no room for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def sync_folder(folder):
+    """Have the names in a folder on its disk: a rename is there only once its folder is."""
+    if os.name == "nt":
+        # Windows opens no folder, and writes names by itself.
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _finish_earlier_save(folder, tensor_file, config_file):
     """Make the last rename of a save that died before it."""
     metadata = read_metadata(folder / tensor_file)
@@ -82,16 +117,26 @@ def _finish_earlier_save(folder, tensor_file, config_file):
         os.replace(path, folder / config_file)
 
 
+@contextlib.contextmanager
+def new_folder(folder):
+    """Within this block `folder`, which must be new or empty, is written by nobody else.
+
+    Raises: as `only_writer` and `check_unused`.
+    """
+    with only_writer(folder):
+        check_unused(folder)
+        yield
+
+
 def check_unused(folder, ignore=()):
     """Raise ValueError unless `folder` is new or empty, but for the names in `ignore`.
 
-    Nothing is ever written over.
+    Nothing is ever written over. What a save left that was killed is nothing.
     """
     folder = Path(folder)
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; choose a folder to write to")
+    ignore = {*ignore, UNFINISHED, LOCK}
     contents = sorted(path.name for path in folder.iterdir() if path.name not in ignore)
     if contents:
         raise ValueError(
@@ -100,14 +145,15 @@ def check_unused(folder, ignore=()):
         )
 
 
-def load_folder(folder, tensor_file, config_file):
+def load_folder(folder, tensor_file, config_file, *, verify=True):
     """(config dict, {name: array}, metadata dict) of a folder.
 
-    The tensors may be in one file, or in shards with an index.
+    The tensors may be in one file, or in shards with an index. With `verify` all of them are read
+    and compared with the digests in the file, if it has some.
     Shapes and dtypes: as stored; arrays are read-only maps of the file, as `read_tensors` says.
     Raises: FileNotFoundError, or ValueError that names the file and what is wrong with it: a
     pickle, a damaged or truncated file, a pointer of Git LFS, no JSON, two files of different
-    saves, shards that do not hold what their index says.
+    saves, shards that do not hold what their index says, values that are not those of the save.
     """
     folder = Path(folder)
     whole = folder / tensor_file
@@ -120,6 +166,8 @@ def load_folder(folder, tensor_file, config_file):
         raise _missing(folder / config_file, tensor_file, config_file)
     if whole.exists():
         tensors, metadata = read_tensors(whole)
+        if verify:
+            check_digests(whole, tensors, metadata)
     else:
         tensors = read_shards(index)
         metadata = {}

@@ -142,8 +142,8 @@ def save_model(model, folder, *, dtype=None, like=None, receipt=None):
     loaded from: its tokenizer and other settings go along, also out of a GGUF file. `receipt` is as
     for `save_adapter`.
     Raises: ValueError for a model that carries an adapter (merge it first), for a linear without
-    the bias that files have, and for numbers that overflow in `dtype`. TypeError for what no family
-    holds.
+    the bias that files have, for inf or nan, and for numbers that overflow in `dtype`. TypeError
+    for what no family holds.
     Source: as `load_model`.
     """
     for family in FAMILIES:
@@ -203,6 +203,11 @@ def _save(model, family, folder, dtype, like, receipt):
         array = to_numpy(ours[parts[0]].data)
         if len(parts) > 1:
             array = np.concatenate([to_numpy(ours[part].data) for part in parts])
+        if not all_finite(array):
+            raise ValueError(
+                f"saving a {type(model).__name__}: {name} holds inf or nan, and would be refused "
+                "when it is loaded; train it with a lower learning rate, or make it anew"
+            )
         if turned:
             array = array.T
         if dtype is not None:
@@ -214,14 +219,15 @@ def _save(model, family, folder, dtype, like, receipt):
 
 def _load(base, families):
     """The model in `base`, a folder or a GGUF file, which must be of one of `families`."""
-    fields, tensors = load_stored(base)
+    fields, tensors, claims = load_stored(base)
     family = _family_in(base, fields, families)
     _take_prefix_off(base, family, tensors)
     config = _read_config(base, family, fields, tensors)
     with errors_name(fields_file(base)):
         _check_size(family.count(config), tensors)
     blank = family.model(config, None)
-    return _filled(base, family, blank, tensors)
+    claims = {name.removeprefix(family.prefix): claim for name, claim in claims.items()}
+    return _filled(base, family, blank, tensors, claims)
 
 
 def _family_in(base, fields, families):
@@ -292,10 +298,11 @@ def _holds_numbers(tensor):
     return is_float and all_finite(tensor)
 
 
-def _filled(base, family, blank, tensors):
+def _filled(base, family, blank, tensors, claims):
     """`blank` with `tensors`, by their names without prefix, in the place of its own.
 
-    `tensors` is emptied on the way: there is never a second copy of the whole model.
+    `tensors` is emptied on the way: there is never a second copy of the whole model. `claims` is
+    {name: Claim} of what the file says of them.
     """
     shapes = {name: p.shape for name, p in blank.named_parameters()}
     layout = {
@@ -310,6 +317,7 @@ def _filled(base, family, blank, tensors):
     loaded = {}
     for name, (parts, turned) in layout.items():
         whole = tensors.pop(name)
+        claim = claims.get(name)
         if isinstance(whole, PackedTensor):
             if parts[0] in may_pack and len(parts) == 1:
                 loaded[parts[0]] = whole
@@ -319,7 +327,7 @@ def _filled(base, family, blank, tensors):
             whole = whole.T
         ends = np.cumsum([shapes[part][0] for part in parts])
         for part, rows in zip(parts, np.split(whole, ends[:-1]), strict=True):
-            loaded[part] = _stored(rows, dtype, part in may_pack)
+            loaded[part] = _stored(rows, dtype, part in may_pack, claim)
         if turned:
             # It was copied, and is not read in the file again.
             release_pages([whole])
@@ -335,9 +343,11 @@ def _weights_of_layers(model):
     }
 
 
-def _stored(array, dtype, may_pack):
+def _stored(array, dtype, may_pack, claim):
     """A StoredTensor of `array` in `dtype`; with its 16 bits as they are if it may be packed."""
     kind = half_kind(array)
     if may_pack and kind is not None:
-        return PackedTensor(kind, array.shape, array.view(np.uint16))
-    return StoredTensor(np.ascontiguousarray(widened(array), dtype))
+        packed = PackedTensor(kind, array.shape, array.view(np.uint16))
+        packed.claim = claim
+        return packed
+    return StoredTensor(np.ascontiguousarray(widened(array), dtype), claim)

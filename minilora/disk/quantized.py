@@ -4,7 +4,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..count import parameter_report
-from ..packed import PackedTensor
+from ..packed import PackedTensor, StoredTensor
 from ..quant import quantize
 from .tensor_file import release_pages
 
@@ -15,6 +15,10 @@ def quantized_base(model, kind, log, quiet=False):
     `log` gets a line on what that did: the bytes of the model before and after, and how far a
     weight W is from what it was, ‖packed - W‖ / ‖W‖ in Frobenius's norm, on average over them.
     """
+    for p in model.parameters():
+        if isinstance(p, StoredTensor):
+            # What is packed has other values, which no file can vouch for.
+            p.verify()
     with tqdm(desc="packing", unit="layer", delay=1, leave=False, disable=quiet or None) as bar:
         packed = quantize(model, kind, on_layer=lambda name: bar.update())
     # The weights were read whole. What is left of their file is the embedding, the norms, biases.

@@ -1,4 +1,4 @@
-"""Arrays as safetensors: one file or several, mapped, widened, rounded, written. Knows no model.
+"""Arrays as safetensors: one file or several, mapped, verified, rounded, written. Knows no model.
 
 What is read stays in its file: an array is a read-only map of the file's bytes. So reading takes no
 time and no memory of its own, and two processes that read one file share one copy of it. A map
@@ -7,6 +7,8 @@ is how this library saves. (A program that writes into the file itself changes t
 """
 
 import contextlib
+import functools
+import hashlib
 import json
 import math
 import mmap
@@ -18,10 +20,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..packed import STRIDE, Packed
-from .checks import check_same_tensors
+from .checks import check_same_tensors, json_object
 from .lfs import check_no_pointer
 from .reading import LARGEST_INDEX, check_regular, read_object
 
+# Where a file that is written here notes the digests of its tensors, and that of its other notes.
+DIGESTS = "minilora.sha256"
+_DAMAGED = (
+    "the file is damaged, so take it from a copy, or make it anew (if a program changed it on "
+    f"purpose, have it leave out {DIGESTS} of the metadata)"
+)
 # What tensors can be saved in.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Of the name of a tensor, which is shown and matched.
@@ -34,14 +42,97 @@ _NUMPY_TYPES = {
 
 
 def write_tensors(path, arrays, metadata):
-    """Write {name: array} and {str: str} as one safetensors file. Raises: OSError."""
+    """Write {name: array} and {str: str} as one safetensors file: equal ones give equal bytes.
+
+    Beside the metadata the digests are noted that `check_digests` compares. Raises: OSError.
+    """
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    digests = {
+        "tensors": {name: digest_of_array(array) for name, array in sorted(arrays.items())},
+        "metadata": _digest_of_metadata(metadata),
+    }
+    metadata = {**metadata, DIGESTS: json.dumps(digests)}
     try:
         # Straight to the disk: no second copy in memory.
         save_file(arrays, path, metadata)
     except SafetensorError as error:
         # The library's own error is no OSError, even where the disk is full.
         raise OSError(f"{path} could not be written: {error}") from None
+    _sort_metadata(path)
+
+
+def _sort_metadata(path):
+    """Put the metadata of a file in the order of their names. The library writes them in any."""
+    with open(path, "r+b") as file:
+        header, data_start = _header(file)
+        ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
+        # It is as long as it was, but for the spaces at its end: the order alone has changed.
+        file.seek(8)
+        file.write(text.ljust(data_start - 8))
+
+
+def digest_of_array(array):
+    """The SHA-256 of an array's type, shape and bytes, in hexadecimal digits."""
+    size = array.dtype.itemsize
+    digest = hashlib.sha256(f"{array.dtype.name} {array.shape}".encode())
+    # As numbers without a sign, little-endian as in the file: the hash knows no bfloat16.
+    digest.update(array.reshape(-1).view(f"u{size}").astype(f"<u{size}", copy=False))
+    return digest.hexdigest()
+
+
+def _digest_of_metadata(metadata):
+    notes = {name: text for name, text in metadata.items() if name != DIGESTS}
+    return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
+
+
+def noted_digests(path, metadata):
+    """{tensor name: digest} as the metadata of a file note it, {} for a file that has none.
+
+    Raises: ValueError that names the file if the note is damaged, or another one of the metadata.
+    """
+    note = json_object(f"{path}: its {DIGESTS}", metadata.get(DIGESTS))
+    if note is None:
+        return {}
+    digests = note.get("tensors")
+    if not isinstance(digests, dict) or note.get("metadata") != _digest_of_metadata(metadata):
+        raise ValueError(f"{path}: its metadata are not those that were saved; {_DAMAGED}")
+    return digests
+
+
+def check_digests(path, tensors, metadata):
+    """Raise ValueError, with the file's name, unless it holds the very bytes that were written.
+
+    A flipped bit of a value is a value too: nothing but a digest tells. A file that another program
+    wrote has none, and passes.
+    """
+    digests = noted_digests(path, metadata)
+    if not digests:
+        return
+    check_same_tensors(f"{path}, its tensors and their digests", tensors, list(digests))
+    for name, array in tensors.items():
+        Claim(path, name, array, digests[name]).check()
+
+
+class Claim:
+    """What a file says of the bytes of one of its tensors. To check it reads them, once."""
+
+    def __init__(self, path, name, array, digest):
+        self.path = path
+        self.name = name
+        self.array = array
+        self.digest = digest
+
+    @functools.cached_property
+    def _holds(self):
+        return digest_of_array(self.array) == self.digest
+
+    def check(self):
+        """Raise ValueError unless the bytes are those that were saved."""
+        if not self._holds:
+            raise ValueError(
+                f"{self.path}: the values of {self.name} are not those that were saved; {_DAMAGED}"
+            )
 
 
 def read_tensors(path):

@@ -22,7 +22,7 @@ TENSORS = "checkpoint.safetensors"
 STATE = "checkpoint.json"
 FIELDS = {"version", "identity", "places", "steps", "progress"}
 # A folder that is being removed has this name instead of its own.
-REMOVED = ".checkpoint.done"
+REMOVED = ".minilora-checkpoint-done"
 # What a run says that failed after it had been saved.
 FAILURE = "failure.txt"
 

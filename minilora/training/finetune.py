@@ -21,6 +21,7 @@ import numpy as np
 from ..count import parameter_report
 from ..disk.bases import find_base
 from ..disk.folder import check_unused
+from ..disk.lock import only_writer
 from ..disk.models import load_model
 from ..disk.quantized import quantized_base
 from ..disk.reading import LARGEST_DATA, read_bytes
@@ -97,10 +98,17 @@ def finetune(
         _check_executor(config, xp, threads)
         check_workers(n_workers, parts)
     threads = min(threads, parts)
-    _check_out(Path(config.out), resume, config.keep)
-    is_new = not Path(config.out).exists()
     if config.log_file is not None:
         check_place(config.log_file, config.out, resume)
+    with only_writer(config.out):
+        _check_out(Path(config.out), resume, config.keep)
+        how = (parts, threads, executor, n_workers)
+        return _run(config, xp, how, resume, command, log, quiet)
+
+
+def _run(config, xp, how, resume, command, log, quiet):
+    """`finetune`, whose arguments fit each other, with the folder of its adapter to itself."""
+    parts, threads, executor, n_workers = how
     arrays = arrays_of(xp, parts, has_workers=executor is not None)
     say = _nothing if quiet else log
     config = _apart_from_out(config)
@@ -112,7 +120,7 @@ def finetune(
         make = partial(model_of, config)
         workers = RemoteWorkers(run.learned.model, make, executor, n_workers, parts)
         say(f"{n_workers} workers of {type(executor).__name__} compute {parts} parts")
-    with workers, _resumable(run, is_new):
+    with workers, _resumable(run):
         # From here on there is something to resume.
         keep(run, progress, is_due=True)
         with _open_log(run) as run_log:
@@ -298,11 +306,11 @@ def _identity(config, data, base_config, learned, arrays):
 
 
 @contextlib.contextmanager
-def _resumable(run, is_new):
+def _resumable(run):
     """Whatever ends this block early leaves a checkpoint, and an error that says how to go on.
 
     But for an error before any step was saved: going on would lead to the same error, so that
-    nothing is left, not even the folder if `is_new`.
+    nothing is left.
     """
     checkpoint = run.checkpoint
     try:
@@ -325,7 +333,7 @@ def _resumable(run, is_new):
         ) from None
     except Exception as error:
         if not is_checkpoint(checkpoint.folder) or checkpoint.saved_steps() == 0:
-            _leave_nothing(run, is_new)
+            _leave_nothing(run)
             raise
         if not isinstance(error, ValueError):
             raise
@@ -336,15 +344,11 @@ def _resumable(run, is_new):
         ) from None
 
 
-def _leave_nothing(run, is_new):
-    """Remove the checkpoint, a log without a step in it, and the folder that was made for both."""
+def _leave_nothing(run):
+    """Remove the checkpoint, and a log without a step in it. An empty folder goes with its lock."""
     run.checkpoint.remove()
     if run.config.log_file is not None and run.adam.steps == 0:
         Path(run.config.log_file).unlink(missing_ok=True)
-    if is_new:
-        # Somebody else may have put something there.
-        with contextlib.suppress(OSError):
-            Path(run.config.out).rmdir()
 
 
 def _receipt(run, progress, after, command):

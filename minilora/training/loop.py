@@ -146,7 +146,7 @@ def heldout_loss(model, batches, label=None, *, parts=1, threads=1, workers=None
     `parts`, `threads` and `workers` are those of `train`. A `label` shows a progress bar.
 
     Shapes: `batches` holds (inputs, targets), both (B, T) integers.
-    Raises: ValueError if no token carries a loss.
+    Raises: ValueError if no token carries a loss, or if the loss is not finite.
     """
     total = 0.0
     n_tokens = 0
@@ -157,6 +157,11 @@ def heldout_loss(model, batches, label=None, *, parts=1, threads=1, workers=None
             n_tokens += n
     if not n_tokens:
         raise ValueError("heldout_loss: there is no batch to measure the loss on")
+    if not math.isfinite(total):
+        raise ValueError(
+            f"heldout_loss: the loss is {total}: parameters of the model hold inf or nan, or far "
+            "too large numbers; lower the alpha of its adapter, or its learning rate"
+        )
     return total / n_tokens
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from gguf_files import write_sentencepiece_base
 from program import GOLDEN, PAIRS, TEXT, everything, finish, start
+from safetensors.numpy import load_file, save_file
 from strategies import bits, small_gpt, small_llama, trained_adapter
 
 from minilora import (
@@ -502,6 +503,16 @@ def loss(model, ids, targets):
     logits = model(ids[None]).data[0].astype(np.float64)
     chosen = logits[np.arange(len(targets)), targets]
     return list(np.log(np.exp(logits).sum(-1)) - chosen)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_compare_ends_with_an_error_where_a_loss_is_no_number(folder, run, tmp_path):
+    shutil.copytree(folder / "two", tmp_path / "strong")
+    path = tmp_path / "strong" / "adapter_model.safetensors"
+    save_file({name: array * 1e38 for name, array in load_file(path).items()}, path)
+    code, out, err = run("compare", "base", tmp_path / "strong", "--data", "t.txt")
+    assert code == 1 and f"{tmp_path / 'strong'}: heldout_loss: the loss is nan" in err
+    assert "nan" not in out
 
 
 def test_compare_leaves_out_rows_that_are_too_long_if_asked_to(folder, run, tmp_path):

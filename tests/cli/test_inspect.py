@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 from program import GOLDEN
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from strategies import small_gpt, small_llama, trained_adapter
 
 from minilora import load_model, save_adapter, save_model
@@ -95,6 +95,31 @@ def test_inspect_tells_of_a_peft_adapter_what_the_loaders_of_others_say(run):
     assert f"on {GPT2.note} base" in told
     code, out, err = run("inspect", where / "adapter")
     assert code == 0 and "needs the base" in out and {row[-1] for row in table(out).values()} == {"-"}
+
+
+@pytest.mark.parametrize("name", ["base", "one"])
+def test_inspect_says_that_values_are_those_that_were_saved_or_that_nobody_can_tell(name, folder, run, tmp_path):
+    code, out, _ = run("inspect", name, "--verify")
+    assert code == 0 and f"  values       {inspect_module.VERIFIED}\n" in out
+    shutil.copytree(folder / name, tmp_path / "theirs")
+    (path,) = (tmp_path / "theirs").glob("*.safetensors")
+    save_file(load_file(path), path)
+    code, out, err = run("inspect", tmp_path / "theirs")
+    assert code == 0 and f"  values       {inspect_module.UNVERIFIED}\n" in out
+    code, out, err = run("inspect", tmp_path / "theirs", "--verify")
+    assert code == 1 and "nothing to verify its values with" in err
+
+
+@pytest.mark.parametrize("name", ["base", "one"])
+def test_inspect_names_the_tensor_that_is_not_as_it_was_saved(name, folder, run, tmp_path):
+    shutil.copytree(folder / name, tmp_path / "damaged")
+    (path,) = (tmp_path / "damaged").glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    code, _, err = run("inspect", tmp_path / "damaged")
+    assert code == 1 and err.count("\n") == 1 and f"{path}: the values of " in err
+    assert " are not those that were saved; the file is damaged" in err
 
 
 def test_inspect_tells_the_rules_of_what_minilora_itself_refuses(run, tmp_path):

@@ -361,7 +361,7 @@ def test_a_first_run_on_a_gpu_says_that_it_compiles_and_a_later_one_does_not(cap
     ImportError("cupy"), RuntimeError("no text"), TypeError("float64"),
 ], ids=lambda error: type(error).__name__)  # fmt: skip
 def test_an_error_is_one_line_and_exit_code_1(error, capsys, monkeypatch):
-    def fails(*arguments):
+    def fails(*arguments, **options):
         raise error
 
     monkeypatch.setattr(inspect, "inspect", fails)

@@ -24,9 +24,9 @@ def test_a_gguf_file_is_told_by_its_name_and_a_folder_is_none(path, tmp_path):
 
 def test_a_gguf_file_says_what_its_folder_says(path, tmp_path):
     save_model(load_model(path), tmp_path / "folder", like=path)
-    fields, tensors = load_stored(path)
+    fields, tensors, _ = load_stored(path)
     assert fields == load_fields(path) and fields_file(path) == path
-    of_folder, in_folder = load_stored(tmp_path / "folder")
+    of_folder, in_folder, _ = load_stored(tmp_path / "folder")
     assert of_folder == load_fields(tmp_path / "folder")
     assert fields_file(tmp_path / "folder") == tmp_path / "folder" / "config.json"
     assert {name: of_folder[name] for name in fields} == fields and tensors.keys() == in_folder.keys()

@@ -18,8 +18,9 @@ from minilora.backend import get_array_module
 from minilora.disk.folder import UNFINISHED
 from minilora.disk.gpt2 import GPT2
 from minilora.disk.llama import LLAMA
-from minilora.disk.models import families_of, family_of_adapter, family_of_fields, family_of_file
+from minilora.disk.models import TENSORS, families_of, family_of_adapter, family_of_fields, family_of_file
 from minilora.disk.own import OWN
+from minilora.disk.quantized import quantized_base
 from minilora.disk.tensor_file import read_tensors
 from minilora.graph import no_grad
 from minilora.lora import Adapter
@@ -128,6 +129,60 @@ def test_what_was_turned_is_not_kept_a_second_time_as_the_pages_of_its_file(tmp_
     assert resident_file_pages() - before < turned / 2
     # The pages come back where they are asked for.
     assert bits(loaded) == bits(model)
+
+
+# What is saved has digests, which are compared when somebody reads all of it.
+
+
+def flip_a_bit_of(path, name):
+    """Another value of the tensor `name`, in its lowest bit."""
+    tensors, _ = read_tensors(path)
+    at = path.read_bytes().index(tensors[name].tobytes()[:16])
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("kind", ["learned", "rope", "llama"])
+def test_each_tensor_of_a_model_that_is_not_as_it_was_saved_is_found_by_its_fingerprint(kind, dtype, tmp_path):
+    save_model(one_of(kind), tmp_path / "whole", dtype=dtype)
+    names = list(read_tensors(tmp_path / "whole" / TENSORS)[0])
+    load_model(tmp_path / "whole").fingerprint()
+    for name in names:
+        shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+        flip_a_bit_of(tmp_path / "damaged" / TENSORS, name)
+        model = load_model(tmp_path / "damaged")
+        with pytest.raises(ValueError, match=rf"{TENSORS}: the values of {re.escape(name)} are not those that were"):
+            model.fingerprint()
+
+
+def test_a_damaged_base_is_not_packed_and_takes_no_adapter(tmp_path):
+    base = small_llama()
+    save_model(base, tmp_path / "base")
+    save_adapter(trained_adapter(base), tmp_path / "adapter")
+    flip_a_bit_of(tmp_path / "base" / TENSORS, "model.layers.0.mlp.down_proj.weight")
+    model = load_model(tmp_path / "base")
+    for use in (
+        lambda: quantized_base(model, "nf4", lambda line: None, quiet=True),
+        lambda: load_adapter(tmp_path / "adapter", model, say=lambda receipt: None),
+        lambda: trained_adapter(model),
+    ):
+        with pytest.raises(ValueError, match="mlp.down_proj.weight are not those that were saved"):
+            use()
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["learned", "rope", "llama"])
+def test_a_model_of_inf_or_nan_is_not_saved(kind, number, tmp_path):
+    model = one_of(kind).trainable_copy()
+    model.parameters()[-1].data.reshape(-1)[3] = number
+    with pytest.raises(ValueError, match="holds inf or nan"):
+        save_model(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # What was loaded is frozen, and stays in its file.

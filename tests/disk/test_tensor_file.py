@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import subprocess
 import sys
 import tempfile
 import tracemalloc
@@ -17,7 +19,19 @@ from safetensors.numpy import save_file
 from strategies import resident_file_pages, seeds, write_tensors
 
 from minilora.disk import tensor_file
-from minilora.disk.tensor_file import all_finite, read_shards, read_tensors, release_pages, rounded, widened
+from minilora.disk.tensor_file import (
+    DIGESTS,
+    Claim,
+    all_finite,
+    check_digests,
+    digest_of_array,
+    read_shards,
+    read_tensors,
+    release_pages,
+    rounded,
+    widened,
+)
+from minilora.disk.tensor_file import write_tensors as write_file
 
 # Every number that 16 bits can be: signed zeros, subnormals and nan among them.
 EVERY_HALF = np.arange(2**16, dtype=np.uint16)
@@ -291,3 +305,108 @@ def test_pages_that_are_given_back_are_read_again_from_the_file(tmp_path):
     release_pages([array[5:], values, array])
     assert before - resident_file_pages() > values.nbytes / 2
     assert np.array_equal(array, values)
+
+
+# What is written: the same bytes each time, and digests of them.
+
+
+def saved(path, seed=0, **metadata):
+    arrays = {"b": drawn(seed), "a": drawn(seed + 1, "f8", (2,)), "empty": np.zeros((0, 3), "f4")}
+    write_file(path, arrays, {"format": "pt", "z": "1", "k": "\x07 \u00e9\n", **metadata})
+    return arrays
+
+
+def test_the_same_tensors_give_the_same_bytes_in_any_process(tmp_path):
+    """The library writes metadata in the order of a hash that is seeded anew for each process and each map."""
+    saved(tmp_path / "here")
+    program = (
+        "import sys; sys.path[:0] = sys.argv[2:]; from pathlib import Path; import test_tensor_file as t; "
+        "t.saved(Path(sys.argv[1]))"
+    )
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    subprocess.run([sys.executable, "-c", program, tmp_path / "there", *folders], check=True)
+    assert (tmp_path / "here").read_bytes() == (tmp_path / "there").read_bytes()
+    for i in range(8):
+        saved(tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == (tmp_path / "here").read_bytes(), i
+
+
+def test_the_library_reads_what_was_put_in_order(tmp_path):
+    arrays = saved(tmp_path / "a")
+    with safe_open(tmp_path / "a", framework="np") as file:
+        assert file.metadata()["k"] == "\x07 \u00e9\n"
+        assert {name: file.get_tensor(name).tobytes() for name in file.keys()} == {
+            name: array.tobytes() for name, array in arrays.items()
+        }
+
+
+def of_another_shape(array):
+    return array.reshape(array.shape[::-1])
+
+
+def with_one_bit_changed(array):
+    changed = array.copy()
+    changed.reshape(-1).view("u1")[0] ^= 1
+    return changed
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", bfloat16, "i8", "?"])
+@pytest.mark.parametrize("change", [of_another_shape, with_one_bit_changed, lambda a: a.view(f"u{a.itemsize}")])
+def test_a_digest_is_of_the_type_the_shape_and_each_bit(dtype, change):
+    array = drawn(1).astype(dtype)
+    assert digest_of_array(array) == digest_of_array(array.copy())
+    assert digest_of_array(array) != digest_of_array(change(array))
+
+
+@pytest.mark.parametrize("flipped", range(5))
+def test_a_value_that_is_not_the_saved_one_is_told_by_the_name_of_its_tensor(flipped, tmp_path):
+    arrays = saved(tmp_path / "a")
+    content = bytearray((tmp_path / "a").read_bytes())
+    at = len(content) - 1 - flipped * 15
+    content[at] ^= 4
+    (tmp_path / "a").write_bytes(content)
+    tensors, metadata = read_tensors(tmp_path / "a")
+    (damaged,) = [name for name in arrays if tensors[name].tobytes() != arrays[name].tobytes()]
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / 'a'))}: the values of {damaged} are not those"):
+        check_digests(tmp_path / "a", tensors, metadata)
+
+
+def test_changed_metadata_are_told_and_a_file_without_digests_passes(tmp_path):
+    arrays = saved(tmp_path / "a")
+    tensors, metadata = read_tensors(tmp_path / "a")
+    check_digests(tmp_path / "a", tensors, metadata)
+    for other in ({**metadata, "z": "2"}, {**metadata, "more": ""}, {k: v for k, v in metadata.items() if k != "z"}):
+        with pytest.raises(ValueError, match="a: its metadata are not those that were saved"):
+            check_digests(tmp_path / "a", tensors, other)
+    save_file(arrays, tmp_path / "theirs")
+    check_digests(tmp_path / "theirs", *read_tensors(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("note", ["{", "[]", "{}", '{"tensors": 3}', '{"tensors": {"a": null}, "metadata": 1}'])
+def test_a_note_on_digests_that_is_none_is_refused(note, tmp_path):
+    tensors, metadata = read_tensors_of(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "a"))):
+        check_digests(tmp_path / "a", tensors, {**metadata, DIGESTS: note})
+
+
+def read_tensors_of(folder):
+    saved(folder / "a")
+    return read_tensors(folder / "a")
+
+
+@pytest.mark.parametrize("change", [lambda t: t.pop("b"), lambda t: t.update(c=t["b"])])
+def test_tensors_and_digests_have_the_same_names(change, tmp_path):
+    tensors, metadata = read_tensors_of(tmp_path)
+    change(tensors)
+    with pytest.raises(ValueError, match="do not match"):
+        check_digests(tmp_path / "a", tensors, metadata)
+
+
+def test_a_claim_reads_its_tensor_once(monkeypatch):
+    array = drawn()
+    claim = Claim("file", "t", array, digest_of_array(array))
+    claim.check()
+    monkeypatch.setattr(tensor_file, "digest_of_array", lambda array: "other")
+    claim.check()
+    with pytest.raises(ValueError, match="file: the values of t are not those"):
+        Claim("file", "t", array, digest_of_array(array)).check()

@@ -122,6 +122,14 @@ def test_a_loss_that_is_not_finite_stops_before_any_parameter_changes(model):
     assert model.fingerprint() == fingerprint
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_held_out_loss_that_is_not_finite_is_refused(model, number):
+    model.ln_f.weight.data[0] = number
+    with pytest.raises(ValueError, match="heldout_loss: the loss is nan: .* lower the alpha"):
+        heldout_loss(model, list(islice(abc(), 1)))
+
+
 def test_batches_that_run_out_early_are_named(model):
     with pytest.raises(ValueError, match="ended after 2 of 3"):
         train(model, Adam(model.parameters()), islice(abc(), 2), 3, quiet=True)

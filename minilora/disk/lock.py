@@ -1,0 +1,97 @@
+"""One writer at a time in a folder, by a lock of the system. Knows no file but the lock's own.
+
+The system lets go of a lock when its process ends, however that ends. So a run that was killed
+leaves a file behind that locks nothing. On file systems without locks, as some of a network are,
+nobody is held off.
+"""
+
+import contextlib
+import os
+import shlex
+import socket
+import sys
+import time
+from pathlib import Path
+
+# The file whose lock it is. It says who writes in the folder.
+LOCK = ".minilora-lock"
+# On Windows what is locked cannot be read: one byte far behind the text.
+_FAR = 1 << 30
+
+
+@contextlib.contextmanager
+def only_writer(folder):
+    """Within this block no other run of this library writes in `folder`, which is made if need be.
+
+    Raises: ValueError that names the other run; NotADirectoryError if `folder` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; choose a folder to write to")
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    descriptor = _take(path)
+    try:
+        os.truncate(descriptor, 0)
+        os.write(descriptor, _this_run().encode())
+        yield
+    finally:
+        # While it is locked still: another run would remove the file of a third.
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+        if is_new:
+            # Whoever wrote nothing leaves nothing.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _take(path):
+    """A descriptor of the file at `path`, locked. Raises ValueError if another run has the lock."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if not _lock(descriptor):
+            holder = os.read(descriptor, 1000).decode(errors="replace")
+            os.close(descriptor)
+            raise ValueError(
+                f"{path.parent}: another run writes there: {holder or 'it has just begun'}; wait "
+                "until it has ended, or choose another folder"
+            )
+        # The run before removed its file, perhaps between these two calls: then this lock has no
+        # name, and a third run would not see it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)
+
+
+def _lock(descriptor):
+    """Lock an open file; False if another has it. A file system without locks says yes."""
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(descriptor, _FAR, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        finally:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        return True
+
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _this_run():
+    """Process, machine, time and command, for whoever finds the folder taken."""
+    began = time.strftime("%Y-%m-%d %H:%M:%S")
+    return f"process {os.getpid()} on {socket.gethostname()}, since {began}, {shlex.join(sys.argv)}"
