@@ -12,6 +12,7 @@ import numpy as np
 
 from ..count import parameter_report
 from ..disk import characters
+from ..disk.lock import only_writer
 from ..disk.models import load_model, save_model
 from ..disk.peft import CONFIG, TENSORS, load_adapter, save_adapter
 from ..disk.receipt import RECEIPT
@@ -77,7 +78,7 @@ def run(size, out, xp, seed, log=print, *, rerun_command="minilora demo", parts=
     run = DemoRun(out)
     out = run.out
     rng = np.random.default_rng(seed)
-    with run.interruptible():
+    with only_writer(out), run.interruptible():
         corpus = load_corpus()
         log(_headline(xp, corpus))
 

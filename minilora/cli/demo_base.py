@@ -14,6 +14,7 @@ import numpy as np
 
 from .. import quant
 from ..count import parameter_report
+from ..disk.lock import only_writer
 from ..disk.models import families_of, load_model
 from ..disk.peft import TENSORS, init_peft_adapter, load_adapter, save_adapter
 from ..disk.tokenizer import load_tokenizer
@@ -84,7 +85,7 @@ def run(size, base, out, xp, seed, log=print, *, rerun_command="minilora demo", 
     run = DemoRun(out)
     out = run.out
     _, adapter_rng, batch_rng = np.random.default_rng(seed).spawn(3)
-    with run.interruptible():
+    with only_writer(out), run.interruptible():
         run.begin("step 1 of 5, loading the base")
         model = _load(base, path, xp, threads, log)
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ..disk.adapter_file import BASE_NOTE, CONFIG, TENSORS
 from ..disk.checks import json_object, listed
 from ..disk.folder import load_config
+from ..disk.lock import only_writer
 from ..disk.peft import digest_of
 from ..disk.receipt import shown
 from ..disk.tensor_file import read_metadata
@@ -148,8 +149,9 @@ def rollback(folder, to, log):
     folder = Path(folder)
     if not is_adapter(folder):
         raise FileNotFoundError(f"{folder} holds no adapter: there is no {TENSORS}")
-    version = find_version(folder, to)
-    before = put_back(folder, version)
+    with only_writer(folder):
+        version = find_version(folder, to)
+        before = put_back(folder, version)
     log(f"{folder}: the adapter is now {told(version)}")
     log(f"the one before is kept in {before.folder}: {told(before)}")
     command = f"minilora rollback {shlex.quote(str(folder))} --to {before.digest[:SHOWN_DIGITS]}"

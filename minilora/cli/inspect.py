@@ -30,7 +30,7 @@ WIDTH = 110
 
 # What is told of a file whose tensors are compared with their digests, and of one without.
 VERIFIED = "those that were saved, by the SHA-256 of each tensor"
-UNVERIFIED = "UNVERIFIED, the file holds no digests: minilora writes them since version 0.6"
+UNVERIFIED = "UNVERIFIED, the file holds no digests: minilora writes them since version 0.7"
 
 
 def inspect(folder, base, log, *, verify=False):

@@ -240,8 +240,8 @@ def reading(monkeypatch, change):
     """Let the reader of bases see what `change(config, tensors)` makes of a file."""
     real = base_files.load_folder
 
-    def load(*arguments):
-        config, tensors, metadata = real(*arguments)
+    def load(*arguments, **options):
+        config, tensors, metadata = real(*arguments, **options)
         change(config, tensors)
         return config, tensors, metadata
 

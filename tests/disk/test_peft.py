@@ -1234,7 +1234,7 @@ def test_a_note_on_rows_that_is_no_note_is_refused_by_name(note, tmp_path):
     with safe_open(path, framework="np") as file:
         metadata = file.metadata()
     assert json.loads(metadata["minilora.rows"]) == {"wte.weight": 11, "wpe.weight": 16}
-    save_file(load_file(path), path, {**metadata, "minilora.rows": note})
+    with_metadata(tmp_path, **{"minilora.rows": note})
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors: its minilora\.rows"):
         load_adapter(tmp_path, small_gpt(), say=unheard)
 
