@@ -1004,6 +1004,26 @@ def test_transformers_reads_the_model(inputs, bpe_folder, tmp_path, base):
     assert np.abs(logits - result.adapter(ids).data).max() < 1e-4 < 0.01 < np.abs(logits - model(ids).data).max()
 
 
+def test_peft_reads_the_adapter_beside_the_file_of_its_run(inputs, bpe_folder, tmp_path):
+    torch = pytest.importorskip("torch", reason="the extra peers is not installed")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    model = small_llama(vocab_size=300, max_position_embeddings=64)
+    save_model(model, tmp_path / "base")
+    shutil.copy(bpe_folder / "tokenizer.json", tmp_path / "base")
+    config = config_for(inputs, tmp_path / "out", base=str(tmp_path / "base"), target="all-linear", rslora=True)
+    result = run(replace(config, rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 0.5}))
+    assert {"run.json", "receipt.json"} < {path.name for path in (tmp_path / "out").iterdir()}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "out").eval()
+    ids = np.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(ids)).logits.numpy()
+    ours = attach(model, result.adapter)(ids).data
+    # Two float32 programs; what the adapter does is a hundred times as large.
+    assert np.abs(logits - ours).max() < 1e-4 < 0.01 < np.abs(ours - model(ids).data).max()
+
+
 # Planted bugs in going on.
 
 
