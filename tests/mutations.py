@@ -316,6 +316,9 @@ def _spoil_tensors(rng, path):
     try:
         header, data = header_of(path.read_bytes())
     except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        # It has been spoilt before.
         return _spoil_bytes(rng, path, 0, path.stat().st_size)
     kind = pick(rng, ["header", "header", "metadata", "metadata", "numbers", "names", "bytes"])
     metadata = header.get("__metadata__")
