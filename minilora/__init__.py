@@ -12,7 +12,7 @@ import importlib.util
 import sys
 import types
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 # {file: the public names that it defines}
 _PUBLIC = {
