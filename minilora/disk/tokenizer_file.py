@@ -6,8 +6,6 @@ nobody misses, before it is read here. Knows the file, no model.
 """
 
 import base64
-import functools
-import hashlib
 import json
 import re
 import signal
@@ -94,7 +92,7 @@ def read_tokenizer_file(path):
         fields = parse_json(content, object_pairs_hook=_each_key_once)
         if not is_ordinary(fields):
             _check_charsmaps(content)
-            problem = _outcome(_Trial(content))
+            problem = _problem_of(content)
             if problem:
                 raise ValueError(problem)
         return Tokenizer.from_buffer(content)
@@ -186,35 +184,18 @@ def _check_charsmaps(content):
             )
 
 
-class _Trial:
-    """The content of a file, which is forgotten once it was tried: one content is tried once."""
-
-    def __init__(self, content):
-        self.content = content
-        self.digest = hashlib.sha256(content).digest()
-
-    def __eq__(self, other):
-        return self.digest == other.digest
-
-    def __hash__(self):
-        return hash(self.digest)
-
-
-@functools.lru_cache(maxsize=256)
-def _outcome(trial):
+def _problem_of(content):
     """What goes wrong, in words, where another process reads a file and uses it; "" for nothing."""
-    seconds = PROCESSOR_SECONDS + (len(trial.content) >> 20)
+    seconds = PROCESSOR_SECONDS + (len(content) >> 20)
     limits = json.dumps([seconds, MEMORY, _TEXTS])
     command = [sys.executable, "-I", "-c", _TRIAL, json.dumps(sys.path), limits]
     hangs = f"the library that reads it does not come back within {seconds} s"
     try:
         ended = subprocess.run(
-            command, input=trial.content, capture_output=True, timeout=CLOCK_SECONDS, check=False
+            command, input=content, capture_output=True, timeout=CLOCK_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         return hangs
-    finally:
-        trial.content = None
     if ended.returncode == -getattr(signal, "SIGXCPU", 0):
         return hangs
     if ended.returncode:

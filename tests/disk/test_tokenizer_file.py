@@ -114,13 +114,6 @@ def test_whatever_happens_in_the_other_process_is_told(bpe_folder, tmp_path, mon
         read_tokenizer_file(written(tmp_path, changed(fields_in(bpe_folder), rare)))
 
 
-def test_one_content_is_tried_once(bpe_folder, tmp_path, monkeypatch):
-    path = written(tmp_path, changed(fields_in(bpe_folder), {"model": {"end_of_word_suffix": "</once>"}}))
-    read_tokenizer_file(path)
-    monkeypatch.setattr(subprocess, "run", None)
-    read_tokenizer_file(path)
-
-
 def test_a_key_that_comes_twice_is_refused(bpe_folder, tmp_path):
     """Python takes the last one: what was looked at would not be what the library reads."""
     text = (bpe_folder / "tokenizer.json").read_text()
