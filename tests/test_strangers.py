@@ -237,7 +237,8 @@ def test_any_value_in_any_place_of_a_file_is_read_or_refused_by_name(folders, sp
         (target / file).write_text(text)
 
 
-NOTES = ["minilora.adapter", "minilora.base", "minilora.stored", "minilora.config"]
+NOTES = ["minilora.adapter", "minilora.base", "minilora.stored", "minilora.config", "minilora.rows", DIGESTS]
+SAMPLES = {"minilora.stored": '{"wte.weight": "Q4_1"}', "minilora.rows": '{"wte.weight": 11}'}
 
 
 @pytest.mark.parametrize("note", NOTES)
@@ -245,7 +246,7 @@ NOTES = ["minilora.adapter", "minilora.base", "minilora.stored", "minilora.confi
 def test_any_value_in_any_place_of_our_notes_is_read_or_refused_by_name(folders, spare, note, data):
     target = restored(folders, spare, "noted")
     path = folders / "noted" / "adapter_model.safetensors"
-    whole = json.loads(read_metadata(path).get(note, '{"wte.weight": "Q4_1"}'))
+    whole = json.loads(read_metadata(path).get(note) or SAMPLES[note])
     text = data.draw(spoilt(whole))
     shutil.copy(path, target)
     with_metadata(target / path.name, **{note: text})
@@ -377,8 +378,7 @@ def test_no_terminal_obeys_what_our_notes_or_names_say(folders, spare, data):
         name = data.draw(st.sampled_from(sorted(arrays)))
         arrays[name.replace("c_attn", mark)] = arrays.pop(name)
     else:
-        text = data.draw(marked(json.loads(metadata.get(note, '{"wte.weight": "Q4_1"}'))))
-        metadata[note] = text
+        metadata[note] = data.draw(marked(json.loads(read_metadata(path).get(note) or SAMPLES[note])))
     save_file(arrays, target / path.name, metadata)
     is_calm("inspect", target, ["inspect", target])
 

@@ -62,7 +62,9 @@ def begin(content):
     bpe.no_truncation()
     bpe.no_padding()
     for text in texts:
-        trials.append(lambda text=text: use(bpe.encode(text, add_special_tokens=False).ids, bpe))
+        for adds in (False, True):
+            encode = lambda text=text, adds=adds: bpe.encode(text, add_special_tokens=adds)
+            trials.append(lambda encode=encode: use(encode().ids, bpe))
     for number in sorted(bpe.get_vocab().values())[:1000]:
         trials.append(lambda number=number: use([number], bpe))
 trials.append(lambda: begin(content))
@@ -153,12 +155,26 @@ def _is_ordinary_part(part, name):
             return isinstance(inner, list) and all(_is_ordinary_part(one, name) for one in inner)
     if part.get("type") not in _ORDINARY[name]:
         return False
-    if name == "post_processor":
-        return True
+    if part["type"] == "TemplateProcessing":
+        return _is_ordinary_template(part)
     pattern = part.get("pattern", {})
     if not isinstance(pattern, dict) or pattern.get("Regex") not in (None, *_SPLITS):
         return False
     return all(_is_small(value) for key, value in part.items() if key != "pattern")
+
+
+def _is_ordinary_template(part):
+    """Are the tokens that a template puts around a text among those that it explains?"""
+    known = part.get("special_tokens")
+    for side in ("single", "pair"):
+        pieces = part.get(side, [])
+        if not isinstance(known, dict) or not isinstance(pieces, list):
+            return False
+        for piece in pieces:
+            token = piece.get("SpecialToken") if isinstance(piece, dict) else None
+            if isinstance(token, dict) and token.get("id") not in list(known):
+                return False
+    return True
 
 
 def _is_small(value):

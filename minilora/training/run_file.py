@@ -107,7 +107,7 @@ def saved_settings(out):
             places[name] = _from_here(name, places[name], origin)
         config = FineTuneConfig(**state["identity"]["settings"], **places, out=str(out))
         settings = settings_of(config, arrays)
-        if type(settings["parts"]) is not int or not isinstance(settings["backend"], str):
+        if type(settings["parts"]) is not int or settings["backend"] not in ("numpy", "cupy"):
             raise TypeError(f"parts and module of the arrays are {arrays}")
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{where} ({type(error).__name__}: {error})") from None

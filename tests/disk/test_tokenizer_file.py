@@ -37,8 +37,12 @@ def no_trial(monkeypatch):
 SPLIT = {"type": "Split", "pattern": {"Regex": SPLITS["qwen2"]}, "behavior": "Isolated", "invert": False}
 LLAMA2 = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
           {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}  # fmt: skip
+TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}}  # fmt: skip
 ORDINARY = {
-    "as it is": {}, "qwen": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+    "as it is": {}, "template": {"post_processor": TEMPLATE | {"pair": TEMPLATE["single"]}},
+    "qwen": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
         SPLIT, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]}},
     "llama": {"normalizer": LLAMA2, "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
@@ -59,6 +63,7 @@ RARE = {
     "another kind": {"model": {"type": "Unigram"}}, "no kind": {"model": {"type": None}},
     "an expression": {"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(a+)+b"}}},
     "an expression in a normalizer": {"normalizer": {"type": "Replace", "pattern": {"Regex": "a"}, "content": ""}},
+    "a token that is not explained": {"post_processor": TEMPLATE | {"special_tokens": {}}},
     "a long text": {"normalizer": {"type": "Prepend", "prepend": "a" * 10**5}},
     "a large number": {"decoder": {"type": "Strip", "content": " ", "start": 2**62, "stop": 0}},
     "an id": {"model": {"vocab": {"a": 2**40}}},
@@ -97,6 +102,13 @@ def test_that_file_does_end_a_process(bpe_folder, tmp_path):
     path = written(tmp_path, changed(fields_in(bpe_folder), {"model": ENDS_A_PROCESS}))
     code = f"import tokenizers; tokenizers.Tokenizer.from_file({str(path)!r})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode < 0
+
+
+def test_a_start_that_the_library_panics_at_is_told_in_one_line(bpe_folder, tmp_path, capfd):
+    fields = changed(fields_in(bpe_folder), {"post_processor": TEMPLATE | {"special_tokens": {}}})
+    with pytest.raises(ValueError, match="tokenizer.json: damaged, or of another kind: "):
+        read_tokenizer_file(written(tmp_path, fields))
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("code, complaint", [
