@@ -16,8 +16,11 @@ from ..disk.models import TENSORS, load_model
 from ..disk.peft import TENSORS as ADAPTER_TENSORS
 from ..disk.peft import load_adapter, save_adapter
 from ..disk.peft_config import our_targets
+from ..disk.receipt import sha256_of
 from ..disk.rounding import save_merged
 from ..lora import attach
+from ..training.learned import update_sizes
+from ..training.provenance import provenance
 from .folders import find_sources
 
 
@@ -63,12 +66,13 @@ def merge_folders(
         log(f"kept in {out}: a plain model, {size / 1e6:,.1f} MB")
 
 
-def combine_folders(base, adapters, weights, out, log, *, r=None, accept_base=()):
+def combine_folders(base, adapters, weights, out, log, *, command, r=None, accept_base=()):
     """Write the weighted sum of the adapters in the folders `adapters` to `out`, as an adapter.
 
     `base` is what `find_base` takes, and theirs. The sum is exact; with `r` it is compressed to
     that rank, and the loss is printed. `accept_base` is as for `load_adapter`: adapters of
-    one base in several precisions give one that does not say which is its own.
+    one base in several precisions give one that does not say which is its own. `command` is what
+    its receipt names.
     Raises: ValueError if `out` is not empty, or as `combine`, `compress` and `save_adapter`.
     """
     with new_folder(out):
@@ -81,13 +85,15 @@ def combine_folders(base, adapters, weights, out, log, *, r=None, accept_base=()
             adapter = result.adapter
             log(f"compressed: {_sizes(adapter)}")
             _log_lost(result, log)
-        _save(adapter, out, base, log)
+        parents = [sha256_of(Path(folder) / ADAPTER_TENSORS) for folder in adapters]
+        _save(adapter, out, base, model, command, parents, log)
 
 
-def extract_folders(base, tuned, out, log, *, r, target):
+def extract_folders(base, tuned, out, log, *, command, r, target):
     """Write what leads from the model in `base` to the one in `tuned` to `out`, as an adapter.
 
     Both are what `find_base` takes. `target` is as for `finetune`: the names of files, or ours.
+    `command` is what its receipt names.
     Raises: ValueError if `out` is not empty, or as `extract`.
     """
     with new_folder(out):
@@ -100,7 +106,7 @@ def extract_folders(base, tuned, out, log, *, r, target):
             result = extract(model, tuned_model, r, names, on_layer=lambda name: bar.update())
         log(f"extracted: {_sizes(result.adapter)}, of {len(names)} targeted")
         _log_lost(result, log)
-        _save(result.adapter, out, base, log)
+        _save(result.adapter, out, base, model, command, [], log)
 
 
 def _load_all(folders, model, accept_base, log):
@@ -110,8 +116,10 @@ def _load_all(folders, model, accept_base, log):
     ]
 
 
-def _save(adapter, out, base, log):
-    save_adapter(adapter, out, base_model=str(base))
+def _save(adapter, out, base, model, command, parents, log):
+    updates = update_sizes(model, adapter)
+    receipt = provenance(command, base, adapter.base_fingerprint, parents, updates)
+    save_adapter(adapter, out, base_model=str(base), receipt=receipt)
     size = (Path(out) / ADAPTER_TENSORS).stat().st_size
     log(f"kept in {out}: an adapter, {size / 1e3:,.0f} kB")
 

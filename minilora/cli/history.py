@@ -164,8 +164,8 @@ def told(version):
     if version.receipt is None:
         return f"{words}, without a receipt"
     steps, loss, held_out, data = _cells(version.receipt)
-    if steps == "-":
-        return f"{words}, {data}"
+    if version.receipt["run"] is None:
+        return words if data == "-" else f"{words}, {data}"
     words += f", {steps} steps on {data}, loss {loss}"
     return words if held_out == "-" else f"{words}, held out {held_out}"
 

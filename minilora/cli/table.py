@@ -246,6 +246,7 @@ def _run_combine(args):
         [1.0] if weights is None else weights,
         args.out,
         log,
+        command=args.command,
         r=args.r,
         accept_base=args.accept_base,
     )
@@ -255,7 +256,9 @@ def _run_extract(args):
     from . import commands
 
     target = "all-linear" if args.target in (None, ["all-linear"]) else args.target
-    commands.extract_folders(args.base, args.tuned, args.out, log, r=args.r, target=target)
+    commands.extract_folders(
+        args.base, args.tuned, args.out, log, command=args.command, r=args.r, target=target
+    )
 
 
 def _run_inspect(args):

@@ -38,15 +38,10 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None,
     Raises: OSError that names the file that could not be written.
     """
     folder = Path(folder)
-    staging = folder / UNFINISHED
     text = json.dumps(config, indent=2)
     metadata = {"format": "pt", "minilora.config": text, **(metadata or {})}
     beside = beside or {}
-    names = [*beside, tensor_file, config_file]
-    _finish_earlier_save(folder, tensor_file, config_file)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with _staged(folder, tensor_file, config_file, list(beside)) as staging:
         for name, content in beside.items():
             (staging / name).parent.mkdir(exist_ok=True)
             with _full_disk_names(folder / name):
@@ -64,6 +59,37 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None,
             file.write(text.encode())
         # safetensors makes its file for this user alone. Who may read the one may read the other.
         shutil.copymode(staging / config_file, staging / tensor_file)
+
+
+def place_copies(source, folder, tensor_file, config_file, beside):
+    """Put the files of the folder `source` into `folder`, as `save_folder` puts what it writes.
+
+    `beside` are the names of those beside the two. The tensors carry their configuration in the
+    metadata, or a crash in between leaves them with another's.
+    Raises: as `save_folder`.
+    """
+    source = Path(source)
+    folder = Path(folder)
+    with _staged(folder, tensor_file, config_file, beside) as staging:
+        for name in [*beside, tensor_file, config_file]:
+            with _full_disk_names(folder / name):
+                # With its date.
+                shutil.copy2(source / name, staging / name)
+
+
+@contextlib.contextmanager
+def _staged(folder, tensor_file, config_file, beside):
+    """The empty folder UNFINISHED in `folder`; the files that the block puts there get their names.
+
+    They are the two, and those with the names `beside`. See `save_folder`.
+    """
+    staging = folder / UNFINISHED
+    names = [*beside, tensor_file, config_file]
+    _finish_earlier_save(folder, tensor_file, config_file)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
         # On the disk before it gets its name: a crash leaves no empty file under a good name.
         for name in names:
             with _full_disk_names(folder / name), open(staging / name, "rb+") as file:
@@ -234,26 +260,3 @@ def config_path(folder, tensor_file, config_file):
     """Where the configuration of a folder is, even if a save died before its last rename."""
     folder = Path(folder)
     return _config_path(folder, config_file, read_metadata(folder / tensor_file))
-
-
-def place_copies(source, folder, tensor_file, config_file, beside):
-    """Put the files of the folder `source` into `folder`, as `save_folder` puts what it writes.
-
-    `beside` are the names of those beside the two. The tensors carry their configuration in the
-    metadata, or a crash in between leaves them with another's.
-    """
-    source = Path(source)
-    folder = Path(folder)
-    staging = folder / UNFINISHED
-    names = [*beside, tensor_file, config_file]
-    _finish_earlier_save(folder, tensor_file, config_file)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    for name in names:
-        # With the date.
-        shutil.copy2(source / name, staging / name)
-        with open(staging / name, "rb+") as file:
-            os.fsync(file.fileno())
-    for name in names:
-        os.replace(staging / name, folder / name)
-    staging.rmdir()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .adapter_file import CONFIG, TENSORS
 from .checks import listed
-from .folder import UNFINISHED, config_path, place_copies
+from .folder import UNFINISHED, config_path, place_copies, sync_folder
 from .receipt import RECEIPT, date_text, read_receipt, receipt_of, sha256_of, shown
 from .tensor_file import read_metadata
 
@@ -58,7 +58,7 @@ def version_in(folder):
     problem = None
     try:
         receipt = receipt_of(folder, TENSORS)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         problem = str(error)
     if receipt is None:
         date = date_text((folder / TENSORS).stat().st_mtime)
@@ -94,7 +94,10 @@ def keep(folder):
         shutil.copy2(path, staging / name)
         with open(staging / name, "rb+") as file:
             os.fsync(file.fileno())
+    sync_folder(staging)
     os.replace(staging, place)
+    sync_folder(place.parent)
+    sync_folder(folder)
     return version_in(place)
 
 
@@ -125,9 +128,10 @@ def drop_oldest(folder, most):
     used = sha256_of(Path(folder) / TENSORS)
     older = [version for version in kept_versions(folder) if version.digest != used]
     dropped = [version.folder for version in older[: max(0, len(older) - most)]]
+    being_removed = Path(folder) / VERSIONS / _REMOVED
+    # A kill may have left it half removed.
+    shutil.rmtree(being_removed, ignore_errors=True)
     for place in dropped:
-        being_removed = place.with_name(_REMOVED)
-        shutil.rmtree(being_removed, ignore_errors=True)
         # So that no half of it is ever found under its name.
         os.replace(place, being_removed)
         shutil.rmtree(being_removed)

@@ -11,7 +11,8 @@ from strategies import receipt_fields, trained_adapter
 
 from minilora import load_adapter, load_model, save_adapter
 from minilora.cli import history
-from minilora.disk.receipt import RECEIPT, sha256_of
+from minilora.disk.peft import digest_of
+from minilora.disk.receipt import RECEIPT, read_receipt, sha256_of
 from minilora.disk.versions import keep, kept_versions
 
 TENSORS = "adapter_model.safetensors"
@@ -167,6 +168,23 @@ def test_a_run_of_the_program_leaves_a_receipt_with_its_command(run, tmp_path):
     assert receipt["command"] == shlex.join(["minilora", *map(str, words)])
     assert run(*words)[0] == 1
     assert run(*words, "--keep", 1)[0] == 0 and len(kept_versions(tmp_path / "my adapter")) == 1
+
+
+def test_what_is_added_or_extracted_has_a_receipt_that_names_what_it_is_made_of(run, base, folder, tmp_path):
+    words = ["combine", "--base", "base", "--adapter", "one", "two", "--weights", 1, -1, "--out", tmp_path / "sum"]
+    assert run(*words)[0] == 0
+    receipt = read_receipt(tmp_path / "sum" / RECEIPT)
+    assert receipt["command"] == shlex.join(["minilora", *map(str, words)]) and receipt["run"] is None
+    assert receipt["parents"] == [sha256_of(folder / name / TENSORS) for name in ("one", "two")]
+    loaded = load_adapter(tmp_path / "sum", base, receipt=receipt, say=lambda account: None)
+    assert receipt["updates"].keys() == loaded.pairs.keys()
+    assert receipt["base"]["fingerprint"] == digest_of(base.fingerprint())
+    assert run("extract", "--base", "base", "--tuned", "other", "--r", 1, "--out", tmp_path / "out")[0] == 0
+    assert read_receipt(tmp_path / "out" / RECEIPT)["parents"] == []
+    digits = [digest[:8] for digest in receipt["parents"]]
+    rows = {row[-1]: row for row in lines_of(run("history", tmp_path)[1])[1]}
+    assert rows[str(tmp_path / "sum")][1:5] == ["-", "-", "-", f"made of {', '.join(digits)}"]
+    assert rows[str(tmp_path / "out")][1:5] == ["-", "-", "-", "-"]
 
 
 def test_planted_a_list_that_takes_a_receipt_for_granted_is_seen(run, base, tmp_path, monkeypatch):
