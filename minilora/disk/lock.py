@@ -13,17 +13,22 @@ import sys
 import time
 from pathlib import Path
 
+from .reading import check_regular
+
 # The file whose lock it is. It says who writes in the folder.
 LOCK = ".minilora-lock"
 # On Windows what is locked cannot be read: one byte far behind the text.
 _FAR = 1 << 30
+# A link is not followed, and a pipe not waited for.
+_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 @contextlib.contextmanager
 def only_writer(folder):
     """Within this block no other run of this library writes in `folder`, which is made if need be.
 
-    Raises: ValueError that names the other run; NotADirectoryError if `folder` is a file.
+    Raises: ValueError that names the other run, or what somebody put in the place of the lock's
+    file; NotADirectoryError if `folder` is a file.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -50,7 +55,8 @@ def only_writer(folder):
 def _take(path):
     """A descriptor of the file at `path`, locked. Raises ValueError if another run has the lock."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        _check_place(path)
+        descriptor = os.open(path, _FLAGS, 0o666)
         if not _lock(descriptor):
             holder = os.read(descriptor, 1000).decode(errors="replace")
             os.close(descriptor)
@@ -64,6 +70,14 @@ def _take(path):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         os.close(descriptor)
+
+
+def _check_place(path):
+    """Raise ValueError if something else is there: who writes through a link destroys a file."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, where the lock of this folder is made; remove it")
+    with contextlib.suppress(FileNotFoundError):
+        check_regular(path)
 
 
 def _lock(descriptor):

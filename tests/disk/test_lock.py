@@ -113,3 +113,23 @@ def test_a_file_system_without_locks_holds_nobody_off(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with only_writer(tmp_path), only_writer(tmp_path):
         pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes links and pipes")
+def test_what_is_no_file_in_the_place_of_the_lock_is_refused_and_left_as_it_is(tmp_path):
+    precious = tmp_path / "precious.txt"
+    precious.write_text("years of work")
+    places = {
+        "is a link": lambda path: path.symlink_to(precious),
+        "is a pipe": os.mkfifo,
+        "is a folder": os.mkdir,
+    }
+    for number, (told, make) in enumerate(places.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        make(folder / LOCK)
+        before = os.lstat(folder / LOCK)
+        with pytest.raises(ValueError, match=f"{LOCK} {told}"), only_writer(folder):
+            pass
+        assert os.path.samestat(before, os.lstat(folder / LOCK))
+    assert precious.read_text() == "years of work"
