@@ -41,7 +41,8 @@ def one_line(error):
     if isinstance(error, OSError) and error.strerror:
         if error.filename is None:
             return error.strerror
-        return f"{_shortened(str(error.filename))}: {error.strerror}"
+        name = str(error.filename).replace("\n", "\\n")
+        return f"{_shortened(name)}: {error.strerror}"
     if isinstance(error, MemoryError):
         return f"there is not enough memory; use a smaller batch ({error})"
     if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":

@@ -12,6 +12,7 @@ from ..backend import to_numpy
 from ..disk.checks import errors_name
 from ..disk.folder import load_config, load_folder, save_folder
 from ..disk.reading import LARGEST_CONFIG, read_bytes
+from ..disk.tensor_file import all_finite
 from ..fits import indented
 from ..tensor import check_same_layout
 
@@ -127,6 +128,7 @@ class Checkpoint:
         where = f"{self.folder / TENSORS} is damaged"
         check_same_layout(where, parameters, self.module.state_dict())
         check_same_layout(where, best, self.best or {})
+        self._check_finite(parameters | best)
         with errors_name(where):
             self.adam.load_state_dict({"steps": state["steps"], "moments": moments})
         self.module.load_state_dict(parameters)
@@ -134,6 +136,15 @@ class Checkpoint:
             self.best = _copies(best)
         (self.folder / FAILURE).unlink(missing_ok=True)
         return state["progress"]
+
+    def _check_finite(self, tensors):
+        """Raise ValueError for a parameter that is inf or nan, from which no step leads on."""
+        for name, array in tensors.items():
+            if not all_finite(array):
+                raise ValueError(
+                    f"{self.folder / TENSORS}: {name} holds inf or nan: it is damaged, or the run "
+                    "had no use any more; start anew in another folder"
+                )
 
     def _check_progress(self, progress, steps):
         with errors_name(self.folder / STATE):

@@ -13,6 +13,7 @@ from minilora.cli.messages import log, one_line, visible, warn, write
         (OverflowError("too large"), "too large"),
         (FileNotFoundError(2, "No such file", "a.txt"), "a.txt: No such file"),
         (OSError(36, "File name too long", "n" * 5000), "n" * 300 + " ...: File name too long"),
+        (FileNotFoundError(2, "No such file", "a\nb"), r"a\nb: No such file"),
         (OSError(28, "No space left"), "No space left"),
         (OSError("a.txt could not be written"), "a.txt could not be written"),
         (ValueError("x"), "x"),

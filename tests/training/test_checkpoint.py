@@ -260,3 +260,15 @@ def test_a_progress_that_cannot_be_is_refused_before_anything_changes(saved):
     with pytest.raises(ValueError, match="checkpoint.json: it cannot be"):
         Checkpoint(folder, IDENTITY, adapter, adam, check=check).restore()
     assert asked == [(PROGRESS, 2)] and state_of(adapter, adam) == before
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_parameter_that_is_no_number_is_refused(saved, value):
+    folder, _ = saved
+
+    def spoil(tensors):
+        name = "module.h.1.mlp.up_proj.lora_A"
+        tensors[name] = np.where(np.arange(tensors[name].shape[1]) == 1, np.float32(value), tensors[name])
+
+    changed(folder, change_tensors=spoil)
+    is_refused(folder, "checkpoint.safetensors: h.1.mlp.up_proj.lora_A holds inf or nan: it is damaged")
