@@ -35,7 +35,8 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None,
     the tensors, which carry their configuration in the metadata, then the configuration: where the
     tensors are, the folder is whole. A crash in between leaves the configuration in UNFINISHED,
     where readers find it.
-    Raises: OSError that names the file that could not be written.
+    Raises: ValueError, before anything is written, as `check_places`; OSError that names the file
+    that could not be written.
     """
     folder = Path(folder)
     text = json.dumps(config, indent=2)
@@ -85,6 +86,7 @@ def _staged(folder, tensor_file, config_file, beside):
     """
     staging = folder / UNFINISHED
     names = [*beside, tensor_file, config_file]
+    check_places(folder, names)
     _finish_earlier_save(folder, tensor_file, config_file)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -110,6 +112,18 @@ def _staged(folder, tensor_file, config_file, beside):
         config_is_staged = (staging / config_file).exists()
         if not (tensors_are_out and config_is_staged):
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_places(folder, names):
+    """Raise ValueError if a folder has one of the `names` in `folder`, where files are to be."""
+    for name in names:
+        path = Path(folder) / name
+        # A link gives way to a file, wherever it leads.
+        if path.is_dir() and not path.is_symlink():
+            raise ValueError(
+                f"{path} is a folder, where a file is to be written; remove it, or choose another "
+                "folder to write to"
+            )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .adapter_file import CONFIG, TENSORS
 from .checks import listed
-from .folder import UNFINISHED, config_path, place_copies, sync_folder
+from .folder import UNFINISHED, check_places, config_path, place_copies, sync_folder
 from .receipt import RECEIPT, date_text, read_receipt, receipt_of, sha256_of, shown
 from .tensor_file import read_metadata
 
@@ -71,14 +71,35 @@ def kept_versions(folder):
     place = Path(folder) / VERSIONS
     if not place.is_dir():
         return []
-    inside = [path for path in place.iterdir() if not path.name.startswith(".")]
+    # What a link leads to is kept elsewhere, by somebody else.
+    inside = [path for path in place.iterdir() if path.name[0] != "." and not path.is_symlink()]
     versions = [version_in(path) for path in inside if is_adapter(path)]
     return sorted(versions, key=lambda version: (version.date, version.folder.name))
 
 
+def check_keeps(folder):
+    """Raise ValueError unless the adapter in `folder` can become a version, and another take over.
+
+    Whoever trains that other one asks before.
+    """
+    place = Path(folder) / VERSIONS
+    if place.is_symlink():
+        raise ValueError(
+            f"{place} is a link, and versions are kept and removed in the folder of their adapter "
+            "alone; put the folder itself there"
+        )
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"{place} is a file, where versions are kept; give it another name")
+    check_places(folder, (*BESIDE, TENSORS, CONFIG))
+
+
 def keep(folder):
-    """Copy the adapter in `folder` among its versions, unless it is there; returns the Version."""
+    """Copy the adapter in `folder` among its versions, unless it is there; returns the Version.
+
+    Raises: as `check_keeps`, before anything is copied.
+    """
     folder = Path(folder)
+    check_keeps(folder)
     current = version_in(folder)
     for version in kept_versions(folder):
         if _are_one(current, version):

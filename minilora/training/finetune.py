@@ -26,7 +26,7 @@ from ..disk.models import load_model
 from ..disk.quantized import quantized_base
 from ..disk.reading import LARGEST_DATA, read_bytes
 from ..disk.tokenizer import load_tokenizer
-from ..disk.versions import drop_oldest, is_adapter
+from ..disk.versions import check_keeps, drop_oldest, is_adapter
 from ..disk.versions import keep as keep_version
 from ..optim import Adam
 from .checkpoint import REMOVED, Checkpoint, failure_of, is_checkpoint
@@ -212,6 +212,7 @@ def _check_out(out, resume, most_kept):
                 f"{out} holds an adapter, which is never written over: choose another folder, or "
                 "have so many of its versions kept with keep=3 (--keep 3)"
             )
+        check_keeps(out)
         return
     # A run that was killed in its first save leaves a checkpoint folder without a checkpoint.
     check_unused(out, ignore=[CHECKPOINT])

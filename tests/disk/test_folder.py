@@ -614,6 +614,17 @@ def test_a_damaged_old_file_does_not_stand_in_the_way_of_a_new_save(tmp_path):
     assert seed_of(tmp_path) == 2 and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("name", [TENSORS, CONFIG, "beside.txt"])
+def test_a_folder_in_the_place_of_a_file_is_told_before_anything_changes(name, tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=f"{name} is a folder, where a file is to be written"):
+        save_folder(tmp_path, TENSORS, drawn(2, 2), CONFIG, {"seed": 2}, beside={"beside.txt": b"content"})
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_each_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     events, fsync, replace = [], os.fsync, os.replace
     note = lambda file, what: events.append((os.stat(file).st_ino, what, os.stat(file).st_size))

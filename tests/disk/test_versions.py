@@ -208,6 +208,34 @@ def test_what_is_half_a_version_or_none_is_passed_over(tmp_path):
     assert seeds_of(kept_versions(folder)) == [1, 3] and (folder / VERSIONS / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="makes links")
+def test_versions_that_a_link_leads_to_are_neither_listed_nor_removed_nor_added_to(tmp_path):
+    folder = with_versions(tmp_path / "a", 2)
+    of_another = with_versions(tmp_path / "another", 3)
+    (folder / VERSIONS / "linked").symlink_to(kept_versions(of_another)[0].folder)
+    assert seeds_of(kept_versions(folder)) == [1] and len(drop_oldest(folder, 0)) == 1
+    shutil.rmtree(folder / VERSIONS)
+    (folder / VERSIONS).symlink_to(of_another / VERSIONS)
+    with pytest.raises(ValueError, match="versions is a link, and versions are kept and removed"):
+        keep(folder)
+    assert seeds_of(kept_versions(of_another)) == [1, 2]
+
+
+@pytest.mark.parametrize("name", [RECEIPT, "run.json", CONFIG, VERSIONS])
+def test_what_is_in_the_way_of_an_adapter_and_its_versions_is_told_before_anything_changes(tmp_path, name):
+    folder = tmp_path / "a"
+    save(folder, 1)
+    if name == VERSIONS:
+        (folder / name).write_text("mine")
+    else:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ValueError, match=f"{name} is a (file|folder), where"):
+        keep(folder)
+    assert sorted(folder.rglob("*")) == before
+
+
 # Killed at any moment.
 
 

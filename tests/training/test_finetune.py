@@ -1223,6 +1223,11 @@ def test_a_run_is_not_started_over_an_adapter(inputs, tmp_path):
     with pytest.raises(ValueError, match=r"holds an adapter, which is never written over: .*\(--keep 3\)"):
         run(config)
     assert bytes_in(tmp_path / "out") == before
+    # What is in the way of the next one is told before that is trained.
+    (tmp_path / "out" / "versions").write_text("mine")
+    with pytest.raises(ValueError, match="versions is a file, where versions are kept"):
+        run(config_for(inputs, tmp_path / "out", keep=1))
+    assert bytes_in(tmp_path / "out") == {**before, "versions": b"mine"}
 
 
 def test_nothing_to_resume_is_told(inputs, tmp_path):
