@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .checks import json_object, listed
 from .lock import LOCK, only_writer
-from .reading import LARGEST_CONFIG, read_bytes, read_object
+from .reading import LARGEST_CONFIG, check_regular, read_bytes, read_object
 from .tensor_file import check_digests, read_metadata, read_shards, read_tensors, write_tensors
 
 # Fields that people may change: no program computes with them.
@@ -185,11 +185,12 @@ def check_unused(folder, ignore=()):
         )
 
 
-def load_folder(folder, tensor_file, config_file, *, verify=True):
+def load_folder(folder, tensor_file, config_file, *, verify=True, most=LARGEST_CONFIG):
     """(config dict, {name: array}, metadata dict) of a folder.
 
     The tensors may be in one file, or in shards with an index. With `verify` all of them are read
-    and compared with the digests in the file, if it has some.
+    and compared with the digests in the file, if it has some. The configuration has at most `most`
+    bytes.
     Shapes and dtypes: as stored; arrays are read-only maps of the file, as `read_tensors` says.
     Raises: FileNotFoundError, or ValueError that names the file and what is wrong with it: a
     pickle, a damaged or truncated file, a pointer of Git LFS, no JSON, two files of different
@@ -214,13 +215,13 @@ def load_folder(folder, tensor_file, config_file, *, verify=True):
     path = _config_path(folder, config_file, metadata)
     saved_text = metadata.get("minilora.config")
     saved_config = json_object(f"{whole}: its minilora.config", saved_text)
-    config = read_object(path)
+    config = read_object(path, most)
     if saved_config is not None:
         _check_one_save(f"{folder}: {tensor_file} and {config_file}", saved_config, config)
     return config, tensors, metadata
 
 
-def load_config(folder, tensor_file, config_file):
+def load_config(folder, tensor_file, config_file, *, most=LARGEST_CONFIG):
     """The configuration of a folder, as `load_folder` finds it, without its tensors.
 
     Raises: as `load_folder`.
@@ -229,7 +230,7 @@ def load_config(folder, tensor_file, config_file):
     path = _config_path(folder, config_file, read_metadata(folder / tensor_file))
     if not path.exists():
         raise _missing(path, tensor_file, config_file)
-    return read_object(path)
+    return read_object(path, most)
 
 
 def _missing(path, tensor_file, config_file):
@@ -265,9 +266,15 @@ def _config_path(folder, config_file, metadata):
     """Where the configuration is: still in UNFINISHED if the one there belongs to the tensors."""
     staged = folder / UNFINISHED / config_file
     text = (metadata or {}).get("minilora.config")
-    if text and staged.exists() and read_bytes(staged, LARGEST_CONFIG) == text.encode():
+    if text and staged.exists() and _holds(staged, text.encode()):
         return staged
     return folder / config_file
+
+
+def _holds(path, content):
+    """Are these the bytes of a file? One of another length is not read."""
+    check_regular(path)
+    return path.stat().st_size == len(content) and read_bytes(path, len(content)) == content
 
 
 def config_path(folder, tensor_file, config_file):

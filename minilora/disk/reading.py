@@ -10,7 +10,9 @@ import stat
 from .checks import json_object
 
 # The most bytes of a file, by what it is. Each is some times the largest that is in use.
-LARGEST_CONFIG = 32 << 20
+LARGEST_CONFIG = 4 << 20
+# Two numbers for each of six million steps of a run.
+LARGEST_STATE = 256 << 20
 # Names of tensors, and the file of each.
 LARGEST_INDEX = 64 << 20
 # Tokens and merges.

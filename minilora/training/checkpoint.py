@@ -11,7 +11,7 @@ from pathlib import Path
 from ..backend import to_numpy
 from ..disk.checks import errors_name
 from ..disk.folder import load_config, load_folder, save_folder
-from ..disk.reading import LARGEST_CONFIG, read_bytes
+from ..disk.reading import LARGEST_CONFIG, LARGEST_STATE, read_bytes
 from ..disk.tensor_file import all_finite
 from ..fits import indented
 from ..tensor import check_same_layout
@@ -118,7 +118,7 @@ class Checkpoint:
         folder is damaged or was written by another version, or with both sides of what differs if
         it belongs to another run.
         """
-        state, tensors, _ = load_folder(self.folder, TENSORS, STATE)
+        state, tensors, _ = load_folder(self.folder, TENSORS, STATE, most=LARGEST_STATE)
         _check_state(self.folder, state)
         self._check_identity(state["identity"])
         self._check_progress(state["progress"], state["steps"])
@@ -184,7 +184,7 @@ def read_state(folder):
 
     Raises: as `restore`, but for what a run is compared with.
     """
-    state = load_config(folder, TENSORS, STATE)
+    state = load_config(folder, TENSORS, STATE, most=LARGEST_STATE)
     _check_state(folder, state)
     return state
 
