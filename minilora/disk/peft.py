@@ -72,7 +72,21 @@ def save_adapter(adapter, folder, *, base_model="minilora", allow_untrained=Fals
             "a stack is saved one by one"
         )
     if not allow_untrained:
-        _check_trained(adapter)
+        check_trained(adapter)
+    tensors, fields, metadata = _contents(adapter, base_model)
+    save_folder(folder, TENSORS, tensors, CONFIG, fields, metadata, beside_of(receipt))
+
+
+def check_savable(adapter):
+    """Raise ValueError for an Adapter that no file can hold, as `save_adapter` does.
+
+    Whether it was trained is not asked: whoever is going to train it asks this before.
+    """
+    _contents(adapter, base_model="")
+
+
+def _contents(adapter, base_model):
+    """(tensors, JSON fields, metadata) of the files that hold an Adapter."""
     is_dora = _is_dora(adapter)
     family = family_of_adapter(adapter)
     tensors = {}
@@ -102,8 +116,7 @@ def save_adapter(adapter, folder, *, base_model="minilora", allow_untrained=Fals
     )
     # What is written must be readable: a scaling that is not positive is refused here.
     read_config("save_adapter", fields)
-    metadata = _metadata(adapter, columns)
-    save_folder(folder, TENSORS, tensors, CONFIG, fields, metadata, beside_of(receipt))
+    return tensors, fields, _metadata(adapter, columns)
 
 
 def _is_dora(adapter):
@@ -117,7 +130,7 @@ def _is_dora(adapter):
     raise ValueError(f"save_adapter: a file holds pairs of LoRA or of DoRA, this adapter {names}")
 
 
-def _check_trained(adapter):
+def check_trained(adapter):
     """Raise ValueError for an adapter that holds inf or nan, or that changes nothing."""
     broken = []
     for name, p in adapter.named_parameters():

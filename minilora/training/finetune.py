@@ -262,7 +262,7 @@ def _prepare(config, xp, arrays, threads, log, quiet):
     if config.full:
         # What it will take is said before it is taken.
         report_full(base, config.eval_every is not None, log)
-        learned = LearnedModel(base, path)
+        learned = LearnedModel(base, path, config.out)
     else:
         learned = LearnedAdapter(base, config, adapter_rng, log)
     log(learned.summary)
@@ -372,15 +372,16 @@ def _save(run, receipt, log):
     An adapter that is there is kept as a version; if there are too many now, the oldest go.
     """
     out = run.config.out
-    if run.config.keep is not None and is_adapter(out):
-        log(f"the adapter from before is kept in {keep_version(out).folder}")
     try:
-        run.learned.save(out, receipt)
+        run.learned.check_learned()
     except ValueError as error:
         run.checkpoint.remove()
         raise ValueError(
             f"nothing was learned in {run.adam.steps} steps, and nothing is kept: {error}"
         ) from None
+    if run.config.keep is not None and is_adapter(out):
+        log(f"the adapter from before is kept in {keep_version(out).folder}")
+    run.learned.save(out, receipt)
     if run.config.keep is not None:
         for folder in drop_oldest(out, run.config.keep):
             log(f"removed, as more than {run.config.keep} versions were kept: {folder}")

@@ -1,10 +1,10 @@
 """What a fine-tuning trains, and as what it is kept: an adapter, or all of a model. Knows no steps.
 
 Both have `model`, which computes the loss; `module`, whose tensors are trained; `fingerprint`, that
-of the base; `origin`, the SHA-256 of the file that was gone on from, or None; `save(folder,
-receipt)`; `update_sizes()`, for the receipt; and for reports `summary`, `noun`, `file`, the name of
-the file of tensors, and `remarks()`. `is_large` says whether a copy of it after each step would be
-a burden.
+of the base; `origin`, the SHA-256 of the file that was gone on from, or None; `check_learned()`,
+which raises ValueError if there is nothing to save; `save(folder, receipt)`; `update_sizes()`, for
+the receipt; and for reports `summary`, `noun`, `file`, the name of the file of tensors, and
+`remarks()`. `is_large` says whether a copy of it after each step would be a burden.
 """
 
 import math
@@ -16,6 +16,7 @@ import numpy as np
 from ..backend import to_numpy
 from ..count import parameter_report
 from ..disk import models, peft
+from ..disk.base_files import companions_of
 from ..disk.receipt import sha256_of
 from ..kernels import sum_of_squares
 from ..lora import Adapter, LoRAPair, attach
@@ -42,6 +43,8 @@ class LearnedAdapter:
         else:
             self.module = _adapter_to_go_on_from(base, config, log)
             self.origin = sha256_of(Path(config.from_adapter) / peft.TENSORS)
+        # What no file could hold is not trained.
+        peft.check_savable(self.module)
         self.model = attach(base, self.module, check_base=False)
         self.fingerprint = self.module.base_fingerprint
         self.base = str(config.base)
@@ -51,6 +54,10 @@ class LearnedAdapter:
         kind = "adapter" if self.is_plain else "DoRA adapter"
         sizes = parameter_report(self.model)
         self.summary = f"{kind} r={recipe.r}, alpha={recipe.alpha:g}: {sizes}"
+
+    def check_learned(self):
+        """Raise ValueError for an adapter that changes nothing."""
+        peft.check_trained(self.module)
 
     def save(self, folder, receipt):
         """Write the adapter into `folder`, in PEFT's format, with a receipt beside it."""
@@ -79,19 +86,26 @@ class LearnedAdapter:
 
 
 class LearnedModel:
-    """A trainable copy of `base`, in arrays of its own. `path` is where the base lies."""
+    """A trainable copy of `base`, in arrays of its own. `path` is where the base lies.
+
+    Raises: ValueError if the base's tokenizer cannot go along into `folder`.
+    """
 
     is_large = True
     noun = "the model"
     file = models.TENSORS
 
-    def __init__(self, base, path):
+    def __init__(self, base, path, folder):
+        companions_of(path, folder)
         self.origin = None
         self.fingerprint = base.fingerprint()
         self.model = base.trainable_copy()
         self.module = self.model
         self.path = path
         self.summary = f"full fine-tuning: {parameter_report(self.model)}"
+
+    def check_learned(self):
+        """A model that learned nothing is a model."""
 
     def save(self, folder, receipt):
         """Write a plain model into `folder`, with a receipt, and its base's tokenizer."""

@@ -35,7 +35,7 @@ from minilora.tensor import Tensor
 from minilora.training import finetune, loop, steps
 from minilora.training.checkpoint import REMOVED, Checkpoint, is_checkpoint
 from minilora.training.finetune_config import FineTuneConfig
-from minilora.training.learned import training_bytes, update_sizes
+from minilora.training.learned import LearnedAdapter, training_bytes, update_sizes
 from minilora.training.loop import Interrupted, train
 from minilora.training.parts import PartWorkers, part_rng
 from minilora.training.run_log import RunLog
@@ -1276,6 +1276,41 @@ def test_a_run_that_cannot_train_says_so_each_time_and_leaves_nothing(inputs, tm
         with np.errstate(all="ignore"), pytest.raises(ValueError, match=complaint) as error:
             run(config)
         assert "--resume" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a link")
+def test_a_tokenizer_that_cannot_go_along_with_a_model_is_told_before_that_is_trained(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "train", None)
+    shutil.copytree(inputs / "base", tmp_path / "base")
+    (tmp_path / "elsewhere.json").write_text("{}")
+    (tmp_path / "base" / "generation_config.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(ValueError, match="generation_config.json is a link to .*elsewhere.json"):
+        run(full(inputs, tmp_path / "out", base=str(tmp_path / "base")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_no_file_could_hold_is_not_trained(inputs, bpe_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "train", None)
+    save_model(small_gpt(vocab_size=300, block_size=32), tmp_path / "base")
+    shutil.copy(bpe_folder / "tokenizer.json", tmp_path / "base")
+    parts = {"base": str(tmp_path / "base"), "target": ["q_proj", "v_proj"], "alpha_pattern": {"q_proj": 3.0}}
+    with pytest.raises(ValueError, match="c_attn can have one scaling, but its parts"):
+        run(config_for(inputs, tmp_path / "out", "txt", **parts))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_learned_is_not_lost_if_it_cannot_be_saved(inputs, tmp_path, monkeypatch):
+    def in_the_way(*given, **how):
+        raise ValueError("something is in the way")
+
+    config = config_for(inputs, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(LearnedAdapter, "save", in_the_way)
+        with pytest.raises(ValueError, match="something is in the way"):
+            run(config)
+    with pytest.raises(ValueError, match="holds a run that failed.*something is in the way"):
+        run(config)
+    assert same(run(config, resume=True), run(config_for(inputs, tmp_path / "another")))
 
 
 def test_a_log_without_a_step_goes_with_the_run_that_did_none(inputs, tmp_path, monkeypatch):
