@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .adapter_file import CONFIG, TENSORS
+from .adapter_file import CONFIG, TENSORS, read_adapter
 from .checks import listed
 from .folder import UNFINISHED, check_places, config_path, place_copies, sync_folder
 from .receipt import RECEIPT, date_text, read_receipt, receipt_of, sha256_of, shown
@@ -224,11 +224,12 @@ def put_back(folder, version):
     """Make a kept `version` the adapter in `folder`; returns the Version that was in use until now.
 
     That one is copied among the versions first, and no version is removed.
-    Raises: ValueError, before anything changes, for an adapter whose tensors do not say which
-    configuration is theirs: while its two files get their names, a reader could take one for the
-    other's.
+    Raises: before anything changes, as `read_adapter` for a version that is damaged; ValueError for
+    an adapter whose tensors do not say which configuration is theirs: while its two files get their
+    names, a reader could take one for the other's.
     """
     folder = Path(folder)
+    read_adapter(version.folder)
     metadata = read_metadata(version.folder / TENSORS) or {}
     if "minilora.config" not in metadata:
         raise ValueError(

@@ -186,6 +186,22 @@ def test_an_adapter_of_another_program_is_kept_and_not_put_back(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("damage", [
+    lambda place: (place / CONFIG).unlink(),
+    lambda place: (place / CONFIG).write_text("{"),
+    lambda place: (place / TENSORS).write_bytes((place / TENSORS).read_bytes()[:-1]),
+    lambda place: (place / TENSORS).write_bytes((place / TENSORS).read_bytes()[:-1] + b"x"),
+])  # fmt: skip
+def test_a_damaged_version_does_not_take_the_place_of_a_good_one(damage, tmp_path):
+    folder = with_versions(tmp_path / "a", 2)
+    [version] = kept_versions(folder)
+    damage(version.folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises((ValueError, FileNotFoundError), match=version.folder.name):
+        put_back(folder, version)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_the_oldest_beyond_the_most_are_dropped_and_never_the_one_in_use(tmp_path):
     folder = with_versions(tmp_path / "a", 5)
     assert drop_oldest(folder, 4) == []
