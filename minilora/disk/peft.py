@@ -250,12 +250,15 @@ def _in_words(changes):
     precisions = [change for change in changes.values() if isinstance(change, OtherPrecision)]
     if precisions:
         words.append(f"in another precision: {_precisions(precisions)}")
+    tables = {}
     for name, change in changes.items():
         if isinstance(change, MoreRows):
-            words.append(
-                f"with a grown vocabulary: {name} had {change.trained_on:,} rows in training and "
-                f"has {change.now:,} here, the first of which are those"
-            )
+            tables.setdefault(change, []).append(name)
+    for (trained_on, now), names in tables.items():
+        words.append(
+            f"with a grown vocabulary: {trained_on:,} rows of {' and '.join(names)} in training "
+            f"are {now:,} here, the first of which are those"
+        )
     return words
 
 
