@@ -136,14 +136,24 @@ KINDS = {
         of_adapter("llama", "dora", "dora"),
         of_adapter("characters", "letters", "letters"),
         *(of_adapter(f"{name}/base", f"{name}/adapter", f"{name}/adapter")
-          for name in ("c_attn", "old_style", "regex", "patterns")),
+          for name in ("c_attn", "old_style", "regex", "patterns", "qwen3")),
     ),
     "model": (
         *(of_base(base, f"{base}two", f"{base}/*.safetensors", f"{base}/config.json")
           for base in ("gpt2", "llama", "characters")),
         Subject(("sharded",), ("sharded/base/*",), ("inspect sharded/base", "count --base sharded/base --r 2")),
+        *(Subject((name,), (f"{name}/base/*",), (f"inspect {name}/base", f"count --base {name}/base --r 2 --length 8"))
+          for name in ("qwen3", "llama_llama3")),
     ),
-    "gguf": (of_base("a.gguf", "b.gguf", "a.gguf"),),
+    "gguf": (
+        of_base("a.gguf", "b.gguf", "a.gguf"),
+        Subject(("pieces.gguf", "t.txt"), ("pieces.gguf",), (
+            "inspect pieces.gguf",
+            "generate --base pieces.gguf --prompt 'the one' --max-new-tokens 3",
+            "finetune --base pieces.gguf --data t.txt --length 8 --out out --alpha 4 --r 2 --steps 1 --parts 1 "
+            "--threads 1",
+        )),
+    ),
     "tokenizer": (of_tokenizer("gpt2"), of_tokenizer("gpt2two"), of_tokenizer("llama")),
     "checkpoint": (
         Subject(RUN_FILES, ("run/checkpoint/*", "log.jsonl"), (

@@ -230,8 +230,10 @@ def contents(folder):
 TIMES = ("seconds", "date", "command")
 
 
-def _timeless(record):
-    return {name: value for name, value in record.items() if name not in TIMES}
+def _timeless(value):
+    if not isinstance(value, dict):
+        return value
+    return {name: _timeless(inner) for name, inner in value.items() if name not in TIMES}
 
 
 def fresh(files, folder, scenario):
@@ -250,6 +252,9 @@ def go_on(scenario, folder, expected, rng=None):
     With `rng` it is killed again on its way now and then.
     """
     more = ()
+    # Who makes versions would make another of what is done: what is left of ours then goes with the next run.
+    if scenario.place and all_but_ours(contents(folder)) == expected:
+        return None
     for _ in range(12):
         after = None
         if rng is not None and rng.random() < 0.3:
@@ -270,6 +275,11 @@ def go_on(scenario, folder, expected, rng=None):
         else:
             return f"exit code {ended.code}: {ended.err.strip()[-300:]}"
     return difference(contents(folder), expected)
+
+
+def all_but_ours(found):
+    """What lies in a folder, but for what a kill leaves under names that only this library has."""
+    return {name: value for name, value in found.items() if ".minilora-" not in name}
 
 
 def difference(found, expected):

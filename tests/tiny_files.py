@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from gguf_files import settings_of, write_gguf
+from gguf_files import sentencepiece_settings, settings_of, write_gguf
 
 from minilora import GPT, Adam, GPTConfig, LoRAConfig, init_adapter, init_dora, save_adapter, save_model
 from minilora.cli.main import main
@@ -58,8 +58,9 @@ def write_all(folder):
     folder.mkdir(exist_ok=True)
     _write_data(folder)
     _write_bases(folder)
-    for name in ("c_attn", "old_style", "regex", "patterns", "sharded"):
-        shutil.copytree(GOLDEN / name, folder / name, ignore=shutil.ignore_patterns("*.npz"))
+    for name in ("c_attn", "old_style", "regex", "patterns", "sharded", "llama/qwen3", "llama/llama_llama3"):
+        leave = shutil.ignore_patterns("*.npz")
+        shutil.copytree(GOLDEN / name, folder / name.rpartition("/")[2], ignore=leave)
     with inside(folder), _no_place_of_its_own():
         run(RUN, stop=3)
         shutil.move("run", "stopped")
@@ -126,13 +127,15 @@ def _write_bases(folder):
     save(filled(init_dora(bases["llama"], config, np.random.default_rng(3)), 3), folder / "dora", "llama")
     save(random_adapter(bases["characters"], 4, r=2), folder / "letters", "characters")
     for seed, name in enumerate(("a.gguf", "b.gguf")):
-        write_small_gguf(folder / name, seed)
+        write_small_gguf(folder / name, settings_of(), seed)
+    # The vocabulary of a Llama 2.
+    write_small_gguf(folder / "pieces.gguf", settings_of(vocabulary=sentencepiece_settings(PIECES)), 2)
 
 
-def write_small_gguf(path, seed):
-    """A llama of 32 channels with packed matrices, a byte-level vocabulary and a template of chats."""
-    settings = settings_of() | {"llama.embedding_length": 32, "llama.feed_forward_length": 32}
-    settings |= {"llama.context_length": 128, "tokenizer.chat_template": TEMPLATE}
+def write_small_gguf(path, settings, seed):
+    """A llama of 32 channels with packed matrices and a template of chats."""
+    settings |= {"llama.embedding_length": 32, "llama.feed_forward_length": 32, "llama.context_length": 128}
+    settings["tokenizer.chat_template"] = TEMPLATE
     write_gguf(path, settings, kind="Q4_1", kinds={"embed": "Q8_0"}, seed=seed)
 
 

@@ -21,6 +21,9 @@ from .tensor_file import check_digests, read_metadata, read_shards, read_tensors
 FREE = ("base_model_name_or_path", "_name_or_path")
 # The folder inside a folder where a save is written. No folder of anybody else's has this name.
 UNFINISHED = ".minilora-unfinished"
+# While files get their names in a folder, this one says which: all, in their order, and those that
+# are new there.
+NAMES = ".minilora-names"
 # The disk is full, or what one user or one file may take of it is used up.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -96,12 +99,14 @@ def _staged(folder, tensor_file, config_file, beside):
         for name in names:
             with _full_disk_names(folder / name), open(staging / name, "rb+") as file:
                 os.fsync(file.fileno())
+        _note_names(folder, staging, names)
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
             os.replace(staging / name, folder / name)
         # The new names too, before the old state can no longer be told from what is staged.
         for inside in sorted({(folder / name).parent for name in names}):
             sync_folder(inside)
+        _end_save(folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error.filename} vanished while it was written: does another run write there too?"
@@ -157,6 +162,51 @@ def _finish_earlier_save(folder, tensor_file, config_file):
         os.replace(path, folder / config_file)
 
 
+def _note_names(folder, staging, names):
+    """Write NAMES. What was new in the eyes of a save that was killed is so still."""
+    _, new_before = _noted_names(folder)
+    new = [name for name in names if name in new_before or not os.path.lexists(folder / name)]
+    with _full_disk_names(folder / NAMES), open(staging / NAMES, "wb") as file:
+        file.write(json.dumps({"names": names, "new": new}).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staging / NAMES, folder / NAMES)
+
+
+def _noted_names(folder):
+    """[all names, the new ones] of the save that was killed in `folder`; [[], []] if none was."""
+    try:
+        noted = read_object(folder / NAMES)
+    except (OSError, ValueError):
+        return [[], []]
+    lists = [noted.get("names"), noted.get("new")]
+    if not all(isinstance(names, list) and all(map(_is_inside, names)) for names in lists):
+        return [[], []]
+    return lists
+
+
+def _is_inside(name):
+    """Does a name lead to a file in its folder, or in a folder inside?"""
+    return isinstance(name, str) and ".." not in Path(name).parts and not Path(name).is_absolute()
+
+
+def _end_save(folder):
+    """End a save in `folder` that lacks its last rename or less: by now it is the new state.
+
+    One that lacks more is left alone.
+    """
+    names, _ = _noted_names(folder)
+    waiting = [name for name in names if not (folder / name).exists()]
+    waiting += [name for name in names if (folder / UNFINISHED / name).exists()]
+    if not names or not set(waiting) <= {names[-1]}:
+        return
+    if (folder / UNFINISHED / names[-1]).exists():
+        os.replace(folder / UNFINISHED / names[-1], folder / names[-1])
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    # At last: as long as it is there, somebody comes and ends this.
+    (folder / NAMES).unlink()
+
+
 @contextlib.contextmanager
 def new_folder(folder):
     """Within this block `folder`, which must be new or empty, is written by nobody else.
@@ -164,6 +214,7 @@ def new_folder(folder):
     Raises: as `only_writer` and `check_unused`.
     """
     with only_writer(folder):
+        _end_save(Path(folder))
         check_unused(folder)
         yield
 
@@ -176,7 +227,10 @@ def check_unused(folder, ignore=()):
     folder = Path(folder)
     if not folder.exists():
         return
-    ignore = {*ignore, UNFINISHED, LOCK}
+    _, new = _noted_names(folder)
+    # A name may be in a folder inside.
+    inside = [name.partition("/")[0] for name in new]
+    ignore = {*ignore, *inside, UNFINISHED, LOCK, NAMES}
     contents = sorted(path.name for path in folder.iterdir() if path.name not in ignore)
     if contents:
         raise ValueError(

@@ -40,7 +40,7 @@ from minilora import (
     save_adapter,
     save_model,
 )
-from minilora.disk.folder import UNFINISHED, check_unused, load_folder, new_folder, save_folder
+from minilora.disk.folder import NAMES, UNFINISHED, check_unused, load_folder, new_folder, save_folder
 from minilora.disk.lock import LOCK
 from minilora.disk.tensor_file import DIGESTS
 
@@ -270,6 +270,50 @@ def test_what_a_killed_run_left_is_in_nobodys_way(left, tmp_path):
     with new_folder(tmp_path):
         write(tmp_path, 3)
     assert seed_of(tmp_path) == 3 and sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, TENSORS]
+
+
+class Killed(BaseException):
+    """Nothing runs after it."""
+
+
+@pytest.mark.parametrize("when", range(6))
+def test_a_new_folder_whose_save_was_killed_is_written_again_or_is_whole(when, tmp_path, monkeypatch):
+    """At each rename: of the list of names, two copies, the tensors, the configuration; and after them."""
+    beside = {"inside/a.txt": b"a", "b.txt": b"b"}
+    real, renames = os.replace, []
+
+    def replace(source, target):
+        if len(renames) == when:
+            raise Killed
+        renames.append(real(source, target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        patch.setattr(shutil, "rmtree", lambda *given, **how: None if len(renames) < 5 else 1 / 0)
+        with pytest.raises((Killed, ZeroDivisionError)):
+            save_folder(tmp_path, TENSORS, drawn(3, 2), CONFIG, {"seed": 3}, beside=beside)
+    if when < 4:
+        with new_folder(tmp_path):
+            save_folder(tmp_path, TENSORS, drawn(3, 2), CONFIG, {"seed": 3}, beside=beside)
+    else:
+        with pytest.raises(ValueError, match="is not empty"), new_folder(tmp_path):
+            pass
+    assert seed_of(tmp_path) == 3
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == sorted(["inside", *beside, TENSORS, CONFIG])
+
+
+@pytest.mark.parametrize("noted", [
+    "no JSON", "[]", '{"names": 1, "new": []}', '{"names": ["../a"], "new": ["../a"]}', '{"names": [1], "new": [1]}',
+])  # fmt: skip
+def test_a_list_of_names_that_no_save_wrote_makes_nothing_ours(noted, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "mine.txt").touch()
+    (tmp_path / "a" / NAMES).write_text(noted)
+    (tmp_path / "a" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="is not empty: it holds mine.txt;"), new_folder(tmp_path / "a"):
+        pass
+    assert (tmp_path / "a" / "mine.txt").exists()
 
 
 @pytest.mark.parametrize("name", [".unfinished", ".checkpoint.done", "unfinished"])
@@ -632,6 +676,10 @@ def test_each_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "replace", lambda a, b: (note(a, Path(b).name), replace(a, b)))
     write(tmp_path)
     of_the_folder = [] if os.name == "nt" else ["on disk"]
+    (its_file,) = [file for file, what, _ in events if what == NAMES]
+    at = [file for file, *_ in events].index(its_file)
+    assert [what for _, what, _ in events[at : at + 2]] == ["on disk", NAMES]
+    del events[at : at + 2]
     assert [what for _, what, _ in events] == ["on disk", "on disk", TENSORS, CONFIG, *of_the_folder]
     assert [(file, size) for file, _, size in events[:2]] == [(file, size) for file, _, size in events[2:4]]
     assert [file for file, _, _ in events[4:]] == [tmp_path.stat().st_ino for _ in of_the_folder]
