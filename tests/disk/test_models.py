@@ -145,13 +145,15 @@ def flip_a_bit_of(path, name):
         file.write(bytes([byte ^ 1]))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
-@pytest.mark.parametrize("kind", ["learned", "rope", "llama"])
-def test_each_tensor_of_a_model_that_is_not_as_it_was_saved_is_found_by_its_fingerprint(kind, dtype, tmp_path):
+@pytest.mark.parametrize("kind, dtype", [
+    ("learned", "float32"), ("rope", "float64"), ("llama", "float16"), ("llama", "bfloat16"),
+])  # fmt: skip
+def test_a_tensor_of_a_model_that_is_not_as_it_was_saved_is_found_by_its_fingerprint(kind, dtype, tmp_path):
     save_model(one_of(kind), tmp_path / "whole", dtype=dtype)
     names = list(read_tensors(tmp_path / "whole" / TENSORS)[0])
     load_model(tmp_path / "whole").fingerprint()
-    for name in names:
+    # An odd step meets each kind of tensor in one block or another.
+    for name in names[::3]:
         shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
         shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
         flip_a_bit_of(tmp_path / "damaged" / TENSORS, name)
