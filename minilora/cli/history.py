@@ -8,8 +8,8 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from ..disk.adapter_file import BASE_NOTE, CONFIG, TENSORS
-from ..disk.checks import json_object, listed
+from ..disk.adapter_file import CONFIG, TENSORS, read_fingerprint
+from ..disk.checks import listed
 from ..disk.folder import load_config
 from ..disk.lock import only_writer
 from ..disk.peft import digest_of
@@ -90,10 +90,10 @@ def _row(version):
     name = "of another program"
     try:
         name = str(load_config(version.folder, TENSORS, CONFIG)["base_model_name_or_path"])
-        note = (read_metadata(version.folder / TENSORS) or {}).get(BASE_NOTE)
-        if note is not None:
-            where = f"{version.folder / TENSORS}: its {BASE_NOTE}"
-            fingerprint = f"fingerprint {digest_of(json_object(where, note))}"
+        metadata = read_metadata(version.folder / TENSORS) or {}
+        digests = read_fingerprint(version.folder, metadata)
+        if digests is not None:
+            fingerprint = f"fingerprint {digest_of(digests)}"
     except (ValueError, OSError, KeyError):
         # What cannot be read is listed all the same: `inspect` tells what is wrong with it.
         pass

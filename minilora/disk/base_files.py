@@ -64,11 +64,11 @@ def load_stored(base):
     fields, tensors, metadata = load_folder(base, TENSORS, CONFIG, verify=False)
     path = Path(base) / TENSORS
     digests = noted_digests(path, metadata)
-    claims = {
-        name: Claim(path, name, array, digests.get(name))
-        for name, array in tensors.items()
-        if digests
-    }
+    claims = {}
+    if digests:
+        # Of a tensor without a digest nothing is true.
+        for name, array in tensors.items():
+            claims[name] = Claim(path, name, array, digests.get(name))
     return fields, tensors, claims
 
 

@@ -49,8 +49,10 @@ def test_a_run_that_was_killed_holds_nobody_off(tmp_path):
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert (tmp_path / LOCK).exists()
+    (tmp_path / LOCK).write_text("a longer text than any, of that run" * 100)
     with only_writer(tmp_path):
-        assert f"process {os.getpid()} " in (tmp_path / LOCK).read_text()
+        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} ")
+        assert "of that run" not in (tmp_path / LOCK).read_text()
     assert not (tmp_path / LOCK).exists()
 
 

@@ -162,6 +162,16 @@ def test_a_tensor_of_a_model_that_is_not_as_it_was_saved_is_found_by_its_fingerp
             model.fingerprint()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_damaged_base_is_found_on_another_device_too(dtype, tmp_path):
+    save_model(small_llama(), tmp_path, dtype=dtype)
+    # In 16 bits this one is packed.
+    flip_a_bit_of(tmp_path / TENSORS, "model.layers.0.mlp.down_proj.weight")
+    model = load_model(tmp_path).map_tensors(lambda t: t.to_device(strict_array))
+    with pytest.raises(ValueError, match="the values of model.layers.0.mlp.down_proj.weight are not those that were"):
+        model.fingerprint()
+
+
 def test_a_damaged_base_is_not_packed_and_takes_no_adapter(tmp_path):
     base = small_llama()
     save_model(base, tmp_path / "base")
