@@ -104,9 +104,7 @@ def keep(folder):
     for version in kept_versions(folder):
         if _are_one(current, version):
             return version
-    # Not every system allows a colon in a name.
-    stamp = current.date.replace("-", "").replace(":", "")
-    place = folder / VERSIONS / f"{stamp}-{current.digest[:SHOWN_DIGITS]}"
+    place = _new_place(folder, current)
     staging = place.with_name(UNFINISHED)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -120,6 +118,20 @@ def keep(folder):
     sync_folder(place.parent)
     sync_folder(folder)
     return version_in(place)
+
+
+def _new_place(folder, version):
+    """A folder for a copy of the Version, among those that are kept, which does not exist yet."""
+    # Not every system allows a colon in a name.
+    stamp = version.date.replace("-", "").replace(":", "")
+    first = folder / VERSIONS / f"{stamp}-{version.digest[:SHOWN_DIGITS]}"
+    place = first
+    number = 1
+    # The same tensors of the same date, if their configuration or receipt was edited since.
+    while os.path.lexists(place):
+        number += 1
+        place = first.with_name(f"{first.name}-{number}")
+    return place
 
 
 def _files_of(folder):

@@ -79,6 +79,18 @@ def test_what_is_kept_already_is_not_kept_twice(tmp_path):
     assert keep(folder) == first and seeds_of(kept_versions(folder)) == [1, 2]
 
 
+@pytest.mark.parametrize("name, field", [(CONFIG, "base_model_name_or_path"), (RECEIPT, "command")])
+def test_what_was_edited_since_is_another_version_and_in_nobodys_way(name, field, tmp_path):
+    save(tmp_path, 1)
+    first = keep(tmp_path)
+    path = tmp_path / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: "moved"}))
+    second = keep(tmp_path)
+    assert keep(tmp_path) == second != first and seeds_of(kept_versions(tmp_path)) == [1, 1]
+    told = [json.loads((version.folder / name).read_text())[field] for version in (first, second)]
+    assert told[1] == "moved" != told[0]
+
+
 def test_without_a_receipt_the_date_is_that_of_the_tensors(tmp_path):
     save(tmp_path, 1, receipt=False)
     os.utime(tmp_path / TENSORS, (1000.5, 1000.5))
