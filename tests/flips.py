@@ -8,6 +8,7 @@ A file that was flipped is refused, or it is harmless: what is computed from it 
 import argparse
 import contextlib
 import io
+import json
 import os
 import shutil
 import sys
@@ -169,9 +170,12 @@ def main():
         if found[name].get("silent"):
             print(f"  silent at bytes {found[name]['silent'][:12]}")
     if args.json:
-        keep_results(args.json, flips={"step": args.step, "files": {
-            name: {"flips": counted.total(), **{what: counted[what] for what in columns}}
-            for name, counted in counts.items()}})  # fmt: skip
+        # Beside those of other files, which may have been flipped in larger steps.
+        path = Path(args.json)
+        kept = json.loads(path.read_text()).get("flips", {}) if path.exists() else {}
+        for name, counted in counts.items():
+            kept[name] = {"step": args.step, "flips": counted.total(), **{what: counted[what] for what in columns}}
+        keep_results(path, flips={name: kept[name] for name in TARGETS if name in kept})
     wrong = [name for name, counted in counts.items() if set(counted) - {"refused", "harmless"}]
     return 1 if wrong else 0
 
