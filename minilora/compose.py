@@ -68,7 +68,11 @@ def combine(adapters, weights, *, check_base=True):
         _check_summable(name, terms)
         pairs[name] = _side_by_side(name, terms, joined)
     fingerprint = _common_base(adapters)
-    rows = {} if fingerprint is None else adapters[0].base_rows
+    rows = {}
+    if fingerprint is not None:
+        # The tables are those of one base, but an adapter of an earlier version does not say.
+        for adapter in adapters:
+            rows |= adapter.base_rows
     return Adapter(_config_of(pairs), pairs, fingerprint, _all_stored(adapters), rows)
 
 

@@ -34,7 +34,7 @@ from minilora.dora import init_dora
 from minilora.lora import Adapter, LoRAPair, attach, merge
 from minilora.lora_config import LoRAConfig
 from minilora.low_rank import Distance
-from minilora.nn import Linear
+from minilora.nn import Linear, table_rows
 from minilora.quant import quantize
 from minilora.stack import stack
 from minilora.tensor import Tensor
@@ -305,8 +305,12 @@ def test_a_sum_says_how_its_base_was_stored():
     base = quantize(small_gpt(), "nf4")
     one = trained_adapter(base)
     assert one.base_stored and combine([one, one], [1, 1]).base_stored == one.base_stored
+    assert one.base_rows and combine([one, one], [1, 1]).base_rows == one.base_rows
     unpacked = Adapter(one.config, one.pairs, one.base_fingerprint)
     assert combine([unpacked, one], [1, 1]).base_stored == one.base_stored
+    assert combine([unpacked, one], [1, 1]).base_rows == one.base_rows
+    # Of several bases, or of none that is known, nothing is said.
+    assert combine([one, changed(one)], [1, 1], check_base=False).base_rows == {}
 
 
 # --- compress --------------------------------------------------------------------------------------------------------
@@ -616,6 +620,7 @@ def test_a_base_in_few_bits_keeps_its_record():
     tuned = merge(attach(base, trained_adapter(base)))
     adapter = extract(base, tuned, 2).adapter
     assert adapter.base_stored == trained_adapter(base).base_stored
+    assert adapter.base_rows == compress(adapter, 1).adapter.base_rows == table_rows(base) != {}
     attach(base, adapter)
 
 

@@ -29,7 +29,7 @@ from minilora.disk.receipt import check_receipt, receipt_of
 from minilora.disk.versions import kept_versions
 from minilora.dora import DoRAPair
 from minilora.functional import IGNORE
-from minilora.optim import warmup_cosine
+from minilora.optim import clip_grad_norm, warmup_cosine
 from minilora.quant import quantize, stored_as
 from minilora.tensor import Tensor
 from minilora.training import finetune, loop, steps
@@ -1357,6 +1357,13 @@ def test_weight_decay_reaches_adam(inputs, tmp_path, monkeypatch):
     adams = spied(monkeypatch, Checkpoint, "__init__", lambda folder, identity, adapter, adam: adam)
     run(config_for(inputs, tmp_path, weight_decay=0.25))
     assert adams[0].weight_decay == 0.25
+
+
+def test_the_norm_to_clip_to_reaches_each_step(inputs, tmp_path, monkeypatch):
+    norms = []
+    monkeypatch.setattr(loop, "clip_grad_norm", lambda params, norm: norms.append(norm) or clip_grad_norm(params, norm))
+    run(config_for(inputs, tmp_path, clip=0.125))
+    assert norms == [0.125] * 4
 
 
 # From an adapter on.
