@@ -19,7 +19,7 @@ from minilora.cli import config_file, finetuning, folders
 from minilora.cli.main import main
 from minilora.cli.table import parser_of
 from minilora.patterns import problem_of
-from minilora.training import finetune, finetune_config, run_file
+from minilora.training import finetune, finetune_config, run_file, workers
 from minilora.training.finetune_config import FineTuneConfig
 from minilora.training.run_file import arrays_of
 from minilora.training.threads import parts_and_threads
@@ -113,6 +113,23 @@ def test_what_is_typed_counts_more_than_what_is_in_the_file(given, tmp_path):
     assert (options["parts"], options["threads"]) == (5, 1)
     config, _ = given("--config", "c.json", "--from-adapter", "a", usual=USUAL[:-2])
     assert config == replace(PLAIN, alpha=None, lr=1.0, from_adapter="a")
+    config, _ = given("--config", "c.json", "--full", usual=USUAL[:-2])
+    assert config == replace(PLAIN, alpha=None, lr=1.0, full=True)
+
+
+@pytest.mark.parametrize("in_file, typed", [("threads", "workers"), ("workers", "threads")])
+def test_workers_and_threads_take_each_others_place(in_file, typed, given, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "process_pool", lambda n: contextlib.nullcontext(f"{n} processes"))
+    (tmp_path / "c.json").write_text(f'{{"{in_file}": 2, "parts": 4}}')
+    _, options = given("--config", "c.json", f"--{typed}", "3")
+    expected = {"threads": 3} if typed == "threads" else {"threads": 1, "executor": "3 processes", "n_workers": 3}
+    assert options == {"resume": False, "quiet": False, "parts": 4, **expected}
+
+
+def test_false_in_a_file_is_what_was_not_said(given, tmp_path):
+    (tmp_path / "c.json").write_text('{"quiet": false, "dora": false, "rslora": true}')
+    config, options = given("--config", "c.json")
+    assert config == replace(PLAIN, rslora=True) and options["quiet"] is False
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python reads TOML since 3.11")
