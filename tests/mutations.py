@@ -6,7 +6,6 @@
 import json
 import os
 import re
-import shutil
 import socket
 from pathlib import Path
 
@@ -49,6 +48,8 @@ def pick(rng, things):
 def spoil(rng, path, others):
     """Spoil the file at `path`, a Path; returns what was done. `others` are files that may take its place."""
     draw = rng.random()
+    if path.stat().st_size >= SPARSE:
+        return f"{path} as it is"
     if draw < 0.06:
         return _no_file(rng, path)
     if draw < 0.10 and others:
@@ -113,7 +114,8 @@ def _no_file(rng, path):
 def _swapped(rng, path, others):
     """Another file's bytes under this name."""
     other = pick(rng, others)
-    shutil.copyfile(other, path)
+    # Not a copy by the system: a link may have made the two one file.
+    path.write_bytes(other.read_bytes())
     return f"{path} is {other}"
 
 
