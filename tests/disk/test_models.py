@@ -15,7 +15,7 @@ from strategies import bits, resident_file_pages, small_gpt, small_llama, tiny_m
 
 from minilora import attach, load_adapter, load_model, merge, save_adapter, save_gpt2, save_model
 from minilora.backend import get_array_module
-from minilora.disk.folder import UNFINISHED
+from minilora.disk.folder import NAMES, UNFINISHED
 from minilora.disk.gpt2 import GPT2
 from minilora.disk.llama import LLAMA
 from minilora.disk.models import TENSORS, families_of, family_of_adapter, family_of_fields, family_of_file
@@ -91,9 +91,11 @@ def test_where_the_tensors_are_the_tokenizer_is_too(tmp_path, monkeypatch):
     rename = os.replace
     monkeypatch.setattr(os, "replace", lambda *a: (rename(*a), seen.append({path.name for path in out.iterdir()})))
     save_gpt2(small_gpt(), out, like=base)
-    assert [found - {UNFINISHED} for found in seen] == [
-        {"tokenizer.json"}, {"tokenizer.json", "model.safetensors"},
+    # The list of the names comes first, and goes last.
+    assert [found - {UNFINISHED, NAMES} for found in seen] == [
+        set(), {"tokenizer.json"}, {"tokenizer.json", "model.safetensors"},
         {"tokenizer.json", "model.safetensors", "config.json"}]  # fmt: skip
+    assert all(NAMES in found for found in seen) and not (out / NAMES).exists()
     assert (out / "tokenizer.json").read_text() == "{}"
 
 
