@@ -13,7 +13,7 @@ from hypothesis import settings
 # import a second time.
 collect_ignore_glob = ["*conftest.py"]
 
-settings.register_profile("local", deadline=None, max_examples=25, print_blob=True)
+settings.register_profile("local", deadline=None, max_examples=15, print_blob=True)
 settings.register_profile("ci", deadline=None, max_examples=15, print_blob=True, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
