@@ -81,4 +81,7 @@ def _text(parser, name, value):
     """A value as it is typed. Numbers come back to the bit."""
     if isinstance(value, (bool, list, dict)) or not isinstance(value, (str, int, float)):
         parser.error(f"{name} must be a number or a text, got {value!r}")
+    if value == "--":
+        # argparse would drop it, and say nothing.
+        parser.error(f"{name} cannot be '--', which ends the options of a command; write ./--")
     return str(value)

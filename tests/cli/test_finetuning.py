@@ -191,13 +191,17 @@ def test_a_file_that_is_none_is_refused(tmp_path, monkeypatch, capsys):
         assert told in err and err.count("\n") == 1
 
 
-names = st.text("abcxyz_.*0123456789\\\\[]()|=, -é", min_size=1).filter(lambda text: problem_of([text]) is None)
+# Two dashes alone end the options of a command: they are refused, see below.
+names = st.text("abcxyz_.*0123456789\\\\[]()|=, -é", min_size=1).filter(
+    lambda text: text != "--" and problem_of([text]) is None
+)
 positive = st.floats(1e-300, 1e300)
 from_zero = st.integers(0, 10**9)
 from_one = st.integers(1, 10**9)
 maybe = lambda some: st.none() | some
 OF_ALL = {
-    "base": st.text("abc/ .-=é", min_size=1), "data": st.just("d.txt"), "out": st.just("o"),
+    "base": st.text("abc/ .-=é", min_size=1).filter(lambda text: text != "--"),
+    "data": st.just("d.txt"), "out": st.just("o"),
     "lr": positive, "schedule": st.sampled_from(["cosine", "linear", "constant"]), "warmup": maybe(st.just(0)),
     "weight_decay": st.just(0.0) | positive, "clip": positive, "steps": from_one, "batch": from_one,
     "accumulate": from_one, "seed": from_zero, "eval_split": st.floats(0.01, 0.99), "length": maybe(from_one),
@@ -232,6 +236,15 @@ def read_back(given, config, parts):
 def test_whatever_the_settings_are_the_file_of_a_run_gives_them_back(given, fields, parts):
     config = FineTuneConfig(**fields)
     assert read_back(given, config, parts) == config
+
+
+@pytest.mark.parametrize("name", ["base", "target_regex", "target"])
+def test_two_dashes_are_no_value_that_a_file_could_have(name, capsys, monkeypatch, tmp_path):
+    """argparse would drop them, and leave an empty list in their place."""
+    monkeypatch.chdir(tmp_path)
+    Path("c.json").write_text(json.dumps({name: ["--"] if name == "target" else "--"}))
+    assert main(["finetune", "--config", "c.json", "--out", "o"]) == 2
+    assert f"c.json: {name} cannot be '--'" in capsys.readouterr().err
 
 
 def zeros_say_nothing(patch):
