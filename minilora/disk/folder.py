@@ -156,8 +156,7 @@ def sync_folder(folder):
 
 def _finish_earlier_save(folder, tensor_file, config_file):
     """Make the last rename of a save that died before it."""
-    metadata = read_metadata(folder / tensor_file)
-    path = _config_path(folder, config_file, metadata)
+    path = config_path(folder, tensor_file, config_file)
     if path != folder / config_file:
         os.replace(path, folder / config_file)
 
@@ -280,8 +279,7 @@ def load_config(folder, tensor_file, config_file, *, most=LARGEST_CONFIG):
 
     Raises: as `load_folder`.
     """
-    folder = Path(folder)
-    path = _config_path(folder, config_file, read_metadata(folder / tensor_file))
+    path = config_path(folder, tensor_file, config_file)
     if not path.exists():
         raise _missing(path, tensor_file, config_file)
     return read_object(path, most)
