@@ -355,10 +355,15 @@ def at_operations(name, files, scratch, log, step=1):
         log.add(name, "operations", ended, wrong and f"before operation {when}: {wrong}")
 
 
+def sizes(largest, rng, n):
+    """At how many bytes of a file to stop, `n` times: as often between 10 and 100 as between 100 and 1,000."""
+    return sorted(int(np.exp(rng.uniform(0, np.log(largest)))) for _ in range(n))
+
+
 def in_writes(name, files, scratch, log, rng, n):
     """Kill the scenario half-way through a file, `n` times, and go on."""
     scenario, peace = scenario_of(name, files), undisturbed(name, files, scratch)
-    for size in sorted(int(np.exp(rng.uniform(0, np.log(peace.largest)))) for _ in range(n)):
+    for size in sizes(peace.largest, rng, n):
         folder = fresh(files, scratch / "killed", scenario)
         ended = run(scenario, folder, file_size=size)
         wrong = go_on(scenario, folder, peace.expected)
@@ -368,7 +373,7 @@ def in_writes(name, files, scratch, log, rng, n):
 def on_full_disk(name, files, scratch, log, rng, n):
     """Let the scenario run out of disk in a file, `n` times, and run it again."""
     scenario, peace = scenario_of(name, files), undisturbed(name, files, scratch)
-    for size in sorted(int(np.exp(rng.uniform(0, np.log(peace.largest)))) for _ in range(n)):
+    for size in sizes(peace.largest, rng, n):
         folder = fresh(files, scratch / "killed", scenario)
         ended = run(scenario, folder, full=size)
         lines = ended.err.strip().splitlines()
