@@ -174,20 +174,20 @@ def summary(receipt):
     """What `inspect` shows of a receipt, as (title, text) pairs."""
     versions = receipt["versions"]
     machine = receipt["machine"]
-    told = f"{shown(receipt['date'])} UTC"
+    when = f"{shown(receipt['date'])} UTC"
     made_by = (
         f"minilora {versions['minilora']}, NumPy {versions['numpy']}, Python {versions['python']}; "
         f"{machine['processor']}; {machine['blas']}"
     )
     if receipt["run"] is not None:
-        told += f": {_run_in_words(receipt['run'])}"
+        when += f": {_run_in_words(receipt['run'])}"
         made_by += f"; {receipt['run']['arrays']}, {receipt['run']['parts']} parts"
     parents = receipt["parents"]
     if parents:
         digests = [digest[:SHOWN_DIGITS] for digest in parents]
-        told += f"; made of the tensors {listed(digests, MOST_PARENTS)}"
+        when += f"; made of the tensors {listed(digests, MOST_PARENTS)}"
     command = receipt["command"][:LONGEST_COMMAND]
-    return [("receipt", told), ("command", command), ("made by", made_by)]
+    return [("receipt", when), ("command", command), ("made by", made_by)]
 
 
 def _run_in_words(run):
