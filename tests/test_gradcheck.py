@@ -73,12 +73,13 @@ def large_rows():
     return {row.name: row for row in table.large(LARGEST)}
 
 
-# The largest are asked once, the others at each scale.
+# The largest are asked once, the others at another scale too.
 ONCE = [name for name in LARGE_NAMES if "million" in name or "M numbers" in name]
+SEVERAL = [name for name in LARGE_NAMES if name not in ONCE]
 
 
-@pytest.mark.parametrize("name, scale", [(name, scale) for name in LARGE_NAMES for scale in (1.0, 1e-30, 1e30)
-                                         if scale == 1.0 or name not in ONCE])  # fmt: skip
+@pytest.mark.parametrize("name, scale", [*[(name, 1.0) for name in LARGE_NAMES],
+                                         *zip(SEVERAL, itertools.cycle([1e-30, 1e30]), strict=False)])  # fmt: skip
 def test_so_does_a_function_of_many_numbers(name, scale):
     check_row(large_rows()[name], scale)
 
@@ -264,7 +265,7 @@ def test_no_softmax_is_accused_however_saturated(scale):
     vjp = lambda dy, z: soft(z) * (dy - (soft(z) * dy).sum(-1, keepdims=True))
     for seed in range(6):
         # A large one goes along directions, and takes its time.
-        for shape in ((4, 6), (60, 50))[: 2 if seed < 2 else 1]:
+        for shape in ((4, 6), (60, 50))[: 2 if seed == 0 else 1]:
             z = np.random.default_rng(seed).normal(size=shape) * scale
             assert verdict(soft, vjp, z)[0] != table.REJECT
 

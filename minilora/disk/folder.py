@@ -90,7 +90,7 @@ def _staged(folder, tensor_file, config_file, beside):
     staging = folder / UNFINISHED
     names = [*beside, tensor_file, config_file]
     check_places(folder, names)
-    _finish_earlier_save(folder, tensor_file, config_file)
+    _end_save(folder)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
@@ -152,13 +152,6 @@ def sync_folder(folder):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _finish_earlier_save(folder, tensor_file, config_file):
-    """Make the last rename of a save that died before it."""
-    path = config_path(folder, tensor_file, config_file)
-    if path != folder / config_file:
-        os.replace(path, folder / config_file)
 
 
 def _note_names(folder, staging, names):

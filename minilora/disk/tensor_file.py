@@ -12,6 +12,8 @@ import hashlib
 import json
 import math
 import mmap
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -56,9 +58,16 @@ def write_tensors(path, arrays, metadata):
         # Straight to the disk: no second copy in memory.
         save_file(arrays, path, metadata)
     except SafetensorError as error:
-        # The library's own error is no OSError, even where the disk is full.
-        raise OSError(f"{path} could not be written: {error}") from None
+        raise _as_os_error(path, error) from None
     _sort_metadata(path)
+
+
+def _as_os_error(path, error):
+    """An OSError for one of safetensors, which tells the number of the system's in its text."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
+        return OSError(f"{path} could not be written: {error}")
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
 
 
 def _sort_metadata(path):

@@ -26,7 +26,7 @@ from ..disk.models import load_model
 from ..disk.quantized import quantized_base
 from ..disk.reading import LARGEST_DATA, read_bytes
 from ..disk.tokenizer import load_tokenizer
-from ..disk.versions import check_keeps, drop_oldest, is_adapter
+from ..disk.versions import check_keeps, drop_oldest, is_adapter, version_in
 from ..disk.versions import keep as keep_version
 from ..optim import Adam
 from .checkpoint import REMOVED, Checkpoint, failure_of, is_checkpoint
@@ -379,12 +379,22 @@ def _save(run, receipt, log):
         raise ValueError(
             f"nothing was learned in {run.adam.steps} steps, and nothing is kept: {error}"
         ) from None
-    if run.config.keep is not None and is_adapter(out):
+    if run.config.keep is not None and is_adapter(out) and not _is_saved(out, receipt):
         log(f"the adapter from before is kept in {keep_version(out).folder}")
     run.learned.save(out, receipt)
     if run.config.keep is not None:
         for folder in drop_oldest(out, run.config.keep):
             log(f"removed, as more than {run.config.keep} versions were kept: {folder}")
+
+
+def _is_saved(out, receipt):
+    """Did this very run save its adapter in `out`, and was killed before it had ended?
+
+    A receipt tells how long the steps took, too: no other run has the same.
+    """
+    saved = version_in(out).receipt
+    # As it was written: JSON makes a list of a tuple.
+    return saved is not None and saved["run"] == json.loads(json.dumps(receipt["run"]))
 
 
 def _report(run, progress, after, has_workers, log):
