@@ -443,9 +443,9 @@ def main():
                     in_writes(name, files, scratch, log, rng, args.writes)
                     on_full_disk(name, files, scratch, log, rng, args.writes)
                 at_random(name, files, scratch, log, rng, share)
-                print("\n".join(table({name: log.counts[name]})[1:]), flush=True)
+                of_it = [line for line in log.wrong if line.startswith(f"{name}, ")]
+                print("\n".join([*table({name: log.counts[name]})[1:], *of_it]), flush=True)
     print("\n".join(table(log.counts)))
-    print("\n".join(log.wrong))
     if args.json:
         counts = {name: {sort: counted[sort] for sort in SORTS} for name, counted in log.counts.items()}
         keep_results(args.json, kills={"seed": args.seed, "step": args.step, "scenarios": counts})

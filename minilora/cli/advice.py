@@ -15,6 +15,7 @@ SAID_INSTEAD = (
     (r"; or pass check_base=False if it was changed on purpose", ""),
     (r"accept_base=\[[^]]*\] \((--accept-base [^)]*)\)", r"\1"),
     (r"full=True \(--full\)", "--full"),
+    (r"keep=3 \(--keep 3\)", "--keep 3"),
     (r"full=True: it is of adapters", "--full: it is of adapters"),
 )
 

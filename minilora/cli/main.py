@@ -44,6 +44,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        # Near inf NumPy warns in many places, and says the same.
+        warnings.filterwarnings("once", category=RuntimeWarning, append=True)
         code = _run_to_the_end(argv)
     try:
         print(end="", flush=True)

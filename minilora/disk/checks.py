@@ -88,6 +88,15 @@ def json_object(where, text):
     return value
 
 
+def check_fields(where, value, names=()):
+    """Raise ValueError that names `where` unless a value of JSON is an object with these fields."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object with fields, got {value!r:.100}")
+    absent = [name for name in names if name not in value]
+    if absent:
+        raise ValueError(f"{where} must have the fields {listed(absent, most=6)}")
+
+
 def json_texts(where, text):
     """{name: word} of the JSON object in `text`, None for no text.
 

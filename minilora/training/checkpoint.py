@@ -9,8 +9,9 @@ from collections import namedtuple
 from pathlib import Path
 
 from ..backend import to_numpy
-from ..disk.checks import errors_name
+from ..disk.checks import check_fields, errors_name
 from ..disk.folder import load_config, load_folder, save_folder
+from ..disk.lock import only_writer
 from ..disk.reading import LARGEST_CONFIG, LARGEST_STATE, read_bytes
 from ..disk.tensor_file import all_finite
 from ..fits import indented
@@ -154,10 +155,6 @@ class Checkpoint:
                 self.check(progress, steps)
 
     def _check_identity(self, saved):
-        if not isinstance(saved, dict) or not all(isinstance(v, dict) for v in saved.values()):
-            raise ValueError(
-                f"{self.folder / STATE}: identity must be groups of fields, got {saved!r:.100}"
-            )
         differences = _differences(_flat(saved), _flat(self.identity))
         if differences:
             raise ValueError(
@@ -177,6 +174,17 @@ class Checkpoint:
         shutil.rmtree(being_removed, ignore_errors=True)
         os.replace(self.folder, being_removed)
         shutil.rmtree(being_removed)
+
+
+def end_removal(out):
+    """Remove what is left in `out` of a checkpoint whose run was killed while it removed it.
+
+    Raises: ValueError if another run writes in `out`.
+    """
+    being_removed = Path(out) / REMOVED
+    if being_removed.exists():
+        with only_writer(out):
+            shutil.rmtree(being_removed, ignore_errors=True)
 
 
 def read_state(folder):
@@ -208,6 +216,10 @@ def _check_state(folder, state):
         )
     if state.keys() != FIELDS:
         raise ValueError(f"{folder / STATE} has the fields {sorted(state)}; it is no checkpoint")
+    check_fields(f"{folder / STATE}: identity", state["identity"])
+    for group, fields in state["identity"].items():
+        check_fields(f"{folder / STATE}: identity, its {group}", fields)
+    check_fields(f"{folder / STATE}: places", state["places"])
 
 
 def _copies(arrays):

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import shlex
-import shutil
 from collections import namedtuple
 from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, replace
@@ -29,7 +28,7 @@ from ..disk.tokenizer import load_tokenizer
 from ..disk.versions import check_keeps, drop_oldest, is_adapter, version_in
 from ..disk.versions import keep as keep_version
 from ..optim import Adam
-from .checkpoint import REMOVED, Checkpoint, failure_of, is_checkpoint
+from .checkpoint import Checkpoint, end_removal, failure_of, is_checkpoint
 from .datasets import load_data
 from .learned import LearnedAdapter, LearnedModel, report_full
 from .loop import Interrupted
@@ -98,6 +97,7 @@ def finetune(
         _check_executor(config, xp, threads)
         check_workers(n_workers, parts)
     threads = min(threads, parts)
+    end_removal(config.out)
     if config.log_file is not None:
         check_place(config.log_file, config.out, resume)
     with only_writer(config.out):
@@ -189,9 +189,6 @@ def _check_out(out, resume, most_kept):
     An adapter may be there if so many of its versions are kept, at least one.
     """
     checkpoint = out / CHECKPOINT
-    if (out / REMOVED).exists():
-        # A run was killed while it removed its checkpoint.
-        shutil.rmtree(out / REMOVED)
     if resume:
         check_resumable(out)
         return
@@ -333,16 +330,26 @@ def _resumable(run):
             f"({type(error).__name__})"
         ) from None
     except Exception as error:
-        if not is_checkpoint(checkpoint.folder) or checkpoint.saved_steps() == 0:
+        is_kept = is_checkpoint(checkpoint.folder) and checkpoint.saved_steps() > 0
+        if not is_kept:
             _leave_nothing(run)
-            raise
-        if not isinstance(error, ValueError):
+        if isinstance(error, ValueError) and run.adam.steps == 0:
+            raise ValueError(f"{error} ({_sources(run.config)})") from None
+        if not isinstance(error, ValueError) or not is_kept:
             raise
         checkpoint.note_failure(str(error))
         raise ValueError(
             f"{error}. To start again with other settings, remove {checkpoint.folder} or choose "
             "another folder"
         ) from None
+
+
+def _sources(config):
+    """What a run is made of, in words: where an error comes from that meets its first step."""
+    base = f"the base is {config.base}"
+    if config.from_adapter is not None:
+        base += f", gone on from is {config.from_adapter}"
+    return f"{base}, the data are {config.data}"
 
 
 def _leave_nothing(run):

@@ -78,9 +78,13 @@ def train(
             optimizer.zero_grad()
             loss = workers.backward(of_step, seed=seed, step=step)
             if not math.isfinite(loss):
-                raise ValueError(
-                    f"train: the loss is {loss} at step {step}; lower the learning rate"
-                )
+                remedy = "lower the learning rate"
+                if step == 0:
+                    remedy = (
+                        "no step was taken yet, so the model itself holds inf or nan, or far too "
+                        "large numbers"
+                    )
+                raise ValueError(f"train: the loss is {loss} at step {step}; {remedy}")
             norm = clip_grad_norm(optimizer.params, max_norm)
             optimizer.step(None if schedule is None else schedule(step))
             losses.append(loss)

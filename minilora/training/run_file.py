@@ -11,7 +11,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from .checkpoint import is_checkpoint, read_state
+from ..disk.checks import check_fields, errors_name
+from .checkpoint import STATE, end_removal, is_checkpoint, read_state
 from .finetune_config import FineTuneConfig
 from .learned import LearnedAdapter, LearnedModel
 
@@ -22,6 +23,10 @@ CHECKPOINT = "checkpoint"
 # These settings may change when a run goes on: where things lie, and how often they are saved. The
 # model and the data themselves may not, so their fingerprints are compared.
 MAY_CHANGE = ("base", "data", "from_adapter", "out", "save_every", "log_file")
+# Those of them that lead to a file or a folder of somebody else's.
+PATHS = ("base", "data", "from_adapter", "log_file")
+# What decides how numbers are rounded.
+ARRAYS = ("module", "parts (--parts)", "BLAS threads")
 # A run that repeats another has these to itself.
 OWN = ("out", "log_file")
 
@@ -45,9 +50,9 @@ def settings_of(config, arrays):
 
 
 def arrays_of(xp, parts, has_workers):
-    """{what decides how numbers are rounded: its value} of a run."""
+    """{name of ARRAYS: its value} of a run."""
     blas = "one" if parts > 1 or has_workers else "as many as there are"
-    return {"module": xp.__name__, "parts (--parts)": parts, "BLAS threads": blas}
+    return dict(zip(ARRAYS, (xp.__name__, parts, blas), strict=True))
 
 
 def write_run_file(config, arrays):
@@ -95,22 +100,27 @@ def saved_settings(out):
     Raises: FileNotFoundError if there is no such run; ValueError that names the file and the field
     for what no run has written.
     """
+    end_removal(out)
     check_resumable(out)
     folder = Path(out) / CHECKPOINT
     state = read_state(folder)
-    where = f"{folder}: it is no checkpoint of a run"
-    try:
-        places = dict(state["places"])
-        arrays = state["identity"]["arrays"]
-        origin = places.pop("folder")
-        for name in ("base", "data", "from_adapter", "log_file"):
+    where = folder / STATE
+    identity = state["identity"]
+    places = dict(state["places"])
+    check_fields(f"{where}: identity", identity, ("settings", "arrays"))
+    check_fields(f"{where}: places", places, (*PATHS, "folder"))
+    arrays = identity["arrays"]
+    check_fields(f"{where}: identity, its arrays", arrays, ARRAYS)
+    origin = places.pop("folder")
+    if not isinstance(origin, str):
+        raise ValueError(f"{where}: places, their folder must be a path, got {origin!r:.100}")
+    with errors_name(where):
+        for name in PATHS:
             places[name] = _from_here(name, places[name], origin)
-        config = FineTuneConfig(**state["identity"]["settings"], **places, out=str(out))
+        config = FineTuneConfig(**identity["settings"], **places, out=str(out))
         settings = settings_of(config, arrays)
         if type(settings["parts"]) is not int or settings["backend"] not in ("numpy", "cupy"):
-            raise TypeError(f"parts and module of the arrays are {arrays}")
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(f"{where} ({type(error).__name__}: {error})") from None
+            raise ValueError(f"identity, its arrays: parts and module cannot be {arrays!r:.200}")
     if config.log_file is not None:
         settings["log_file"] = config.log_file
     return settings

@@ -441,3 +441,23 @@ def test_a_warning_of_the_library_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(commands, "merge_folders", warns)
     assert main(["merge", "--base", "b", "--adapter", "a", "--out", "o"]) == 0
     assert capsys.readouterr().err == "minilora: warning: an old file: field a; field b\n"
+
+
+def test_what_numpy_says_in_many_places_is_said_once(monkeypatch, capsys):
+    def run(args):
+        for number in (1e200, 2e200):
+            np.float64(number) * np.float64(1e200)
+        np.array([1e200]) * 1e200
+        np.float64(np.inf) - np.float64(np.inf)
+
+    monkeypatch.setitem(COMMANDS, "count", COMMANDS["count"]._replace(run=run))
+    with warnings.catch_warnings():
+        # As in a process of its own, without the filters of pytest.
+        warnings.resetwarnings()
+        assert main(["count", "--base", "x"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(said) == [
+        "minilora: warning: invalid value encountered in scalar subtract",
+        "minilora: warning: overflow encountered in multiply",
+        "minilora: warning: overflow encountered in scalar multiply",
+    ]

@@ -237,8 +237,9 @@ def test_a_tensor_of_another_shape_is_refused(saved):
 @pytest.mark.parametrize("field, value, complaint", [
     ("steps", "2", "checkpoint.json: steps must be a whole number of at least 0, got '2'"),
     ("steps", True, "steps must be"), ("steps", -1, "steps must be"), ("steps", 2.0, "steps must be"),
-    ("steps", None, "steps must be"), ("identity", None, "checkpoint.json: identity must be groups of fi"),
-    ("identity", {"settings": 3}, "identity must be groups of fields"), ("identity", [], "identity must be groups"),
+    ("steps", None, "steps must be"), ("identity", None, "checkpoint.json: identity must be an obj"),
+    ("identity", {"settings": 3}, "identity, its settings must be an object with fields, got 3"),
+    ("identity", [], "identity must be an object"), ("places", "here", "places must be an object"),
     ("version", [], r"was written by minilora \[\]"),
 ])  # fmt: skip
 def test_a_field_of_another_type_is_refused_by_its_name(saved, field, value, complaint):

@@ -25,6 +25,7 @@ from minilora import GPT, Adam, attach, generate, load_adapter, load_model, save
 from minilora.disk import peft
 from minilora.disk.characters import decode, encode
 from minilora.disk.folder import UNFINISHED
+from minilora.disk.lock import only_writer
 from minilora.disk.receipt import check_receipt, receipt_of
 from minilora.disk.versions import kept_versions
 from minilora.dora import DoRAPair
@@ -38,6 +39,7 @@ from minilora.training.finetune_config import FineTuneConfig
 from minilora.training.learned import LearnedAdapter, training_bytes, update_sizes
 from minilora.training.loop import Interrupted, train
 from minilora.training.parts import PartWorkers, part_rng
+from minilora.training.run_file import saved_settings
 from minilora.training.run_log import RunLog
 
 PAIRS = [(f"Q: {i}?\nA: ", "one two three four five six seven eight".split()[i]) for i in range(8)]
@@ -1261,7 +1263,41 @@ def test_what_a_kill_leaves_is_in_nobodys_way(inputs, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+@pytest.mark.parametrize("command", ["--resume", "anew"])
+def test_what_is_left_of_a_checkpoint_goes_with_the_next_command_whatever_it_says(command, inputs, tmp_path):
+    config = config_for(inputs, tmp_path / "out")
+    run(config)
+    files = bytes_in(tmp_path / "out")
+    (tmp_path / "out" / REMOVED).mkdir()
+    (tmp_path / "out" / REMOVED / "checkpoint.safetensors").write_bytes(b"half")
+    complaint = {"--resume": "nothing to resume .* the run has ended", "anew": "holds an adapter"}[command]
+    with pytest.raises((FileNotFoundError, ValueError), match=complaint):
+        saved_settings(config.out) if command == "--resume" else run(config)
+    assert bytes_in(tmp_path / "out") == files
+
+
+def test_it_is_not_taken_from_a_run_that_is_removing_it(inputs, tmp_path):
+    (tmp_path / REMOVED).mkdir()
+    with only_writer(tmp_path), pytest.raises(ValueError, match="another run writes there"):
+        run(config_for(inputs, tmp_path))
+    assert (tmp_path / REMOVED).exists()
+
+
 # A run that cannot train.
+
+
+@pytest.mark.parametrize("eval_split", [0.0, 0.25])
+@pytest.mark.filterwarnings("ignore:invalid")
+def test_an_error_of_the_first_step_says_where_its_numbers_come_from(eval_split, inputs, tmp_path, monkeypatch):
+    config = config_for(inputs, tmp_path / "out", eval_split=eval_split)
+    base = character_gpt(n_embd=8)
+    base.ln_f.bias.data[0] = np.nan
+    monkeypatch.setattr(finetune, "load_model", lambda path, xp: base)
+    with pytest.raises(ValueError, match="loss is nan") as refusal:
+        run(config)
+    assert str(refusal.value).endswith(f"(the base is {config.base}, the data are {config.data})")
+    assert "learning rate" not in str(refusal.value) or eval_split
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("changes, complaint", [

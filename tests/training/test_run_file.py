@@ -90,7 +90,7 @@ WRONG = [None, 1, 1.5, True, "x", [], {}, [1], {"a": 1}, -1]
     ("identity", None), ("places", None), ("identity", "settings"), ("identity", "arrays"),
     *[("places", name) for name in ("base", "data", "from_adapter", "log_file", "save_every", "folder")],
 ])  # fmt: skip
-def test_whatever_stands_in_a_field_it_is_settings_or_an_error_that_names_the_folder(unfinished, group, field):
+def test_whatever_stands_in_a_field_it_is_settings_or_an_error_that_names_the_file(unfinished, group, field):
     out, _ = unfinished
     folder = out / "checkpoint"
     state, tensors, _ = load_folder(folder, TENSORS, STATE)
@@ -107,6 +107,7 @@ def test_whatever_stands_in_a_field_it_is_settings_or_an_error_that_names_the_fo
         try:
             saved_settings(out)
         except ValueError as error:
-            assert str(folder) in str(error)
+            assert str(error).startswith(f"{folder / STATE}: ")
+            assert any(name in str(error) for name in (field or group, "FineTuneConfig"))
             refused += 1
     assert refused >= 5
