@@ -12,7 +12,7 @@ from minilora.cli.advice import for_command_line
 from minilora.cli.main import main
 from minilora.training.finetune_config import FineTuneConfig
 
-PASSED = re.compile(r"\b[a-z_]+=(?:True|False)\b")
+PASSED = re.compile(r"\b[a-z_]+=(?:True|False|[0-9]+)\b")
 # Of PyTorch, of a file, of the engine, which no command leaves to the reader, of the checker, and of a program.
 ELSEWHERE = {"weights_only=True", "use_dora=True", "requires_grad=True", "relative=True", "skip_special_tokens=False",
              "add_special_tokens=False"}  # fmt: skip

@@ -9,7 +9,7 @@ from strategies import contents, small_gpt, trained_adapter
 
 from minilora import Adam
 from minilora.disk.folder import load_folder, save_folder
-from minilora.training.checkpoint import REMOVED, STATE, TENSORS, Checkpoint, is_checkpoint
+from minilora.training.checkpoint import REMOVED, STATE, TENSORS, Checkpoint, failure_of, is_checkpoint
 
 IDENTITY = {"settings": {"lr": 0.5, "target": ["q_proj"]}, "base": {"wte.weight": "0123"}}
 PROGRESS = {"losses": [2.5, 2.25], "before": None}
@@ -246,6 +246,16 @@ def test_a_field_of_another_type_is_refused_by_its_name(saved, field, value, com
     folder, _ = saved
     changed(folder, lambda state: state.update({field: value}))
     is_refused(folder, complaint)
+
+
+def test_a_run_that_goes_on_has_not_failed(saved):
+    folder, state = saved
+    adapter, adam = adapter_and_adam(seed=2, steps=1)
+    checkpoint = Checkpoint(folder, IDENTITY, adapter, adam)
+    checkpoint.note_failure("it cannot go on")
+    assert failure_of(folder) == "it cannot go on"
+    checkpoint.restore()
+    assert failure_of(folder) is None
 
 
 def test_a_progress_that_cannot_be_is_refused_before_anything_changes(saved):

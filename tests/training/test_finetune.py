@@ -19,7 +19,16 @@ from gguf_files import write_sentencepiece_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from strategies import character_gpt, contents, receipt_fields, seeds, small_gpt, small_llama, trained_adapter
+from strategies import (
+    character_gpt,
+    contents,
+    grown,
+    receipt_fields,
+    seeds,
+    small_gpt,
+    small_llama,
+    trained_adapter,
+)
 
 from minilora import GPT, Adam, attach, generate, load_adapter, load_model, save_model
 from minilora.disk import peft
@@ -30,6 +39,7 @@ from minilora.disk.receipt import check_receipt, receipt_of
 from minilora.disk.versions import kept_versions
 from minilora.dora import DoRAPair
 from minilora.functional import IGNORE
+from minilora.nn import table_rows
 from minilora.optim import clip_grad_norm, warmup_cosine
 from minilora.quant import quantize, stored_as
 from minilora.tensor import Tensor
@@ -1575,6 +1585,33 @@ def test_a_kill_after_the_save_loses_no_version(inputs, tmp_path, monkeypatch):
     assert seeds_kept(out) == [0, 1], "no copy of the adapter in use"
     run(config)
     assert seeds_kept(out) == [0, 1, 2], "another run with the same settings is another run"
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_quiet_run_draws_no_progress_and_logs_what_was_learned(quiet, inputs, tmp_path, monkeypatch):
+    shown = []
+    true_bar = loop.tqdm
+
+    def bar(*arguments, disable, **options):
+        shown.append(disable)
+        return true_bar(*arguments, disable=True, **options)
+
+    monkeypatch.setattr(loop, "tqdm", bar)
+    _, report = run_and_report(config_for(inputs, tmp_path / "out"), quiet=quiet)
+    # The held-out loss before, the steps, the held-out loss after. None: drawn on a terminal.
+    assert shown == [True if quiet else None] * 3
+    assert report.startswith("4 steps in ") == quiet
+
+
+def test_who_goes_on_on_a_grown_vocabulary_has_an_adapter_of_that(inputs, tmp_path):
+    run(config_for(inputs, tmp_path / "first"))
+    base = grown(load_model(inputs / "base"))
+    config = config_for(inputs, tmp_path / "out", alpha=None, r=8, target="all-linear",
+                        from_adapter=str(tmp_path / "first"), accept_base=["grown-vocabulary"])  # fmt: skip
+    rng = np.random.default_rng(0)
+    adapter = LearnedAdapter(base, config, rng, lambda line: None).module
+    assert adapter.base_rows == table_rows(base) != table_rows(load_model(inputs / "base"))
+    assert adapter.base_fingerprint == base.fingerprint()
 
 
 def pressed():
