@@ -387,9 +387,12 @@ def on_full_disk(name, files, scratch, log, rng, n):
 
 
 def at_random(name, files, scratch, log, rng, n):
-    """Kill the scenario `n` times at random moments, some of them again while it goes on."""
+    """Kill the scenario `n` times at random moments, some of them again while it goes on.
+
+    A moment at which the command has ended does not count.
+    """
     scenario, peace = scenario_of(name, files), undisturbed(name, files, scratch)
-    for _ in range(n):
+    while log.counts.setdefault(name, Counter())["random"] < n:
         folder = fresh(files, scratch / "killed", scenario)
         ended = run(scenario, folder, after=float(rng.uniform(0, peace.seconds)))
         wrong = go_on(scenario, folder, peace.expected, rng)
