@@ -58,6 +58,9 @@ Result = namedtuple("Result", "adapter losses before after evaluations")
 # same when it goes on.
 _Run = namedtuple("_Run", "config learned adam batches train_data heldout identity checkpoint")
 
+# By what a run is computed: an array module, and as `finetune` has them.
+_By = namedtuple("_By", "xp parts threads executor n_workers")
+
 
 def finetune(
     config,
@@ -102,24 +105,24 @@ def finetune(
         check_place(config.log_file, config.out, resume)
     with only_writer(config.out):
         _check_out(Path(config.out), resume, config.keep)
-        how = (parts, threads, executor, n_workers)
-        return _run(config, xp, how, resume, command, log, quiet)
+        by = _By(xp, parts, threads, executor, n_workers)
+        return _run(config, by, resume, command, log, quiet)
 
 
-def _run(config, xp, how, resume, command, log, quiet):
+def _run(config, by, resume, command, log, quiet):
     """`finetune`, whose arguments fit each other, with the folder of its adapter to itself."""
-    parts, threads, executor, n_workers = how
-    arrays = arrays_of(xp, parts, has_workers=executor is not None)
+    has_workers = by.executor is not None
+    arrays = arrays_of(by.xp, by.parts, has_workers)
     say = _nothing if quiet else log
     config = _apart_from_out(config)
-    run = _prepare(config, xp, arrays, threads, say, quiet)
+    run = _prepare(config, by.xp, arrays, by.threads, say, quiet)
     progress = _begin(run, resume, say)
-    if executor is None:
-        workers = PartWorkers(run.learned.model, parts, threads)
+    if not has_workers:
+        workers = PartWorkers(run.learned.model, by.parts, by.threads)
     else:
         make = partial(model_of, config)
-        workers = RemoteWorkers(run.learned.model, make, executor, n_workers, parts)
-        say(f"{n_workers} workers of {type(executor).__name__} compute {parts} parts")
+        workers = RemoteWorkers(run.learned.model, make, by.executor, by.n_workers, by.parts)
+        say(f"{by.n_workers} workers of {type(by.executor).__name__} compute {by.parts} parts")
     with workers, _resumable(run):
         # From here on there is something to resume.
         keep(run, progress, is_due=True)
@@ -131,7 +134,7 @@ def _run(config, xp, how, resume, command, log, quiet):
         _save(run, _receipt(run, progress, after, command), say)
         write_run_file(config, arrays)
         run.checkpoint.remove()
-    _report(run, progress, after, executor is not None, log)
+    _report(run, progress, after, has_workers, log)
     return Result(run.learned.module, progress.losses, progress.before, after, progress.evaluations)
 
 
