@@ -32,9 +32,9 @@ def files(tmp_path_factory):
     return files
 
 
-def test_a_save_that_forgets_what_it_named_is_seen(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "_noted_names", lambda folder: [[], []])
+def test_a_save_that_does_not_note_what_it_names_is_seen(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "_note_names", lambda folder, staging, names: None)
     log = Log()
     at_operations("combine", files, tmp_path, log, step=4)
     assert 0 < log.counts["combine"]["wrong"] < log.counts["combine"]["operations"]
-    assert any("left behind: out/.minilora-" in line for line in log.wrong)
+    assert any("missing: out/" in line for line in log.wrong)

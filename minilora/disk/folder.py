@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+from collections import namedtuple
 from pathlib import Path
 
 from .checks import json_object, listed
@@ -21,9 +22,11 @@ from .tensor_file import check_digests, read_metadata, read_shards, read_tensors
 FREE = ("base_model_name_or_path", "_name_or_path")
 # The folder inside a folder where a save is written. No folder of anybody else's has this name.
 UNFINISHED = ".minilora-unfinished"
-# While files get their names in a folder, this one says which: all, in their order, and those that
-# are new there.
+# While files get their names in a folder, this one says which: all, in their order, and of those
+# that are new there by what they are told from others.
 NAMES = ".minilora-names"
+# What NAMES holds: all names, and {name: marks} of those that are new.
+_Noted = namedtuple("_Noted", "names new")
 # The disk is full, or what one user or one file may take of it is used up.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -48,18 +51,18 @@ def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None,
     with _staged(folder, tensor_file, config_file, list(beside)) as staging:
         for name, content in beside.items():
             (staging / name).parent.mkdir(exist_ok=True)
-            with _full_disk_names(folder / name):
+            with full_disk_names(folder / name):
                 if isinstance(content, bytes):
                     (staging / name).write_bytes(content)
                 elif not callable(content):
                     shutil.copyfile(content, staging / name)
-        with _full_disk_names(folder / tensor_file):
+        with full_disk_names(folder / tensor_file):
             write_tensors(staging / tensor_file, arrays, metadata)
         for name, content in beside.items():
             if callable(content):
-                with _full_disk_names(folder / name):
+                with full_disk_names(folder / name):
                     (staging / name).write_bytes(content(staging / tensor_file))
-        with _full_disk_names(folder / config_file), open(staging / config_file, "wb") as file:
+        with full_disk_names(folder / config_file), open(staging / config_file, "wb") as file:
             file.write(text.encode())
         # safetensors makes its file for this user alone. Who may read the one may read the other.
         shutil.copymode(staging / config_file, staging / tensor_file)
@@ -76,7 +79,7 @@ def place_copies(source, folder, tensor_file, config_file, beside):
     folder = Path(folder)
     with _staged(folder, tensor_file, config_file, beside) as staging:
         for name in [*beside, tensor_file, config_file]:
-            with _full_disk_names(folder / name):
+            with full_disk_names(folder / name):
                 # With its date.
                 shutil.copy2(source / name, staging / name)
 
@@ -97,7 +100,7 @@ def _staged(folder, tensor_file, config_file, beside):
         yield staging
         # On the disk before it gets its name: a crash leaves no empty file under a good name.
         for name in names:
-            with _full_disk_names(folder / name), open(staging / name, "rb+") as file:
+            with full_disk_names(folder / name), open(staging / name, "rb+") as file:
                 os.fsync(file.fileno())
         _note_names(folder, staging, names)
         for name in names:
@@ -132,7 +135,7 @@ def check_places(folder, names):
 
 
 @contextlib.contextmanager
-def _full_disk_names(path):
+def full_disk_names(path):
     """An error of a full disk names `path`, the file that there was no room for."""
     try:
         yield
@@ -156,30 +159,52 @@ def sync_folder(folder):
 
 def _note_names(folder, staging, names):
     """Write NAMES. What was new in the eyes of a save that was killed is so still."""
-    _, new_before = _noted_names(folder)
-    new = [name for name in names if name in new_before or not os.path.lexists(folder / name)]
-    with _full_disk_names(folder / NAMES), open(staging / NAMES, "wb") as file:
+    new_before = _noted(folder).new
+    new = {}
+    for name in names:
+        if name in new_before or not os.path.lexists(folder / name):
+            # The file of that one may be there still when this save is killed as well.
+            new[name] = [*new_before.get(name, []), _mark(staging / name)]
+    with full_disk_names(folder / NAMES), open(staging / NAMES, "wb") as file:
         file.write(json.dumps({"names": names, "new": new}).encode())
         file.flush()
         os.fsync(file.fileno())
     os.replace(staging / NAMES, folder / NAMES)
 
 
-def _noted_names(folder):
-    """[all names, the new ones] of the save that was killed in `folder`; [[], []] if none was."""
+def _mark(path):
+    """What tells a file from another one of its name, and stays when it is renamed."""
+    status = os.lstat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _noted(folder):
+    """The _Noted of the save that was killed in `folder`; an empty one if none was."""
+    nothing = _Noted([], {})
+    # A save makes no links: they would lead elsewhere.
+    if (folder / UNFINISHED).is_symlink():
+        return nothing
     try:
         noted = read_object(folder / NAMES)
     except (OSError, ValueError):
-        return [[], []]
-    lists = [noted.get("names"), noted.get("new")]
-    if not all(isinstance(names, list) and all(map(_is_inside, names)) for names in lists):
-        return [[], []]
-    return lists
+        return nothing
+    names = noted.get("names")
+    new = noted.get("new")
+    if not isinstance(names, list) or not names or not isinstance(new, dict):
+        return nothing
+    if not all(map(_is_inside, [*names, *new])):
+        return nothing
+    # The last one, the configuration, lies in no folder inside.
+    if Path(names[-1]).name != names[-1] or not all(isinstance(m, list) for m in new.values()):
+        return nothing
+    return _Noted(names, new)
 
 
 def _is_inside(name):
     """Does a name lead to a file in its folder, or in a folder inside?"""
-    return isinstance(name, str) and ".." not in Path(name).parts and not Path(name).is_absolute()
+    if not isinstance(name, str) or not Path(name).name:
+        return False
+    return ".." not in Path(name).parts and not Path(name).is_absolute()
 
 
 def _end_save(folder):
@@ -187,10 +212,12 @@ def _end_save(folder):
 
     One that lacks more is left alone.
     """
-    names, _ = _noted_names(folder)
+    names = _noted(folder).names
+    if not names:
+        return
     waiting = [name for name in names if not (folder / name).exists()]
     waiting += [name for name in names if (folder / UNFINISHED / name).exists()]
-    if not names or not set(waiting) <= {names[-1]}:
+    if not set(waiting) <= {names[-1]}:
         return
     if (folder / UNFINISHED / names[-1]).exists():
         os.replace(folder / UNFINISHED / names[-1], folder / names[-1])
@@ -214,21 +241,30 @@ def new_folder(folder):
 def check_unused(folder, ignore=()):
     """Raise ValueError unless `folder` is new or empty, but for the names in `ignore`.
 
-    Nothing is ever written over. What a save left that was killed is nothing.
+    Nothing is ever written over. What a killed save put there does not count.
     """
     folder = Path(folder)
     if not folder.exists():
         return
-    _, new = _noted_names(folder)
-    # A name may be in a folder inside.
-    inside = [name.partition("/")[0] for name in new]
-    ignore = {*ignore, *inside, UNFINISHED, LOCK, NAMES}
-    contents = sorted(path.name for path in folder.iterdir() if path.name not in ignore)
+    placed = {folder / name: marks for name, marks in _noted(folder).new.items()}
+    ignore = {*ignore, UNFINISHED, LOCK, NAMES}
+    contents = []
+    for path in sorted(folder.iterdir()):
+        if path.name not in ignore and not _is_of_a_save(path, placed):
+            contents.append(path.name)
     if contents:
         raise ValueError(
             f"{folder} is not empty: it holds {listed(contents, most=4)}; "
             "choose another folder, or empty this one"
         )
+
+
+def _is_of_a_save(path, placed):
+    """Did a save that was killed put this there? `placed` is {path: marks} of what such ones put."""
+    if path.is_symlink() or not path.is_dir():
+        return _mark(path) in placed.get(path, [])
+    is_made = any(path in place.parents for place in placed)
+    return is_made and all(_is_of_a_save(inner, placed) for inner in path.iterdir())
 
 
 def load_folder(folder, tensor_file, config_file, *, verify=True, most=LARGEST_CONFIG):
@@ -310,7 +346,7 @@ def _check_one_save(where, saved, config):
 def _config_path(folder, config_file, metadata):
     """Where the configuration is: still in UNFINISHED if the one there belongs to the tensors."""
     staged = folder / UNFINISHED / config_file
-    text = (metadata or {}).get("minilora.config")
+    text = metadata.get("minilora.config")
     if text and staged.exists() and _holds(staged, text.encode()):
         return staged
     return folder / config_file
@@ -325,4 +361,4 @@ def _holds(path, content):
 def config_path(folder, tensor_file, config_file):
     """Where the configuration of a folder is, even if a save died before its last rename."""
     folder = Path(folder)
-    return _config_path(folder, config_file, read_metadata(folder / tensor_file))
+    return _config_path(folder, config_file, read_metadata(folder / tensor_file) or {})
