@@ -260,7 +260,7 @@ def check_unused(folder, ignore=()):
 
 
 def _is_of_a_save(path, placed):
-    """Did a save that was killed put this there? `placed` is {path: marks} of what such ones put."""
+    """Did a killed save put this there? `placed` is {path: marks} of what it put."""
     if path.is_symlink() or not path.is_dir():
         return _mark(path) in placed.get(path, [])
     is_made = any(path in place.parents for place in placed)

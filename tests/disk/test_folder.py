@@ -649,6 +649,67 @@ def test_what_a_kill_of_long_ago_left_behind_is_in_nobodys_way(left_behind, tmp_
     assert len(list(folder.iterdir())) == 2
 
 
+def killed_before_the_tensors_get_their_name(folder):
+    """A first save into `folder`, with a file in a folder inside."""
+    replace, rmtree, renamed = os.replace, shutil.rmtree, []
+
+    def killed(source, target):
+        if Path(target).name == TENSORS:
+            raise Killed
+        renamed.append(replace(source, target))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        # A kill leaves what an error takes away.
+        patch.setattr(shutil, "rmtree", lambda *given, **how: None if renamed else rmtree(*given, **how))
+        with pytest.raises(Killed):
+            save_folder(folder, TENSORS, drawn(), CONFIG, {"seed": 1}, beside={"inside/b.txt": b"b"})
+
+
+def test_what_killed_saves_put_into_a_folder_does_not_count(tmp_path):
+    for _ in range(3):
+        killed_before_the_tensors_get_their_name(tmp_path)
+        assert (tmp_path / "inside" / "b.txt").exists()
+        check_unused(tmp_path)
+    with new_folder(tmp_path):
+        save_folder(tmp_path, TENSORS, drawn(), CONFIG, {"seed": 1}, beside={"inside/b.txt": b"b"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inside", CONFIG, TENSORS]
+
+
+@pytest.mark.parametrize("mine", ["inside/b.txt", "inside/other.txt", TENSORS, CONFIG])
+def test_a_file_of_the_same_name_that_a_user_put_there_does_count(mine, tmp_path):
+    killed_before_the_tensors_get_their_name(tmp_path)
+    (tmp_path / mine).unlink(missing_ok=True)
+    (tmp_path / mine).write_text("mine")
+    with pytest.raises(ValueError, match=f"is not empty: it holds {mine.partition('/')[0]}"), new_folder(tmp_path):
+        pass
+    assert (tmp_path / mine).read_text() == "mine"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes links")
+@pytest.mark.parametrize("names", [
+    ["up/secret"], ["secret"], ["../secret"], [""], ["."], [3], [], "secret", None, ["b", "up/secret"],
+    ["up/secret", "b"], [["secret"]],
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("link", ["up", UNFINISHED])
+@pytest.mark.parametrize("new", [[], {}, None, {"secret": 1}, {"secret": [1]}, {"b": [[0, 0]]}], ids=str)
+def test_a_folder_of_a_stranger_moves_nothing_from_elsewhere_and_over_nothing(names, link, new, tmp_path):
+    home, folder = tmp_path / "home", tmp_path / "home" / "folder"
+    folder.mkdir(parents=True)
+    (home / "secret").write_text("mine")
+    if link == "up":
+        (folder / UNFINISHED / "up").mkdir(parents=True)
+        for name in ("up/secret", "secret", "b"):
+            (folder / UNFINISHED / name).write_text("theirs")
+    (folder / link).symlink_to(home)
+    (folder / NAMES).write_text(json.dumps({"names": names, "new": new}))
+    (folder / TENSORS).write_text("theirs")
+    with pytest.raises(ValueError, match="is not empty"), new_folder(folder):
+        pass
+    assert (home / "secret").read_text() == "mine"
+    assert sorted(path.name for path in home.iterdir()) == ["folder", "secret"]
+
+
 def test_a_damaged_old_file_does_not_stand_in_the_way_of_a_new_save(tmp_path):
     write(tmp_path, 1)
     (tmp_path / TENSORS).write_bytes(b"nonsense")
