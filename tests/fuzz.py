@@ -52,7 +52,8 @@ FILE_SIZE = 400 << 20
 # Lines on stderr, and characters in one of them.
 MOST_LINES = 6
 LONGEST_LINE = 3000
-CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Written out here too: who is examined does not choose the questions.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 FINDINGS = ("traceback", "abort", "hang", "memory", "left behind", "escape", "code", "talk", "unnamed")
 ROOT = Path(__file__).resolve().parent.parent
 

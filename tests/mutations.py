@@ -14,7 +14,7 @@ import numpy as np
 from minilora.disk.tensor_file import DIGESTS
 
 ESCAPES = ("\x1b]0;pwned\x07\x1b[2J", "\x9b31mred", "a\u202eb", "one\ntwo\nthree\nfour\nfive\nsix\nseven\neight", "\0",
-           "\r\x1b[1A")  # fmt: skip
+           "\r\x1b[1A", "a\u2028b\u200fc\u061c")  # fmt: skip
 # A file whose length says more than it holds: this much of nothing, in bytes.
 SPARSE = 300 << 20
 # Values that JSON has, and some that only Python's reader takes.

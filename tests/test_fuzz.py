@@ -6,10 +6,23 @@ import shlex
 
 import numpy as np
 import pytest
-from fuzz import FINDINGS, KINDS, Process, Tally, copy_needs, findings, fuzz, make_case, questions_of, snapshot
+from fuzz import (
+    CONTROLS,
+    FINDINGS,
+    KINDS,
+    Process,
+    Tally,
+    copy_needs,
+    findings,
+    fuzz,
+    make_case,
+    questions_of,
+    snapshot,
+)
 from mutations import MARK, TEXTS, as_text, header_of, spoilt_value, with_header
 from tiny_files import inside, older_version, write_all
 
+from minilora.cli import messages
 from minilora.cli.main import main
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes, links and limits of a process are POSIX's")
@@ -21,6 +34,11 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "files"
     write_all(folder)
     return folder
+
+
+def test_it_looks_for_each_character_that_the_program_spells_out():
+    every = "".join(map(chr, range(0x110000)))
+    assert CONTROLS.findall(every) == messages.CONTROLS.findall(every)
 
 
 # What it starts from.

@@ -24,10 +24,15 @@ from ..disk.versions import (
     put_back,
     version_in,
 )
+from .messages import LONGEST_LINE, in_a_line, shortened
 
 NO_FINGERPRINT = "no fingerprint"
 # Of a command, in characters: it may be as long as its writer likes.
 LONGEST_COMMAND = 1000
+# Of a name in the list, where one that is long would widen the lines of all.
+LONGEST_NAME = 60
+# A number that is larger is no loss and no time of a run: it is shown with its exponent.
+LARGEST = 1e9
 # So many of the adapters that one was made of are named.
 MOST_PARENTS = 4
 
@@ -57,7 +62,7 @@ def history(folders, log):
         by_base.setdefault(key, []).append(row)
     for of_base in by_base.values():
         # Of several names of one base the last.
-        log(f"base {of_base[-1].base}, {of_base[-1].fingerprint}")
+        log(f"base {_told(of_base[-1].base)}, {of_base[-1].fingerprint}")
         _log_table([row.version for row in of_base], log)
 
 
@@ -111,7 +116,7 @@ def _log_table(versions, log):
             cells = _cells(version.receipt)
         elif version.problem is not None:
             cells = ("-", "-", "-", "a wrong receipt")
-        lines.append((date, *cells, digest, str(version.folder)))
+        lines.append((date, *cells, digest, in_a_line(str(version.folder))))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = []
@@ -121,7 +126,7 @@ def _log_table(versions, log):
         log(f"  {'  '.join(cells)}".rstrip())
     for version in versions:
         if version.problem is not None:
-            log(f"  {version.problem}")
+            log(f"  {in_a_line(version.problem)}")
 
 
 def _cells(receipt):
@@ -134,11 +139,21 @@ def _cells(receipt):
     held_out = run["losses"]["held_out_after"]
     data = run["data"]
     return (
-        str(run["steps"]),
-        f"{run['losses']['last']:.4f}",
-        "-" if held_out is None else f"{held_out:.4f}",
-        f"{Path(data['path']).name} {data['sha256'][:SHOWN_DIGITS]}",
+        _number(run["steps"], "d"),
+        _number(run["losses"]["last"], ".4f"),
+        "-" if held_out is None else _number(held_out, ".4f"),
+        f"{_told(Path(data['path']).name, LONGEST_NAME)} {data['sha256'][:SHOWN_DIGITS]}",
     )
+
+
+def _told(text, most=LONGEST_LINE):
+    """A text of a receipt as a part of a line: its writer may have put anything there."""
+    return shortened(in_a_line(text), most)
+
+
+def _number(value, form):
+    """A number of a receipt as `form` has it; a few digits of one that no run could have."""
+    return format(value, form if abs(value) < LARGEST else ".4g")
 
 
 def rollback(folder, to, log):
@@ -186,19 +201,23 @@ def summary(receipt):
     if parents:
         digests = [digest[:SHOWN_DIGITS] for digest in parents]
         when += f"; made of the tensors {listed(digests, MOST_PARENTS)}"
-    command = receipt["command"][:LONGEST_COMMAND]
-    return [("receipt", when), ("command", command), ("made by", made_by)]
+    command = _told(receipt["command"], LONGEST_COMMAND)
+    return [("receipt", when), ("command", command), ("made by", _told(made_by, LONGEST_COMMAND))]
 
 
 def _run_in_words(run):
-    losses = run["losses"]
+    losses = {}
+    for name in ("first", "last", "held_out_before", "held_out_after"):
+        loss = run["losses"][name]
+        losses[name] = None if loss is None else _number(loss, ".4f")
     data = run["data"]
-    learned = f"loss {losses['first']:.4f} -> {losses['last']:.4f}"
-    if None not in (losses["held_out_before"], losses["held_out_after"]):
-        learned += f", held out {losses['held_out_before']:.4f} -> {losses['held_out_after']:.4f}"
-    if losses["best_step"] is not None:
-        learned += f", the best, after step {losses['best_step']}"
+    learned = f"loss {losses['first']} -> {losses['last']}"
+    if None not in losses.values():
+        learned += f", held out {losses['held_out_before']} -> {losses['held_out_after']}"
+    if run["losses"]["best_step"] is not None:
+        learned += f", the best, after step {run['losses']['best_step']}"
     return (
-        f"{run['steps']} steps in {run['seconds']:,.0f} s on {data['path']} "
-        f"({data['sha256'][:SHOWN_DIGITS]}: {data['trained_on']}); {learned} nats per token"
+        f"{_number(run['steps'], 'd')} steps in {_number(run['seconds'], ',.0f')} s on "
+        f"{_told(data['path'])} ({data['sha256'][:SHOWN_DIGITS]}: {_told(data['trained_on'])}); "
+        f"{learned} nats per token"
     )

@@ -36,13 +36,22 @@ def visible(text):
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def in_a_line(text):
+    """`text` as a part of a line: its newlines and tabs are spelt out as well."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def shortened(text, most=LONGEST_LINE):
+    """The first `most` characters of `text`, with dots in the place of more."""
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
 def one_line(error):
     """An exception, a warning or a message as one line, with a remedy where its text has none."""
     if isinstance(error, OSError) and error.strerror:
         if error.filename is None:
             return error.strerror
-        name = str(error.filename).replace("\n", "\\n")
-        return f"{_shortened(name)}: {error.strerror}"
+        return f"{shortened(in_a_line(str(error.filename)))}: {error.strerror}"
     if isinstance(error, MemoryError):
         return f"there is not enough memory; use a smaller batch ({error})"
     if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":
@@ -50,7 +59,7 @@ def one_line(error):
         return (
             f"the output is in {error.encoding}, which cannot say {character!a}; set PYTHONUTF8=1"
         )
-    lines = [_shortened(line.strip()) for line in str(error).split("\n") if line.strip()]
+    lines = [shortened(line.strip()) for line in str(error).split("\n") if line.strip()]
     if not lines:
         return type(error).__name__
     first = lines[0]
@@ -59,6 +68,3 @@ def one_line(error):
         rest.append("...")
     return f"{first} {'; '.join(rest)}".rstrip()
 
-
-def _shortened(line):
-    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."

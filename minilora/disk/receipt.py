@@ -72,7 +72,7 @@ def _or_none(kind):
 
 
 _TEXT = (lambda value: isinstance(value, str), "a text")
-_WHOLE = (lambda value: type(value) is int and value >= 0, "a whole number of at least 0")
+_WHOLE = (lambda value: type(value) is int and 0 <= value < 2**63, "a whole number below 2^63")
 _NUMBER = (_is_number, "a finite number")
 _SIZE = (lambda value: _is_number(value) and value >= 0, "a finite number of at least 0")
 _SHA256 = (_is_hex(64), "64 hexadecimal digits")

@@ -111,6 +111,39 @@ def test_an_adapter_that_cannot_be_read_is_listed_all_the_same(run, base, tmp_pa
     assert (code, err) == (0, "") and len(lines_of(out)[1]) == 2 and "of another program, no fingerprint" in out
 
 
+def hostile(value, text, number):
+    """A value of a receipt with another text and another number in each place that may hold any."""
+    if isinstance(value, dict):
+        return {key: hostile(inner, text, number) for key, inner in value.items()}
+    if isinstance(value, float):
+        return number
+    if isinstance(value, int):
+        return 2**63 - 1
+    if isinstance(value, str) and not re.fullmatch("[0-9a-f]{16,64}|2026-.*", value):
+        return text
+    return value
+
+
+@pytest.mark.parametrize("text", ["a/b\nminilora: all is well", "\tx\r\u2028y", "w" * 4000, "p/" * 2000])
+@pytest.mark.parametrize("number", [1e300, -0.0])
+def test_a_receipt_adds_no_line_and_widens_none(run, base, kept, text, number):
+    usual = [run(command, kept)[1].splitlines() for command in ("history", "inspect")]
+    true = read_receipt(kept / RECEIPT)
+    true.pop("receipt")
+    receipt = {"receipt": 1, **hostile(true, text, number), "tensors": true["tensors"]}
+    (kept / RECEIPT).write_text(json.dumps(receipt))
+    code, out, err = run("history", kept)
+    lines = out.splitlines()
+    assert (code, err, len(lines)) == (0, "", len(usual[0]))
+    assert max(map(len, lines)) < max(map(len, usual[0])) + 340 and len(lines_of(out)[1]) == 3
+    assert len(lines[-1]) < len(usual[0][-1]) + history.LONGEST_NAME + 60
+    code, out, err = run("inspect", kept)
+    assert (code, err) == (0, "") and len(out) < sum(map(len, usual[1])) + 6000
+    assert not any(line.strip().startswith("minilora: all") for line in out.splitlines())
+    code, out, err = run("rollback", kept)
+    assert (code, err, out.count("\n")) == (0, "", 3) and len(out) < 1500
+
+
 @pytest.mark.parametrize("words", [["nowhere"], ["t.txt"], ["base"]])
 def test_where_there_is_no_adapter_it_is_said(run, words):
     code, out, err = run("history", *words)
