@@ -8,9 +8,9 @@ way, and refused in the same words behind the name of the file.
 
 from pathlib import Path
 
-from ..disk.checks import json_object
+from ..disk.checks import each_key_once, json_object
 from ..disk.reading import read_bytes
-from .parser import Assignments
+from .parser import FLAG_SYNONYMS, Assignments, nearest
 
 # A file that is larger holds something else.
 MOST_BYTES = 2**20
@@ -23,12 +23,18 @@ def read_settings(path, parser):
 
     Raises: OSError if it cannot be read; ValueError for another kind of file, or one that is
     damaged; ImportError for a TOML before Python 3.11; and as `parser` does for a name that is no
-    flag of it, with the nearest one, and for a value that the flag does not take.
+    flag of it, with the nearest one, for a flag that has a value already, and for a value that the
+    flag does not take.
     """
     parser.where = f"{path}: "
     words = []
+    name_of = {}
     for name, value in _fields(Path(path)).items():
-        words += _words(parser, name, value)
+        flag = _flag(parser, name)
+        if flag in name_of:
+            parser.error(f"{name_of[flag]} and {name} are one setting; leave out one of the two")
+        name_of[flag] = name
+        words += _words(parser, flag, name, value)
     given = vars(parser.parse_args(words))
     return {name: value for name, value in given.items() if value is not None}
 
@@ -39,7 +45,7 @@ def _fields(path):
         raise ValueError(f"{path}: settings are a .json or a .toml file")
     content = read_bytes(path, MOST_BYTES)
     if path.suffix.lower() == ".json":
-        return json_object(path, content)
+        return json_object(path, content, object_pairs_hook=each_key_once)
     try:
         import tomllib
     except ImportError:
@@ -52,15 +58,22 @@ def _fields(path):
         raise ValueError(f"{path} is not TOML: {error}") from None
 
 
-def _words(parser, name, value):
-    """The words of a command line that say the same as a field of the file."""
+def _flag(parser, name):
+    """The flag that a field of the file is called after."""
     flag = f"--{name.replace('_', '-')}"
-    if flag not in parser.flags:
-        nearest = parser.nearest_flag(flag)
-        hint = "" if nearest is None else f": did you mean {nearest.removeprefix('--')}?"
-        parser.error(f"there is no setting {name!r}{hint}")
+    names = [ours.removeprefix("--") for ours in parser.flags if ours.startswith("--")]
     if flag.removeprefix("--") in NOT_IN_FILES:
         parser.error(f"{name} is said on the command line, not in a file")
+    if flag not in parser.flags:
+        settings = [ours for ours in names if ours not in NOT_IN_FILES]
+        meant = nearest(flag, settings, FLAG_SYNONYMS)
+        hint = "" if meant is None else f": did you mean {meant}?"
+        parser.error(f"there is no setting {name!r}{hint}")
+    return flag
+
+
+def _words(parser, flag, name, value):
+    """The words of a command line that say the same as a field of the file."""
     action = parser.actions_of[flag]
     if value is None:
         return []

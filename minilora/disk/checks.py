@@ -74,12 +74,28 @@ def _inside(value):
     return [part for part in parts if isinstance(part, (dict, list))]
 
 
-def json_object(where, text):
-    """The JSON object in `text`, None for no text; ValueError that names `where` for the rest."""
+def each_key_once(items):
+    """The dict of a JSON object, as an `object_pairs_hook`: of equal keys Python takes the last.
+
+    Raises: ValueError that names the key which comes twice.
+    """
+    fields = {}
+    for key, value in items:
+        if key in fields:
+            raise ValueError(f"the key {key!r:.100} comes twice")
+        fields[key] = value
+    return fields
+
+
+def json_object(where, text, **options):
+    """The JSON object in `text`, None for no text; ValueError that names `where` for the rest.
+
+    `options` are those of `json.loads`.
+    """
     if text is None:
         return None
     try:
-        value = parse_json(text)
+        value = parse_json(text, **options)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(value, dict):

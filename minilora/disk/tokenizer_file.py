@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 
-from .checks import library_errors, parse_json
+from .checks import each_key_once, library_errors, parse_json
 from .gguf_vocabulary import SPLITS
 from .reading import LARGEST_TOKENIZER, read_bytes
 
@@ -91,21 +91,14 @@ def read_tokenizer_file(path):
 
     content = read_bytes(path, LARGEST_TOKENIZER)
     with library_errors(f"{path}: damaged, or of another kind"):
-        fields = parse_json(content, object_pairs_hook=_each_key_once)
+        # The library might take another one of two equal keys than Python.
+        fields = parse_json(content, object_pairs_hook=each_key_once)
         if not is_ordinary(fields):
             _check_charsmaps(content)
             problem = _problem_of(content)
             if problem:
                 raise ValueError(problem)
         return Tokenizer.from_buffer(content)
-
-
-def _each_key_once(items):
-    fields = dict(items)
-    if len(fields) < len(items):
-        # The library might take another one of them than Python.
-        raise ValueError(f"a key comes twice among {[key for key, _ in items[:8]]}")
-    return fields
 
 
 def is_ordinary(fields):

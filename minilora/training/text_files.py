@@ -2,7 +2,7 @@
 
 from collections import namedtuple
 
-from ..disk.checks import listed, parse_json
+from ..disk.checks import each_key_once, listed, parse_json
 from ..disk.reading import LARGEST_DATA, read_bytes
 
 # What a row of a file holds: the keys that it must have, and those that it may have besides.
@@ -152,13 +152,6 @@ def _json(line, where):
     if not line.strip():
         raise ValueError(f"{where} is not JSON (a blank line); {ONE_LINE}")
     try:
-        return parse_json(line, object_pairs_hook=_each_key_once)
+        return parse_json(line, object_pairs_hook=each_key_once)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error}); {ONE_LINE}") from None
-
-
-def _each_key_once(items):
-    fields = dict(items)
-    if len(fields) < len(items):
-        raise ValueError(f"a key comes twice: {[key for key, _ in items]}")
-    return fields

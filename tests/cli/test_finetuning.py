@@ -139,6 +139,18 @@ def test_toml_says_the_same(given, tmp_path):
     assert config == replace(PLAIN, lr=0.5, rslora=True, target=["q_proj"], rank_pattern={"h.0.*": 3})
 
 
+TWO_WORDS = [flag for flag in parser_of("finetune").flags if "-" in flag[2:]]
+
+
+@pytest.mark.parametrize("flag", TWO_WORDS)
+def test_a_setting_given_twice_is_refused_whatever_its_value(flag, tmp_path, capsys):
+    name = flag[2:]
+    fields = {name: None, name.replace("-", "_"): None}
+    (tmp_path / "c.json").write_text(json.dumps(fields))
+    assert main(["finetune", *USUAL, "--config", str(tmp_path / "c.json")]) == 2
+    assert f"{' and '.join(fields)} are one setting" in capsys.readouterr().err
+
+
 def test_before_python_311_a_toml_is_told_to_be_written_as_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tomllib", None)
     (tmp_path / "c.toml").write_text("lr = 1")
@@ -162,6 +174,11 @@ BAD_FILES = [
     ('{"schedule": "step"}', 2, "c.json: argument --schedule: invalid choice: 'step'"),
     ('{"resume": true}', 2, "c.json: resume is said on the command line, not in a file"),
     ('{"config": "d.json"}', 2, "c.json: config is said on the command line"),
+    ('{"h": true}', 2, "c.json: there is no setting 'h';"),
+    ('{"resum": true}', 2, "c.json: there is no setting 'resum';"),
+    ('{"save-every": 3, "save_every": 7}', 2, "c.json: save-every and save_every are one setting; leave out one"),
+    ('{"lr": 1, "lr": 2}', 1, "c.json is not JSON: the key 'lr' comes twice"),
+    ('{"rank-pattern": {"a": 1, "a": 1}}', 1, "c.json is not JSON: the key 'a' comes twice"),
     ("[1]", 1, "c.json: expected an object with fields, got list"),
     ("{", 1, "c.json is not JSON"),
     ('{"target": ["a"], "target-regex": "a"}', 2, "--target-regex: it takes the place of --target"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minilora.disk.checks import check_same_tensors, errors_name, json_object, listed
+from minilora.disk.checks import check_same_tensors, each_key_once, errors_name, json_object, listed
 
 
 def test_two_sets_of_names_agree_or_both_sides_are_shown():
@@ -28,6 +28,13 @@ def test_names_beyond_the_most_are_counted(names, text):
 def test_no_text_is_no_object_and_no_error():
     assert json_object("here", None) is None
     assert json_object("here", '{"a": 1}') == json_object("here", b'{"a": 1}') == {"a": 1}
+
+
+def test_a_key_that_comes_twice_is_named_in_whatever_object_it_is():
+    assert json_object("f", '{"a": {"b": 1}, "b": 2}', object_pairs_hook=each_key_once) == {"a": {"b": 1}, "b": 2}
+    for text in ('{"b": 1, "a": 2, "b": 1}', '{"a": [{"b": 1, "b": 2}]}'):
+        with pytest.raises(ValueError, match="^f is not JSON: the key 'b' comes twice$"):
+            json_object("f", text, object_pairs_hook=each_key_once)
 
 
 @pytest.mark.parametrize("error", [ValueError("wrong"), TypeError("wrong")])

@@ -131,5 +131,5 @@ def test_a_key_that_comes_twice_is_refused(bpe_folder, tmp_path):
     text = (bpe_folder / "tokenizer.json").read_text()
     path = tmp_path / "tokenizer.json"
     path.write_text(text.replace('"model":', '"model": {"type": "Unigram"}, "model":', 1))
-    with pytest.raises(ValueError, match="tokenizer.json: damaged.*a key comes twice among"):
+    with pytest.raises(ValueError, match="tokenizer.json: damaged.*the key 'model' comes twice"):
         read_tokenizer_file(path)

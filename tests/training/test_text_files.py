@@ -123,7 +123,7 @@ def test_a_file_of_two_kinds_is_refused_with_the_line(tmp_path, first, second, t
     ("null", "holds NoneType"),
     ('{"prompt": "a"}', "holds ['prompt']"),
     ('{"question": "a", "answer": "b"}', "holds ['answer', 'question']"),
-    ('{"prompt": "a", "prompt": "b", "answer": "c"}', "a key comes twice: ['prompt', 'prompt', 'answer']"),
+    ('{"prompt": "a", "prompt": "b", "answer": "c"}', "the key 'prompt' comes twice"),
     ('{"prompt": 1, "answer": "b"}', "prompt must be a text, got 1"),
     ('{"prompt": "a", "answer": null}', "answer must be a text, got None"),
     ('{"prompt": "", "answer": "b"}', "prompt must not be empty"),
