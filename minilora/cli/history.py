@@ -3,6 +3,7 @@
 Knows receipts and folders, no tensors.
 """
 
+import json
 import os
 import shlex
 from pathlib import Path
@@ -107,7 +108,7 @@ def _row(version):
 
 def _log_table(versions, log):
     """Print a line for each of some Versions of one base, in their order."""
-    lines = [("date (UTC)", "steps", "loss", "held out", "data", "tensors", "adapter")]
+    lines = [("date (UTC)", "steps", "last loss", "held out", "data", "tensors", "adapter")]
     for version in versions:
         date = shown(version.date)
         digest = version.digest[:SHOWN_DIGITS]
@@ -181,7 +182,7 @@ def told(version):
     steps, loss, held_out, data = _cells(version.receipt)
     if version.receipt["run"] is None:
         return words if data == "-" else f"{words}, {data}"
-    words += f", {steps} steps on {data}, loss {loss}"
+    words += f", {steps} steps on {data}, last loss {loss}"
     return words if held_out == "-" else f"{words}, held out {held_out}"
 
 
@@ -200,9 +201,22 @@ def summary(receipt):
     parents = receipt["parents"]
     if parents:
         digests = [digest[:SHOWN_DIGITS] for digest in parents]
-        when += f"; made of the tensors {listed(digests, MOST_PARENTS)}"
-    command = _told(receipt["command"], LONGEST_COMMAND)
-    return [("receipt", when), ("command", command), ("made by", _told(made_by, LONGEST_COMMAND))]
+        relation = "made of" if receipt["run"] is None else "gone on from"
+        when += f"; {relation} the tensors {listed(digests, MOST_PARENTS)}"
+    entries = {"receipt": when, "command": _told(receipt["command"], LONGEST_COMMAND)}
+    if receipt["run"] is not None:
+        entries["settings"] = _told(_settings(receipt["run"]["settings"]), LONGEST_COMMAND)
+    entries["made by"] = _told(made_by, LONGEST_COMMAND)
+    return list(entries.items())
+
+
+def _settings(settings):
+    """{setting: value} in a line: alpha 16.0, target ["q_proj"], rslora true."""
+    words = []
+    for name, value in settings.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        words.append(f"{name} {text}")
+    return ", ".join(words)
 
 
 def _run_in_words(run):
@@ -211,7 +225,8 @@ def _run_in_words(run):
         loss = run["losses"][name]
         losses[name] = None if loss is None else _number(loss, ".4f")
     data = run["data"]
-    learned = f"loss {losses['first']} -> {losses['last']}"
+    # The run itself told means of some steps, which tell more than two steps do.
+    learned = f"loss {losses['first']} -> {losses['last']} nats per token (first and last step)"
     if None not in losses.values():
         learned += f", held out {losses['held_out_before']} -> {losses['held_out_after']}"
     if run["losses"]["best_step"] is not None:
@@ -219,5 +234,5 @@ def _run_in_words(run):
     return (
         f"{_number(run['steps'], 'd')} steps in {_number(run['seconds'], ',.0f')} s on "
         f"{_told(data['path'])} ({data['sha256'][:SHOWN_DIGITS]}: {_told(data['trained_on'])}); "
-        f"{learned} nats per token"
+        f"{learned}"
     )

@@ -57,7 +57,7 @@ def test_adapters_and_their_versions_are_listed_by_date_with_what_their_receipts
         digits = sha256_of(place / TENSORS)[:8]
         assert rows[day - 1] == [f"2026-12-{day:02} 01:02:03", str(day), *same, digits, str(place)]
     assert len(rows) == 3
-    assert out.splitlines()[1].split() == "date (UTC) steps loss held out data tensors adapter".split()
+    assert out.splitlines()[1].split() == "date (UTC) steps last loss held out data tensors adapter".split()
 
 
 def test_adapters_below_a_folder_are_grouped_by_their_bases(run, base, kept, tmp_path, folder):
@@ -159,7 +159,7 @@ def test_the_last_version_is_put_back_and_taken_back_again(run, base, kept):
     code, out, err = run("rollback", kept)
     assert (code, err) == (0, "") and sha256_of(kept / TENSORS) == digests[1]
     first, second, third = out.splitlines()
-    now = f"{digests[1][:8]}, 2026-12-02 01:02:03 UTC, 2 steps on notes.txt abababab, loss 3.2500, held out 3.5000"
+    now = f"{digests[1][:8]}, 2026-12-02 01:02:03 UTC, 2 steps on notes.txt abababab, last loss 3.2500, held out 3.5000"
     assert first == f"{kept}: the adapter is now {now}"
     assert "is kept in" in second and newest[:8] in second and third.startswith("to take it back: minilora rollback")
     load_adapter(kept, base, receipt=kept / RECEIPT, say=lambda account: None)
@@ -183,13 +183,16 @@ def test_what_cannot_be_put_back_is_one_line(run, words, told):
 
 
 def test_inspect_shows_the_receipt_and_obeys_nothing_in_it(run, base, tmp_path):
-    save(base, tmp_path / "a", 3, command="minilora finetune \x1b[31m" + "x" * 5000, parents=["cd" * 32])
+    settings = {"alpha": 16.0, "target": ["q_proj", "v_proj"], "rslora": True, "seed": 7}
+    save(base, tmp_path / "a", 3, command="minilora finetune \x1b[31m" + "x" * 5000, parents=["cd" * 32],
+         run=receipt_fields(steps=3)["run"] | {"settings": settings})
     code, out, err = run("inspect", tmp_path / "a")
     told = " ".join(out.split())
     assert (code, err) == (0, "") and "\x1b" not in out and "\\x1b[31m" in out and len(out) < 5000
     assert "receipt 2026-12-03 01:02:03 UTC: 3 steps in 0 s on d/notes.txt (abababab: 100 tokens); " in told
-    assert "loss 4.5000 -> 3.2500, held out 4.7500 -> 3.5000, the best, after step 2 nats per token" in told
-    assert "made of the tensors cdcdcdcd" in told
+    losses = "loss 4.5000 -> 3.2500 nats per token (first and last step), held out 4.7500 -> 3.5000"
+    assert f"{losses}, the best, after step 2; gone on from the tensors cdcdcdcd" in told
+    assert "settings alpha 16.0, target [\"q_proj\", \"v_proj\"], rslora true, seed 7 made by" in told
     assert "made by minilora 0.6.0, NumPy 2.4.6, Python 3.11.1; a processor; a BLAS; numpy, 2 parts" in told
 
 
