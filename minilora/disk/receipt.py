@@ -145,7 +145,7 @@ def _check_fields(where, value, fields, prefix):
         )
     for field, kind in fields.items():
         if field not in value:
-            raise ValueError(f"{where}: there is no {prefix}{field}; it is no whole receipt")
+            raise ValueError(f"{where}: it is no whole receipt, it has no field {prefix}{field}")
         if value[field] is None and field in _MAY_BE_NULL:
             continue
         if isinstance(kind, dict):

@@ -143,7 +143,7 @@ def test_a_field_that_is_absent_is_named(place):
     if place[0] == "updates" and len(place) == 2:
         check_receipt("r.json", changed)
         return
-    with pytest.raises(ValueError, match=f"^r.json: there is no {'.'.join(place)}; it is no whole receipt"):
+    with pytest.raises(ValueError, match=f"^r.json: it is no whole receipt, it has no field {'.'.join(place)}$"):
         check_receipt("r.json", changed)
 
 
