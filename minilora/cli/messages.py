@@ -11,7 +11,7 @@ CONTROLS = re.compile(
 )
 # Of an error that lists many things, this many are shown, each cut to this many characters.
 MOST_LINES = 3
-LONGEST_LINE = 300
+LONGEST_LINE = 400
 
 
 def log(text):
@@ -42,8 +42,13 @@ def in_a_line(text):
 
 
 def shortened(text, most=LONGEST_LINE):
-    """The first `most` characters of `text`, with dots in the place of more."""
-    return text if len(text) <= most else f"{text[:most]} ..."
+    """`most` characters of `text`, with dots in the place of more.
+
+    They stand in the middle: an error begins with a name, and ends with what to do.
+    """
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]} ... {text[-(most // 2) :]}"
 
 
 def one_line(error):

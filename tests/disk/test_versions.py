@@ -107,7 +107,7 @@ def test_a_receipt_of_other_tensors_is_a_problem_and_no_receipt(tmp_path):
     version = version_in(tmp_path)
     assert version.receipt is None and "is the receipt of other tensors" in version.problem
     (tmp_path / RECEIPT).write_bytes(b"{}")
-    assert "there is no receipt" in version_in(tmp_path).problem
+    assert "it has no field receipt" in version_in(tmp_path).problem
 
 
 # Which one is meant.
