@@ -1,5 +1,6 @@
 """Is it a model, an adapter, both or neither? Knows the names of files, and reads none."""
 
+import shlex
 from pathlib import Path
 
 from ..disk import models, peft
@@ -63,6 +64,14 @@ def check_source(folder, kind):
         )
 
 
+def unfinished_run(folder):
+    """What to do with the run that `folder` holds, as the end of a sentence, or ""."""
+    if not is_checkpoint(Path(folder) / CHECKPOINT):
+        return ""
+    command = f"minilora finetune --resume --out {shlex.quote(str(folder))}"
+    return f"; {command} goes on with the run in it, which has not ended"
+
+
 def _kinds(folder):
     return [
         kind for kind, files in FILES.items() if any((folder / file).exists() for file in files)
@@ -71,8 +80,9 @@ def _kinds(folder):
 
 def _hint(folder):
     """Where to look, if `folder` itself is not it."""
-    if is_checkpoint(folder / CHECKPOINT):
-        return "; it holds a run that has not ended, which finetune --resume goes on with"
+    run = unfinished_run(folder)
+    if run:
+        return run
     inside = sorted(path.name for path in folder.iterdir() if _kinds(path))
     if inside:
         return f", but its sub-folders have: {', '.join(inside)}"

@@ -19,13 +19,15 @@ from ..disk.tensor_file import read_metadata
 from ..disk.versions import (
     SHOWN_DIGITS,
     VERSIONS,
+    check_put_back,
     find_version,
     is_adapter,
     kept_versions,
     put_back,
     version_in,
 )
-from .messages import LONGEST_LINE, in_a_line, shortened
+from .folders import check_source, unfinished_run
+from .messages import LONGEST_LINE, in_a_line, one_line, shortened
 
 NO_FINGERPRINT = "no fingerprint"
 # Of a command, in characters: it may be as long as its writer likes.
@@ -55,7 +57,7 @@ def history(folders, log):
     if not rows:
         raise FileNotFoundError(
             f"there is no adapter in or below {', '.join(map(str, folders))}: no folder has "
-            f"{TENSORS}"
+            f"{TENSORS}{''.join(map(unfinished_run, folders))}"
         )
     by_base = {}
     for row in sorted(rows, key=lambda row: row.version.date):
@@ -160,16 +162,21 @@ def _number(value, form):
 def rollback(folder, to, log):
     """Make an older version the adapter in `folder`, keep the one there, and print what was done.
 
-    `to` and errors: as `find_version` and `put_back`.
+    `to` and errors: as `find_version` and `put_back`; as `check_source` for a folder that holds no
+    adapter.
     """
+    check_source(folder, "adapter")
     folder = Path(folder)
-    if not is_adapter(folder):
-        raise FileNotFoundError(f"{folder} holds no adapter: there is no {TENSORS}")
     with only_writer(folder):
         version = find_version(folder, to)
         before = put_back(folder, version)
     log(f"{folder}: the adapter is now {told(version)}")
     log(f"the one before is kept in {before.folder}: {told(before)}")
+    try:
+        check_put_back(before)
+    except (ValueError, OSError) as error:
+        log(f"it cannot be put back: {one_line(error)}")
+        return
     command = f"minilora rollback {shlex.quote(str(folder))} --to {before.digest[:SHOWN_DIGITS]}"
     log(f"to take it back: {command}")
 
@@ -177,6 +184,8 @@ def rollback(folder, to, log):
 def told(version):
     """A Version in a few words: its digest, and what its receipt says."""
     words = f"{version.digest[:SHOWN_DIGITS]}, {shown(version.date)} UTC"
+    if version.problem is not None:
+        return f"{words}, with a wrong receipt: {_told(version.problem, LONGEST_COMMAND)}"
     if version.receipt is None:
         return f"{words}, without a receipt"
     steps, loss, held_out, data = _cells(version.receipt)

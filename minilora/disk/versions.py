@@ -232,15 +232,13 @@ def _kept_words(kept):
     return f"; kept are {listed(map(_named, kept), most=6)}"
 
 
-def put_back(folder, version):
-    """Make a kept `version` the adapter in `folder`; returns the Version that was in use until now.
+def check_put_back(version):
+    """Raise ValueError or OSError unless `version` can be put back.
 
-    That one is copied among the versions first, and no version is removed.
-    Raises: before anything changes, as `read_adapter` for a version that is damaged; ValueError for
-    an adapter whose tensors do not say which configuration is theirs: while its two files get their
-    names, a reader could take one for the other's.
+    As `read_adapter` for one that is damaged; and for an adapter whose tensors do not say which
+    configuration is theirs: while its two files get their names, a reader could take one for the
+    other's.
     """
-    folder = Path(folder)
     read_adapter(version.folder)
     metadata = read_metadata(version.folder / TENSORS) or {}
     if "minilora.config" not in metadata:
@@ -248,6 +246,16 @@ def put_back(folder, version):
             f"{version.folder} was written by another program, and cannot be put back in a way "
             "that no kill disturbs; copy its files by hand"
         )
+
+
+def put_back(folder, version):
+    """Make a kept `version` the adapter in `folder`; returns the Version that was in use until now.
+
+    That one is copied among the versions first, and no version is removed.
+    Raises: as `check_put_back`, before anything changes.
+    """
+    folder = Path(folder)
+    check_put_back(version)
     before = keep(folder)
     names = _files_of(version.folder)
     for name in BESIDE:

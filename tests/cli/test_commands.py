@@ -778,11 +778,13 @@ def test_an_empty_prompt_is_refused(run):
     assert (code, out, err) == (1, "", "minilora: the prompt is empty; give at least one word to go on from\n")
 
 
-def test_a_run_that_was_killed_is_named_as_one(run, tmp_path):
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint/checkpoint.safetensors").write_bytes(b"")
-    code, _, err = run("generate", "--base", "base", "--prompt", "x", "--adapter", tmp_path)
-    assert code == 1 and "finetune --resume goes on with" in err
+@pytest.mark.parametrize("words", ["generate --base base --prompt x --adapter", "history", "inspect", "rollback"])
+def test_a_run_that_was_killed_is_named_as_one(run, tmp_path, words):
+    (tmp_path / "a b/checkpoint").mkdir(parents=True)
+    (tmp_path / "a b/checkpoint/checkpoint.safetensors").write_bytes(b"")
+    code, _, err = run(*words.split(), tmp_path / "a b")
+    told = f"; minilora finetune --resume --out '{tmp_path}/a b' goes on with the run in it, which has not ended"
+    assert code == 1 and told in err and err.count("\n") == 1
 
 
 def test_a_folder_of_shards_is_not_merged_into(run, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from safetensors.numpy import load_file, save_file
 from strategies import receipt_fields, trained_adapter
 
 from minilora import load_adapter, load_model, save_adapter
@@ -171,12 +172,32 @@ def test_the_last_version_is_put_back_and_taken_back_again(run, base, kept):
 
 
 @pytest.mark.parametrize("words, told", [
-    (["nowhere"], "nowhere holds no adapter"), (["base"], "base holds no adapter"), (["one"], "none is kept"),
+    (["nowhere"], "nowhere does not exist"), (["base"], "base holds a model, where an adapter is needed"),
+    (["t.txt"], "t.txt is a file; give the folder"), (["."], "its sub-folders have: "), (["one"], "none is kept"),
     (["one", "--to", "xyz"], "no digest"), (["one", "--to", "abcdef"], "no version has the digest abcdef"),
 ])  # fmt: skip
 def test_what_cannot_be_put_back_is_one_line(run, words, told):
     code, out, err = run("rollback", *words)
     assert (code, out) == (1, "") and told in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", ["tensors", "metadata", "config"])
+def test_no_command_takes_back_what_cannot_be_put_back(run, kept, damage):
+    """A bit that flipped; tensors that another program wrote; a configuration that is none."""
+    path = kept / TENSORS
+    if damage == "tensors":
+        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    elif damage == "metadata":
+        save_file(load_file(path), path)
+    else:
+        (kept / "adapter_config.json").write_text("{")
+    digits = sha256_of(path)[:8]
+    code, out, err = run("rollback", kept, "--to", kept_versions(kept)[0].digest)
+    lines = out.splitlines()
+    assert (code, err, len(lines)) == (0, "", 3) and lines[2].startswith("it cannot be put back: ")
+    assert ("with a wrong receipt: " in lines[1]) == (damage != "config") and "without a receipt" not in out
+    code, _, err = run("rollback", kept, "--to", digits)
+    assert code == 1 and lines[2].partition(": ")[2] == err.partition(": ")[2].rstrip()
 
 
 # What inspect shows.
