@@ -1,7 +1,8 @@
 """Regular expressions that a file may hold: matched as `re` does, but in bounded time. Knows texts.
 
 An expression of a stranger's, (.+)+x, can keep `re` busy for longer than anyone waits. The library
-`regex` has the same language, and a limit of time.
+`regex` has the same language, and a limit of time. It has none of memory, which counts inside
+counts fill, ((a{1000}){1000}){1000}: they are refused before it reads them.
 """
 
 import functools
@@ -10,7 +11,8 @@ import time
 
 # Nobody names modules by an expression as long. The time to read one grows with its length.
 LONGEST = 10_000
-# All expressions of a field together: a thousand modules, each by its full name.
+# All expressions of a field together: a thousand modules, each by its full name. What is repeated n
+# times is written out n times, since `regex` does that: up to 250 bytes for a character.
 LONGEST_FIELD = 200_000
 # Seconds of the processor for all matches of one Matcher. A name takes some microseconds.
 SECONDS = 0.5
@@ -23,18 +25,34 @@ _PARTS = re.compile(
     re.DOTALL,
 )
 _BRACKETS = re.compile(r"(?P<escape>\\.)|\[", re.DOTALL)
+# A count of repetitions. What it repeats may have counts inside only if it is a group, whose end
+# stands in front of it; with (?x) blanks or a comment that ends a line may stand between.
+_COUNT = re.compile(r"(?P<group>[)\s])?(?:\+|\{(?P<least>[0-9]*)(?P<comma>,?)[0-9]*\})")
+# A count of more digits is not looked at.
+_MOST_DIGITS = 9
 
 
 def problem_of(expressions):
     """What is wrong with one of the texts `expressions`, in words that begin with it; None if none.
 
-    It is no regular expression, or too long or nested too deep to be read.
+    It is no regular expression, or too long, nested too deep or repeated too often to be read.
     """
-    if sum(map(len, expressions)) > LONGEST_FIELD:
-        return f"are more than {LONGEST_FIELD:,} characters together; give fewer or shorter ones"
+    written_out = 0
     for text in expressions:
         if len(text) > LONGEST:
             return f"{_shown(text)} has more than {LONGEST:,} characters; write a shorter one"
+        size = _written_out(text)
+        if size > LONGEST_FIELD:
+            return (
+                f"{_shown(text)} may have more than {LONGEST_FIELD:,} characters with its "
+                "repetitions written out; write one with smaller counts, and none inside another"
+            )
+        written_out += size
+        if written_out > LONGEST_FIELD:
+            return (
+                f"are more than {LONGEST_FIELD:,} characters together, with their repetitions "
+                "written out; give fewer or shorter ones"
+            )
         try:
             re.compile(text)
         except re.error as error:
@@ -42,6 +60,33 @@ def problem_of(expressions):
         except (RecursionError, OverflowError, MemoryError) as error:
             return f"{_shown(text)} is too much for a regular expression: {error}; simplify it"
     return None
+
+
+def _written_out(text):
+    """No more characters than this has an expression that is written without counts.
+
+    Each group may stand in all the others, so their counts multiply. All else is taken to be
+    repeated as often as what is repeated most.
+    """
+    groups = 1
+    others = 1
+    for count in _COUNT.finditer(text):
+        copies = _copies(count)
+        if count["group"]:
+            groups *= copies
+        else:
+            others = max(copies, others)
+    return len(text) * groups * others
+
+
+def _copies(count):
+    """How many copies of a part `regex` makes: x{3} is xxx, x{3,} is xxxx*, x+ is xx*."""
+    if count["least"] is None:
+        return 2
+    if len(count["least"]) > _MOST_DIGITS:
+        return LONGEST_FIELD + 1
+    least = int(count["least"] or 0)
+    return max(least + len(count["comma"]), 1)
 
 
 def check_expressions(field, expressions):
@@ -54,8 +99,8 @@ def check_expressions(field, expressions):
 class Matcher:
     """Matches names by the expressions in the field called `field`.
 
-    Without `around` an expression must match the whole of a name. With it, a pattern in which {}
-    stands for the expression, that must match the name from its beginning on.
+    Without `around` an expression must match the whole of a name. `around` is a pattern in which
+    {} stands for the expression: it must match the name from its beginning on.
     All that one Matcher matches takes no more than SECONDS of the processor's time together.
     """
 

@@ -271,7 +271,7 @@ ODD_WORDS = ("", " ", "-", "--", "-1", "0", "1", "2", "nan", "inf", "-inf", "1e4
              "9" * 400, "9" * 5000, "٣", "½", "0x10", "1_000", "1,2", "a=b", "a\nb", "\udce9", "no/such/place", ".",
              "/dev/null", "/dev/zero", "x" * 5000, "a\0b", "*", "~", "q_proj", "all-linear", "h.0", "mpi", "nf4",
              "cupy", "bf16", "pipe", "t.txt", "gpt2", "lora", "a.gguf", "gpt2/config.json", "run", "log.jsonl",
-             "rank.json", "(.+)+x", *ESCAPES)  # fmt: skip
+             "rank.json", "(.+)+x", "(?:(?:(?:a{999}){999}){999})", *ESCAPES)  # fmt: skip
 
 
 def _spoilt_command(rng, files, folder):

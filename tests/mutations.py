@@ -22,6 +22,7 @@ VALUES = (None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**63, -(2**63), 10**19, 
           1e308, -1e308, float("nan"), float("inf"), -float("inf"), "", " ", "x", "null", "0", "1", "..", "/", "a/b",
           "x" * 3000, *ESCAPES, [], {}, [[]], [None], [0], [1, 2, 3], ["q_proj"], [1, "a", None, {}], {"": None},
           {"a": 1}, {"a": {"b": []}}, [[[[[[[[1]]]]]]]], "q_proj", "all-linear", "(.+)+x", "(", "(?i)Q_PROJ", ".*",
+          "(?:(?:(?:a{999}){999}){999})", "(" * 40 + "a" + ")+" * 40,
           ".*.*.*.*.*.*.*.*.*.*x", "(" * 300 + ")" * 300, "\ud800", "float64", "float8_e4m3fn", "gpt2", "llama",
           "LlamaForCausalLM", "rope", "nf4", "gelu", list(range(2000)))  # fmt: skip
 # What json.dumps cannot write: as text, in the place of a value.

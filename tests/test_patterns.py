@@ -2,9 +2,11 @@
 
 import re
 import time
+import tracemalloc
 import warnings
 
 import pytest
+import regex
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -25,7 +27,8 @@ WRITTEN = [
     r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$", r"h\.[0-9]{1,2}\..*", r"h\.\d{2}\..*", r"[^.]+\.\d+\..+",
     r"(?=.*attn)(?=.*proj).*", r"(?P<kind>q|k)_proj", r".*(?<=attn\.)[qk]_proj", r"(?s).*", r"(?x) .* q_proj ", r"\w+",
     r".*\d{2,}.*", r"(?:.*\.)?c_(attn|fc)", r".*\Z", r"(.)\1*b", r"a{,3}b", r"a{,}b", r"a{2,}b", r"a{3}b",
-    r".*?\.q_proj",
+    r".*?\.q_proj", r"(?:.*\.)?h\.(?:\d{1,2})\..*", r"|".join(rf"h\.{i}\.\d{{1,3}}\..*" for i in range(40)),
+    r"(\w+\.)+attn\.(\w+)+", r".{0,1000}_proj", r"(?:\w{1,20}\.){2,6}\w{1,20}",
     r"[a-z_.0-9]*", r"[\w.]+", r".*[.]q_proj", r"c_attn|c_fc", r"", r".*\bproj", r".*_proj\b", r"(?i:H)\.0\..*",
     r"h|layers",
     r"(?#all of them).*", r"(a)?(?(1)a*b|lm_head)", r"[^\d]+", r".*\.[0-9]\..*", r"x\.\{\}",
@@ -141,8 +144,9 @@ def test_many_names_have_the_time_of_one_together(monkeypatch):
 @pytest.mark.parametrize("expression, problem", [
     ("(", r"'\(' is not a regular expression: missing \)"), ("(" * 5000 + ")" * 5000, "is too much for a regular expr"),
     ("a" * (LONGEST + 1), "has more than 10,000 characters; write a shorter one"),
-    ("a{99999999999999999999}", "is too much for a regular expression: the repetition number is too large"),
-], ids=["no expression", "nested", "long", "repeated"])  # fmt: skip
+    ("a{99999999999999999999}", "may have more than 200,000 characters with its repetitions written out"),
+    ("a{" + 5000 * "9" + "}", "may have more than 200,000 characters with its repetitions written out"),
+], ids=["no expression", "nested", "long", "repeated", "repeated by a long number"])  # fmt: skip
 def test_what_cannot_be_read_is_refused(expression, problem):
     assert re.search(problem, problem_of([expression]))
     with pytest.raises(ValueError, match=f"^field .*{problem}") as refusal:
@@ -158,8 +162,10 @@ def test_what_cannot_be_read_is_refused(expression, problem):
 
 def test_expressions_that_are_too_many_are_refused():
     many = {f"a{i:06}" + 90 * "b": 1 for i in range(LONGEST_FIELD // 97 + 1)}
-    with pytest.raises(ValueError, match="alpha_pattern must be .* but are more than 200,000 characters together"):
-        LoRAConfig(2, 4, ["x"], alpha_pattern=many)
+    repeated = {f"(a?){{{n}}}": 1 for n in range(5000, 5006)}
+    for pattern in (many, repeated):
+        with pytest.raises(ValueError, match="alpha_pattern must be .* but are more than 200,000 characters together"):
+            LoRAConfig(2, 4, ["x"], alpha_pattern=pattern)
 
 
 def test_a_flag_that_cannot_stand_inside_is_refused_by_name():
@@ -170,6 +176,74 @@ def test_a_flag_that_cannot_stand_inside_is_refused_by_name():
     except ValueError as error:
         shown = r"rank_pattern '\(\?i\)Q_PROJ' cannot be matched by, where .* holds it: global flags"
         assert re.match(shown, str(error))
+
+
+# Repetitions that are written out. Most of these would take more memory than any machine has: none is compiled.
+
+LARGE = ["(?:(?:a{1000}){1000})", "(?:(?:(?:a{1000}){1000}){1000})", "((((a{99}){99}){99,}){99,100})", "(.{99999}){9}",
+         "(" * 40 + "a" + ")+" * 40, "(?:" * 30 + "a" + "){1,}" * 30, "(?:" * 30 + "a" + ")+?" * 30,
+         "(?x)" + "(" * 9 + "a" + ") # [(?#\n {9}" * 9, "(" + "a?" * 999 + "){999}", "a{9999}" * 99]  # fmt: skip
+
+
+@pytest.mark.parametrize("expression", LARGE)
+def test_what_would_fill_the_memory_is_refused_before_it_is_compiled(expression, monkeypatch):
+    monkeypatch.setattr(regex, "compile", None)
+    larger = "may have more than 200,000 characters with its repetitions written out; write one with smaller counts"
+    with pytest.raises(ValueError, match=larger):
+        LoRAConfig(2, 4, ["x"], rank_pattern={expression: 1})
+    with pytest.raises(ValueError, match=larger):
+        find_targets(["a"], expression)
+    with pytest.raises(ValueError, match=larger):
+        Matcher("field").first([expression], "a")
+
+
+atoms = st.sampled_from(["a", ".", r"\d", r"\)", r"\{", "[)+{(]", "[]({9}]", "a|b"]).map(lambda text: (text, 1))
+# What stands behind a part, and how many copies of the part `regex` makes of it.
+COPIES = {"": 1, "*": 1, "?": 1, "*?": 1, "{,4}": 1, "{0,9}": 1, "+": 2, "+?": 2, "{1,}": 2, "{1,2}": 2, "{3}": 3,
+          "{2,5}?": 3, "{17,}": 18, "{0099}": 99}  # fmt: skip
+GAPS = ["", " ", "\n\t", "#(\n", "# ){3} [\n", "(?#(+)"]
+
+
+def repeated(part, behind, gap):
+    text, n = part
+    return f"(?:{text}){gap}{behind}", n * COPIES[behind]
+
+
+def in_a_row(parts):
+    return "".join(text for text, _ in parts), sum(n for _, n in parts)
+
+
+parts = st.recursive(
+    atoms,
+    lambda inner: st.one_of(
+        st.builds(repeated, inner, st.sampled_from([*COPIES]), st.sampled_from(GAPS)),
+        st.lists(inner, min_size=1, max_size=3).map(in_a_row),
+    ),
+    max_leaves=8,
+)
+
+
+def is_never_longer_than_it_is_taken_for(part):
+    text, n = part
+    re.compile(f"(?x){text}")
+    assert patterns._written_out(f"(?x){text}") >= n
+
+
+test_no_expression_is_longer_than_it_is_taken_for = given(parts)(is_never_longer_than_it_is_taken_for)
+
+
+@pytest.mark.parametrize("part", ["(.)*", "((((a?)?)?)?)?", "()*", "(a*|b*)"])
+def test_the_largest_that_is_allowed_takes_300_bytes_for_a_character(part, monkeypatch):
+    monkeypatch.setattr(patterns, "LONGEST_FIELD", 20_000)
+    body = f"(?:{40 * part})"
+    sizes = [n for n in range(1, 1000) if problem_of([f"{body}{{{n}}}"]) is None]
+    tracemalloc.start()
+    try:
+        regex.compile(f"{body}{{{max(sizes)}}}", regex.VERSION0, cache_pattern=False)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 100_000 < most < 300 * 20_000
 
 
 # The planted bugs: each would be found by the tests above.
@@ -183,3 +257,26 @@ def test_without_the_translation_regex_reads_otherwise(monkeypatch):
     finally:
         patterns._compiled.cache_clear()
     assert {"a{e}", "[[:alpha:]]"} <= set(differing)
+
+
+def no_copies_for_a_plus(count, copies=patterns._copies):
+    return 1 if count["least"] is None else copies(count)
+
+
+def no_loop_behind_the_copies(count):
+    return 2 if count["least"] is None else max(int(count["least"] or 0), 1)
+
+
+def no_copies_of_groups(count, copies=patterns._copies):
+    return 1 if count["group"] else copies(count)
+
+
+@pytest.mark.parametrize("bug", [no_copies_for_a_plus, no_loop_behind_the_copies, no_copies_of_groups])
+def test_a_wrong_number_of_copies_is_found(bug, monkeypatch):
+    nested = ("a", 1)
+    for behind in 15 * ["{3}", "+", "{1,2}"]:
+        nested = repeated(nested, behind, " ")
+    is_never_longer_than_it_is_taken_for(nested)
+    monkeypatch.setattr(patterns, "_copies", bug)
+    with pytest.raises(AssertionError):
+        is_never_longer_than_it_is_taken_for(nested)
