@@ -60,9 +60,11 @@ def _take(path):
         if not _lock(descriptor):
             holder = os.read(descriptor, 1000).decode(errors="replace")
             os.close(descriptor)
+            # A command may have newlines in it, and be long.
+            told = " ".join(holder.split()) or "it has just begun"
             raise ValueError(
-                f"{path.parent}: another run writes there: {holder or 'it has just begun'}; wait "
-                "until it has ended, or choose another folder"
+                f"{path.parent}: another run writes there: {told}; wait until it has ended, or "
+                "choose another folder"
             )
         # The run before removed its file, perhaps between these two calls: then this lock has no
         # name, and a third run would not see it.

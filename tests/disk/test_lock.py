@@ -10,6 +10,7 @@ import threading
 
 import pytest
 
+from minilora.cli.messages import one_line
 from minilora.disk import lock
 from minilora.disk.lock import LOCK, only_writer
 
@@ -41,6 +42,17 @@ def test_who_comes_second_is_told_who_is_first_and_may_go_on_after_it(tmp_path):
     with only_writer(tmp_path / "out"):
         assert (tmp_path / "out" / LOCK).exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_whatever_the_first_says_of_itself_the_second_is_told_what_to_do(tmp_path):
+    with only_writer(tmp_path):
+        for text in ("", "process 7, 'a\n\nb\nc\nd\ne\nf'", "process 7, " + "w" * 5000):
+            (tmp_path / LOCK).write_text(text)
+            with pytest.raises(ValueError) as refusal, only_writer(tmp_path):
+                pass
+            line = one_line(refusal.value)
+            assert line.endswith("; wait until it has ended, or choose another folder"), line
+            assert (text[:10] or "it has just begun") in line
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL to a process")
