@@ -163,10 +163,11 @@ def target_ranks(model, config, allow_large_r=False):
         layer = modules[name]
         ranks[name] = config.r_of(name)
         if ranks[name] > min(layer.in_features, layer.out_features) and not allow_large_r:
+            place = "" if ranks[name] == config.r else " in rank_pattern"
             raise ValueError(
                 f"init_adapter: r={ranks[name]} exceeds min(in, out) of {name}, weight "
-                f"{(layer.out_features, layer.in_features)}; a smaller r expresses the same "
-                "updates, or pass allow_large_r=True"
+                f"{(layer.out_features, layer.in_features)}; a smaller r{place} expresses the "
+                "same updates, or pass allow_large_r=True"
             )
     return ranks
 

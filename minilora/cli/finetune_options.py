@@ -30,6 +30,14 @@ USAGE = """minilora finetune --base BASE --data FILE --out DIR --alpha ALPHA [mo
        minilora finetune --config FILE --out DIR [more]
        minilora finetune --resume --out DIR [more]"""
 
+# A setting whose flag is called otherwise than it.
+_FLAGS = {"log_file": "--log"}
+
+
+def flag_of(setting):
+    """What a setting of FineTuneConfig is called on the command line."""
+    return _FLAGS.get(setting, f"--{setting.replace('_', '-')}")
+
 
 def finetune_options(parser):
     """Add the options of `minilora finetune`."""

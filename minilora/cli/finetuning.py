@@ -6,7 +6,7 @@ What trains is imported when the arguments have been found to make sense.
 import contextlib
 
 from .config_file import read_settings
-from .finetune_options import finetune_options
+from .finetune_options import finetune_options, flag_of
 from .hardware import device, kept_parts_and_threads
 from .messages import log
 from .parser import CommandParser
@@ -109,14 +109,9 @@ def _overlaid(lower, upper):
     return {**kept, **upper}
 
 
-def _flag(name):
-    """What a setting is called on the command line."""
-    return "--log" if name == "log_file" else f"--{name.replace('_', '-')}"
-
-
 def _check_required(settings, resume, refuse):
     """Refuse a run of which it is not said what to train on what, and where to put it."""
-    missing = [_flag(name) for name in ("base", "data", "out") if name not in settings]
+    missing = [flag_of(name) for name in ("base", "data", "out") if name not in settings]
     if resume and "out" not in settings:
         # It is all that such a run has to be told.
         missing = ["--out"]
@@ -130,7 +125,7 @@ def _check_adapter(settings, refuse):
         for name in OF_ADAPTERS:
             if name in settings:
                 refuse(
-                    f"argument {_flag(name)}: it is of adapters, and --full trains every weight "
+                    f"argument {flag_of(name)}: it is of adapters, and --full trains every weight "
                     "of the model; leave out one of the two"
                 )
         return
@@ -140,7 +135,7 @@ def _check_adapter(settings, refuse):
         for name in OF_SHAPE:
             if name in settings:
                 refuse(
-                    f"argument {_flag(name)}: the adapter of --from-adapter has its own; leave "
+                    f"argument {flag_of(name)}: the adapter of --from-adapter has its own; leave "
                     "out one of the two"
                 )
         return

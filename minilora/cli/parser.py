@@ -267,6 +267,8 @@ def expression(text):
     """The type of an argument: a regular expression."""
     from ..patterns import problem_of
 
+    if not text:
+        raise argparse.ArgumentTypeError("must be a regular expression, got ''")
     problem = problem_of([text])
     if problem is not None:
         raise argparse.ArgumentTypeError(problem)

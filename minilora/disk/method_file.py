@@ -165,7 +165,7 @@ def load_method(folder, base, *, say=print):
         )
     method = Method(parts, fingerprint)
     known = fingerprint is not None
-    check_fits(f"load_method({str(folder)!r})", base, method, check_base=known)
+    check_fits(str(folder), base, method, check_base=known)
     verdict = "recognised" if known else "UNVERIFIED, the file does not say which it was trained on"
     say(f"{folder}: {method_name}, {len(arrays)} tensors, all used\n  base: {verdict}")
     return method

@@ -49,6 +49,7 @@ from .peft_config import (
     config_in_our_names,
     module_table,
     read_config,
+    targets_after,
     written_fields,
 )
 from .receipt import beside_of, check_receipt_of
@@ -222,7 +223,7 @@ def _check_base(folder, base, adapter, accept_base):
 
     Raises: ValueError unless `adapter`, read from `folder`, belongs on `base`.
     """
-    who = f"load_adapter({str(folder)!r})"
+    who = str(folder)
     known = adapter.base_fingerprint is not None
     changes = None
     if known:
@@ -354,14 +355,13 @@ def blank_peft_adapter(model, config):
 def _in_their_names(model, config, make):
     """What `make(config in our names)` gives, with the lora_A's shared that are one in files."""
     family = families_of(model)[0]
-    table = family.module_table(linear_names(model))
+    linears = linear_names(model)
+    table = family.module_table(linears)
     try:
         chosen = find_targets(list(table), config.target_modules)
-    except ValueError as error:
-        try:
-            return make(config)
-        except ValueError as our_error:
-            raise ValueError(f"{error}; or, by minilora's names: {our_error}") from None
+    except ValueError as refusal:
+        targets_after(refusal, linears, config.target_modules)
+        return make(config)
     check_patterns(config, chosen)
     ours = config_in_our_names(config, chosen, table)
     adapter = make(ours)

@@ -255,12 +255,22 @@ def our_targets(model, target_modules):
     table = families_of(model)[0].module_table(linears)
     try:
         chosen = find_targets(list(table), target_modules)
-    except ValueError as error:
-        try:
-            return find_targets(linears, target_modules)
-        except ValueError as our_error:
-            raise ValueError(f"{error}; or, by minilora's names: {our_error}") from None
+    except ValueError as refusal:
+        return targets_after(refusal, linears, target_modules)
     return [name for module in chosen for name in table[module]]
+
+
+def targets_after(refusal, linears, target_modules):
+    """Those of our Linears that are selected, after the names of files were refused by an error.
+
+    Raises: ValueError that says both, unless ours are refused in the same words.
+    """
+    try:
+        return find_targets(linears, target_modules)
+    except ValueError as error:
+        if str(error) == str(refusal):
+            raise
+        raise ValueError(f"{refusal}; or, by minilora's names: {error}") from None
 
 
 def config_in_our_names(config, chosen, table):

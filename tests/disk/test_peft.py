@@ -54,6 +54,7 @@ from minilora import (
 )
 from minilora.backend import get_array_module
 from minilora.disk import peft
+from minilora.disk.peft_config import our_targets
 from minilora.disk.tensor_file import DIGESTS
 from minilora.graph import no_grad
 from minilora.lora import LoRAPair
@@ -733,6 +734,8 @@ def test_p15_a_rank_that_costs_more_than_it_can_express_is_refused():
     for init in (init_adapter, init_peft_adapter):
         with pytest.raises(ValueError, match=r"r=9 exceeds min\(in, out\) of h.0.attn.q_proj.*allow_large_r"):
             init(small_gpt(), LoRAConfig(9, 4, ["q_proj"]), np.random.default_rng(0))
+        with pytest.raises(ValueError, match=r"^init_adapter: r=9 .*a smaller r in rank_pattern expresses"):
+            init(small_gpt(), LoRAConfig(2, 4, ["q_proj"], rank_pattern={"q_proj": 9}), np.random.default_rng(0))
     config = LoRAConfig(9, 4, ["c_attn"])
     with pytest.raises(ValueError, match="r=9 exceeds"):
         init_peft_adapter(small_gpt(), config, np.random.default_rng(0))
@@ -1164,6 +1167,10 @@ def test_by_our_own_names_it_is_init_adapter(base, target_modules):
 def test_names_that_nobody_has_are_refused_with_both_lists():
     with pytest.raises(ValueError, match=r"(?s)\['nobody'\].*h.[*].attn.c_attn.*by minilora's.*h.[*].attn.q_proj"):
         init_peft_adapter(small_gpt(), LoRAConfig(2, 4, ["nobody"]), np.random.default_rng(0))
+    for target_modules in (["nobody"], "nobody", "("):
+        with pytest.raises(ValueError) as refusal:
+            our_targets(small_gpt(positions="rope"), target_modules)
+        assert "minilora's" not in str(refusal.value), "where both have the same names, they are listed once"
 
 
 @pytest.mark.parametrize("key, what", [
