@@ -38,6 +38,7 @@ from .provenance import of_run, provenance
 from .run_file import (
     CHECKPOINT,
     arrays_of,
+    as_typed,
     check_resumable,
     identity_settings,
     places_of,
@@ -53,10 +54,12 @@ from .workers import RemoteWorkers, check_workers
 # [steps done, held-out loss] on the way.
 Result = namedtuple("Result", "adapter losses before after evaluations")
 
-# What a run works with: `learned` a LearnedAdapter or a LearnedModel, `batches` from the first on,
-# `train_data` and `heldout` each a Text or Rows, the latter or None, `identity` what must be the
-# same when it goes on.
-_Run = namedtuple("_Run", "config learned adam batches train_data heldout identity checkpoint")
+# What a run works with: `typed` what `as_typed` makes of its config, `learned` a LearnedAdapter or
+# a LearnedModel, `batches` from the first on, `train_data` and `heldout` each a Text or Rows, the
+# latter or None, `identity` what must be the same when it goes on.
+_Run = namedtuple(
+    "_Run", "config typed learned adam batches train_data heldout identity checkpoint"
+)
 
 # By what a run is computed: an array module, and as `finetune` has them.
 _By = namedtuple("_By", "xp parts threads executor n_workers")
@@ -115,7 +118,8 @@ def _run(config, by, resume, command, log, quiet):
     arrays = arrays_of(by.xp, by.parts, has_workers)
     say = _nothing if quiet else log
     config = _apart_from_out(config)
-    run = _prepare(config, by.xp, arrays, by.threads, say, quiet)
+    typed = as_typed(config, resume)
+    run = _prepare(config, typed, by.xp, arrays, by.threads, say, quiet)
     progress = _begin(run, resume, say)
     if not has_workers:
         workers = PartWorkers(run.learned.model, by.parts, by.threads)
@@ -132,7 +136,7 @@ def _run(config, by, resume, command, log, quiet):
             steps.take()
             after = steps.take_best()
         _save(run, _receipt(run, progress, after, command), say)
-        write_run_file(config, arrays)
+        write_run_file(typed, arrays)
         run.checkpoint.remove()
     _report(run, progress, after, has_workers, log)
     return Result(run.learned.module, progress.losses, progress.before, after, progress.evaluations)
@@ -229,7 +233,7 @@ def _apart_from_out(config):
     return replace(config, from_adapter=str(keep_version(config.out).folder))
 
 
-def _prepare(config, xp, arrays, threads, log, quiet):
+def _prepare(config, typed, xp, arrays, threads, log, quiet):
     """Load and draw everything that a run needs: a _Run. Whatever does not fit is refused here."""
     path = find_base(config.base)
     base = load_model(path, xp)
@@ -284,10 +288,10 @@ def _prepare(config, xp, arrays, threads, log, quiet):
         identity,
         learned.module,
         adam,
-        places=places_of(config),
+        places=places_of(config, typed),
         check=check,
     )
-    return _Run(config, learned, adam, batches, train_data, heldout, identity, checkpoint)
+    return _Run(config, typed, learned, adam, batches, train_data, heldout, identity, checkpoint)
 
 
 def _identity(config, data, base_config, learned, arrays):
@@ -368,7 +372,7 @@ def _receipt(run, progress, after, command):
     parents = [] if learned.origin is None else [learned.origin]
     return provenance(
         command,
-        run.config.base,
+        run.typed.base,
         learned.fingerprint,
         parents,
         learned.update_sizes(),

@@ -47,7 +47,6 @@ class LearnedAdapter:
         peft.check_savable(self.module)
         self.model = attach(base, self.module, check_base=False)
         self.fingerprint = self.module.base_fingerprint
-        self.base = str(config.base)
         self.base_model = base
         recipe = self.module.config
         self.is_plain = all(type(pair) is LoRAPair for pair in self.module.pairs.values())
@@ -60,8 +59,12 @@ class LearnedAdapter:
         peft.check_trained(self.module)
 
     def save(self, folder, receipt):
-        """Write the adapter into `folder`, in PEFT's format, with a receipt beside it."""
-        peft.save_adapter(self.module, folder, base_model=self.base, receipt=receipt)
+        """Write the adapter into `folder`, in PEFT's format, with a receipt beside it.
+
+        Both name the base as the receipt does.
+        """
+        name = receipt["base"]["name"]
+        peft.save_adapter(self.module, folder, base_model=name, receipt=receipt)
 
     def update_sizes(self):
         """How large each update is, as `update_sizes` says."""

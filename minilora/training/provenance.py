@@ -43,10 +43,10 @@ def provenance(command, base, fingerprint, parents, updates, run=None):
 def of_run(run, progress, after):
     """What a receipt says of a run that has ended.
 
-    `run` has `config`, `train_data`, `heldout` and `identity`, as finetune.py makes them;
+    `run` has `typed`, `train_data`, `heldout` and `identity`, as finetune.py makes them;
     `progress` is its Progress, `after` the held-out loss of what is kept, or None.
     """
-    config = run.config
+    config = run.typed
     best_step = None
     if progress.evaluations:
         best_step, _ = progress.best()

@@ -8,7 +8,7 @@ regular expression is called `target_regex`. What has no value is left out.
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..disk.checks import check_fields, errors_name
@@ -25,6 +25,8 @@ CHECKPOINT = "checkpoint"
 MAY_CHANGE = ("base", "data", "from_adapter", "out", "save_every", "log_file")
 # Those of them that lead to a file or a folder of somebody else's.
 PATHS = ("base", "data", "from_adapter", "log_file")
+# Those of them that what is made names: an adapter its base, a receipt the data as well.
+SOURCES = ("base", "data", "from_adapter")
 # What decides how numbers are rounded.
 ARRAYS = ("module", "parts (--parts)", "BLAS threads")
 # A run that repeats another has these to itself.
@@ -67,11 +69,42 @@ def write_run_file(config, arrays):
     os.replace(unfinished, out / RUN)
 
 
-def places_of(config):
-    """{setting: value} of what may change, and the folder that paths are relative to."""
+def places_of(config, typed):
+    """{setting: value} of what may change, the folder that paths are relative to, and `typed`.
+
+    This is {setting: path} of the SOURCES, of the config that `as_typed` gives.
+    """
     places = {name: value for name, value in asdict(config).items() if name in MAY_CHANGE}
     del places["out"]
-    return {**_as_json(places), "folder": os.getcwd()}
+    sources = {name: getattr(typed, name) for name in SOURCES}
+    return _as_json({**places, "folder": os.getcwd(), "typed": sources})
+
+
+def as_typed(config, resume):
+    """`config` with its sources called as they were when the run began, for what is written.
+
+    Who goes on in another folder opens them by other paths, and makes the same files as who stayed.
+    A source that is another one now is called as it is now.
+    Raises: as `saved_settings`.
+    """
+    if not resume:
+        return config
+    folder = Path(config.out) / CHECKPOINT
+    places = _saved_places(folder, read_state(folder))
+    typed = {}
+    for name in SOURCES:
+        with errors_name(folder / STATE):
+            before = _from_here(name, places[name], places["folder"])
+            called = _checked_path(name, places["typed"][name])
+        if _is_same_place(before, getattr(config, name)):
+            typed[name] = called
+    return replace(config, **typed)
+
+
+def _is_same_place(before, now):
+    if before is None or now is None:
+        return before is now
+    return os.path.realpath(before) == os.path.realpath(now)
 
 
 def identity_settings(config):
@@ -106,14 +139,12 @@ def saved_settings(out):
     state = read_state(folder)
     where = folder / STATE
     identity = state["identity"]
-    places = dict(state["places"])
     check_fields(f"{where}: identity", identity, ("settings", "arrays"))
-    check_fields(f"{where}: places", places, (*PATHS, "folder"))
+    places = _saved_places(folder, state)
     arrays = identity["arrays"]
     check_fields(f"{where}: identity, its arrays", arrays, ARRAYS)
     origin = places.pop("folder")
-    if not isinstance(origin, str):
-        raise ValueError(f"{where}: places, their folder must be a path, got {origin!r:.100}")
+    del places["typed"]
     with errors_name(where):
         for name in PATHS:
             places[name] = _from_here(name, places[name], origin)
@@ -126,13 +157,27 @@ def saved_settings(out):
     return settings
 
 
+def _saved_places(folder, state):
+    """A copy of what `places_of` gave to the checkpoint in `folder`, whose JSON is `state`."""
+    where = f"{folder / STATE}: places"
+    places = dict(state["places"])
+    check_fields(where, places, (*PATHS, "folder", "typed"))
+    check_fields(f"{where}, typed", places["typed"], SOURCES)
+    if not isinstance(places["folder"], str):
+        raise ValueError(f"{where}, folder must be a path, got {places['folder']!r:.100}")
+    return places
+
+
+def _checked_path(name, path):
+    """The path in the setting `name`; TypeError for what cannot stand there."""
+    if not isinstance(path, str) and not (path is None and name in ("from_adapter", "log_file")):
+        raise TypeError(f"{name} must be a path, got {path!r:.100}")
+    return path
+
+
 def _from_here(name, path, origin):
     """What the setting `name`, a path in the folder `origin`, is called in the working folder."""
-    if path is None and name in ("from_adapter", "log_file"):
-        return None
-    if not isinstance(path, str):
-        raise TypeError(f"{name} must be a path, got {path!r}")
-    if Path(origin) == Path.cwd():
+    if _checked_path(name, path) is None or Path(origin) == Path.cwd():
         return path
     moved = Path(origin, path)
     # A base may be a name that is no path.

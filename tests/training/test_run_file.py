@@ -11,6 +11,7 @@ from strategies import character_gpt
 
 from minilora import Adam, save_model
 from minilora.disk.folder import load_folder, save_folder
+from minilora.disk.receipt import RECEIPT
 from minilora.training.checkpoint import STATE, TENSORS
 from minilora.training.finetune import finetune
 from minilora.training.finetune_config import FineTuneConfig
@@ -83,12 +84,72 @@ def test_a_checkpoint_gives_back_the_settings_that_repeat_its_run(unfinished, tm
     assert saved_settings("out") == settings
 
 
+def files_of(out):
+    """What a run leaves in `out`, but for what the clock says and how it was started."""
+    receipt = json.loads((out / RECEIPT).read_text())
+    return (out / "adapter_model.safetensors").read_bytes(), (out / "run.json").read_text(), receipt["base"], [
+        receipt["run"][name] for name in ("data", "settings")]  # fmt: skip
+
+
+def resumed(out, **changes):
+    """The config of a run that is gone on with from the working folder, as the command makes it."""
+    settings = {name: value for name, value in saved_settings(out).items() if name not in ("backend", "parts")}
+    return FineTuneConfig(**{**settings, "out": str(out), **changes})
+
+
+def interrupt_after_a_step(monkeypatch, config, resume=False):
+    steps = []
+
+    def step(adam, lr, take=Adam.step):
+        if steps:
+            raise KeyboardInterrupt
+        steps.append(take(adam, lr))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Adam, "step", step)
+        with pytest.raises(Interrupted):
+            finetune(config, resume=resume, log=lambda line: None)
+
+
+def resumes_elsewhere_to_the_same_files(unfinished, tmp_path, monkeypatch):
+    out, config = unfinished
+    finetune(replace(config, out="whole"), log=lambda line: None)
+    shutil.rmtree(out)
+    interrupt_after_a_step(monkeypatch, config)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    interrupt_after_a_step(monkeypatch, resumed(out), resume=True)
+    monkeypatch.chdir(tmp_path / "two")
+    finetune(resumed(out, data="../d.txt"), resume=True, log=lambda line: None)
+    assert files_of(out) == files_of(tmp_path / "whole")
+    assert json.loads((out / "run.json").read_text())["base"] == "base"
+
+
+def test_a_run_that_goes_on_in_other_folders_makes_the_files_of_one_that_stayed(unfinished, tmp_path, monkeypatch):
+    resumes_elsewhere_to_the_same_files(unfinished, tmp_path, monkeypatch)
+
+
+def test_paths_from_another_folder_are_found_in_the_files(unfinished, tmp_path, monkeypatch):
+    monkeypatch.setattr("minilora.training.finetune.as_typed", lambda config, resume: config)
+    with pytest.raises(AssertionError):
+        resumes_elsewhere_to_the_same_files(unfinished, tmp_path, monkeypatch)
+
+
+def test_a_base_that_was_moved_is_called_as_it_is_given_anew(unfinished, tmp_path):
+    out, _ = unfinished
+    os.rename(tmp_path / "base", tmp_path / "moved")
+    finetune(resumed(out, base="moved"), resume=True, log=lambda line: None)
+    assert json.loads((out / "run.json").read_text())["base"] == "moved"
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "moved"
+
+
 WRONG = [None, 1, 1.5, True, "x", [], {}, [1], {"a": 1}, -1]
 
 
 @pytest.mark.parametrize("group, field", [
     ("identity", None), ("places", None), ("identity", "settings"), ("identity", "arrays"),
-    *[("places", name) for name in ("base", "data", "from_adapter", "log_file", "save_every", "folder")],
+    *[("places", name) for name in ("base", "data", "from_adapter", "log_file", "save_every", "folder", "typed")],
 ])  # fmt: skip
 def test_whatever_stands_in_a_field_it_is_settings_or_an_error_that_names_the_file(unfinished, group, field):
     out, _ = unfinished
