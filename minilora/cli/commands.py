@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..compose import combine, compress, extract, spectrum
+from ..disk.checks import counted
 from ..disk.folder import new_folder
 from ..disk.models import TENSORS, load_model
 from ..disk.peft import TENSORS as ADAPTER_TENSORS
@@ -139,7 +140,7 @@ def _sizes(adapter):
     rank = f"rank {min(ranks)}"
     if len(ranks) > 1:
         rank += f" to {max(ranks)}"
-    return f"{len(adapter.pairs)} modules of {rank}"
+    return f"{counted(len(adapter.pairs), 'module')} of {rank}"
 
 
 def _log_lost(result, log):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..disk.adapter_file import CONFIG, TENSORS, read_fingerprint
-from ..disk.checks import listed
+from ..disk.checks import counted, listed
 from ..disk.folder import load_config
 from ..disk.lock import only_writer
 from ..disk.peft import digest_of
@@ -188,10 +188,11 @@ def told(version):
         return f"{words}, with a wrong receipt: {_told(version.problem, LONGEST_COMMAND)}"
     if version.receipt is None:
         return f"{words}, without a receipt"
-    steps, loss, held_out, data = _cells(version.receipt)
-    if version.receipt["run"] is None:
+    _, loss, held_out, data = _cells(version.receipt)
+    run = version.receipt["run"]
+    if run is None:
         return words if data == "-" else f"{words}, {data}"
-    words += f", {steps} steps on {data}, last loss {loss}"
+    words += f", {counted(run['steps'], 'step')} on {data}, last loss {loss}"
     return words if held_out == "-" else f"{words}, held out {held_out}"
 
 
@@ -206,7 +207,7 @@ def summary(receipt):
     )
     if receipt["run"] is not None:
         when += f": {_run_in_words(receipt['run'])}"
-        made_by += f"; {receipt['run']['arrays']}, {receipt['run']['parts']} parts"
+        made_by += f"; {receipt['run']['arrays']}, {counted(receipt['run']['parts'], 'part')}"
     parents = receipt["parents"]
     if parents:
         digests = [digest[:SHOWN_DIGITS] for digest in parents]
@@ -236,12 +237,14 @@ def _run_in_words(run):
     data = run["data"]
     # The run itself told means of some steps, which tell more than two steps do.
     learned = f"loss {losses['first']} -> {losses['last']} nats per token (first and last step)"
+    if run["steps"] == 1:
+        learned = f"loss {losses['last']} nats per token"
     if None not in losses.values():
         learned += f", held out {losses['held_out_before']} -> {losses['held_out_after']}"
     if run["losses"]["best_step"] is not None:
         learned += f", the best, after step {run['losses']['best_step']}"
     return (
-        f"{_number(run['steps'], 'd')} steps in {_number(run['seconds'], ',.0f')} s on "
+        f"{counted(run['steps'], 'step')} in {_number(run['seconds'], ',.0f')} s on "
         f"{_told(data['path'])} ({data['sha256'][:SHOWN_DIGITS]}: {_told(data['trained_on'])}); "
         f"{learned}"
     )

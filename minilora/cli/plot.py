@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..disk.checks import counted
 from ..disk.reading import open_regular
 from ..training.run_log import read_log
 
@@ -160,7 +161,7 @@ def smoothed(losses):
 
 def _in_words(curve):
     """What the curve shows, for those who do not see it."""
-    text = f"{len(curve.losses):,} steps"
+    text = counted(len(curve.losses), "step")
     if curve.losses:
         means = smoothed(curve.losses)
         text += f", training loss {curve.losses[0]:.3f} -> {means[-1]:.3f}"

@@ -19,6 +19,11 @@ def listed(names, most):
     return text
 
 
+def counted(number, noun):
+    """A number of things in words: "1 step", "2,000 steps"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def check_same_tensors(where, present, expected):
     """Raise ValueError with both sides unless two {name: shape} agree, or two lists of names."""
     absent = [name for name in expected if name not in present]

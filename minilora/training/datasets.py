@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..disk.checks import counted
 from ..fits import indented
 from .batches import (
     Row,
@@ -106,7 +107,8 @@ class Rows:
     def __str__(self):
         n_tokens = sum(len(ids) for ids, _ in self.rows)
         n_learned = sum(int(has_loss.sum()) for _, has_loss in self.rows)
-        return f"{len(self.rows):,} rows of {n_tokens:,} tokens, of which {n_learned:,} are learned"
+        rows = counted(len(self.rows), "row")
+        return f"{rows} of {n_tokens:,} tokens, of which {n_learned:,} are learned"
 
     def split(self, fraction, rng):
         """(Rows to train on, Rows held out): a `fraction` drawn by `rng`; None for nothing.

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..disk.checks import counted
+
 # The report gives the mean loss of so many steps, at the start and at the end; of a run that is not
 # twice as long it gives the loss of the first step and of the last.
 REPORTED_STEPS = 10
@@ -72,14 +74,13 @@ class Progress:
         """
         speed = self.tokens / max(self.seconds, 1e-9)
         lines = [
-            f"{len(self.losses)} steps in {self.seconds:,.0f} s, {speed:,.0f} tokens/s; training "
-            f"loss {self._training_loss()}"
+            f"{counted(len(self.losses), 'step')} in {self.seconds:,.0f} s, {speed:,.0f} tokens/s; "
+            f"training loss {self._training_loss()}"
         ]
         if len(self.losses) < steps:
-            lines.append(
-                f"stopped after step {len(self.losses)} of {steps}: "
-                f"{self.evaluations_since_best()} evaluations in a row were no better"
-            )
+            n = self.evaluations_since_best()
+            last = "the last evaluation was" if n == 1 else f"{n} evaluations in a row were"
+            lines.append(f"stopped after step {len(self.losses)} of {steps}: {last} no better")
         if self.evaluations:
             lines.append(self._best_and_last())
         elif after is not None:

@@ -14,7 +14,7 @@ from minilora import load_adapter, load_model, save_adapter
 from minilora.cli import history
 from minilora.disk.peft import digest_of
 from minilora.disk.receipt import RECEIPT, read_receipt, sha256_of
-from minilora.disk.versions import keep, kept_versions
+from minilora.disk.versions import Version, keep, kept_versions
 
 TENSORS = "adapter_model.safetensors"
 FINGERPRINT = "0123456789abcdef"
@@ -215,6 +215,16 @@ def test_inspect_shows_the_receipt_and_obeys_nothing_in_it(run, base, tmp_path):
     assert f"{losses}, the best, after step 2; gone on from the tensors cdcdcdcd" in told
     assert "settings alpha 16.0, target [\"q_proj\", \"v_proj\"], rslora true, seed 7 made by" in told
     assert "made by minilora 0.6.0, NumPy 2.4.6, Python 3.11.1; a processor; a BLAS; numpy, 2 parts" in told
+
+
+def test_a_run_of_one_step_is_told_in_the_singular():
+    run = receipt_fields(steps=1)["run"] | {"parts": 1}
+    receipt = {"receipt": 1, **receipt_fields(run=run), "tensors": {"file": TENSORS, "sha256": "ab" * 32}}
+    text = " ".join(text for _, text in history.summary(receipt))
+    version = Version(None, "ab" * 32, receipt["date"], receipt, None)
+    assert " 1 step in 0 s on " in text and "; loss 3.2500 nats per token, " in text and ", 1 part" in text
+    assert ", 1 step on notes.txt" in history.told(version)
+    assert not re.search(r"\b1 (steps|parts)|first and last", text + history.told(version))
 
 
 def test_a_run_of_the_program_leaves_a_receipt_with_its_command(run, tmp_path):

@@ -112,7 +112,7 @@ def test_a_step_or_a_measurement_alone_can_be_drawn(figure, tmp_path):
     for losses, evaluations in (([2.0], []), ([], [(0, 3.0)])):
         [curve] = read_curves([write_log(tmp_path / "a.jsonl", losses, evaluations)])
         draw(type(figure)(), [curve])
-        assert "steps" in module._in_words(curve)
+        assert "step" in module._in_words(curve)
     words = module._in_words(Curve("a", [], [0], [3.0]))
     assert words == "0 steps, held-out loss 3.000 -> 3.000, lowest 3.000 after step 0"
 

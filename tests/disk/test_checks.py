@@ -2,7 +2,7 @@
 
 import pytest
 
-from minilora.disk.checks import check_same_tensors, each_key_once, errors_name, json_object, listed
+from minilora.disk.checks import check_same_tensors, counted, each_key_once, errors_name, json_object, listed
 
 
 def test_two_sets_of_names_agree_or_both_sides_are_shown():
@@ -23,6 +23,11 @@ def test_two_sets_of_names_agree_or_both_sides_are_shown():
 ])  # fmt: skip
 def test_names_beyond_the_most_are_counted(names, text):
     assert listed(names, most=3) == text
+
+
+@pytest.mark.parametrize("number, text", [(0, "0 steps"), (1, "1 step"), (2, "2 steps"), (1234, "1,234 steps")])
+def test_one_thing_is_told_in_the_singular(number, text):
+    assert counted(number, "step") == text
 
 
 def test_no_text_is_no_object_and_no_error():

@@ -508,4 +508,4 @@ def test_a_fingerprint_tells_tokens_and_what_is_learned_apart():
 
 
 def test_rows_say_how_many_they_are():
-    assert str(one_row([1, 2], [3])) == "1 rows of 3 tokens, of which 1 are learned"
+    assert str(one_row([1, 2], [3])) == "1 row of 3 tokens, of which 1 are learned"

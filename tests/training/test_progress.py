@@ -41,6 +41,14 @@ def test_the_report_gives_speed_and_the_means_of_the_first_and_the_last_ten_step
     ]
 
 
+def test_of_one_step_and_one_evaluation_is_told_in_the_singular():
+    progress = Progress(before=5.0, losses=[4.0], tokens=8, seconds=1.0)
+    assert progress.report(after=None, steps=1)[0].startswith("1 step in 1 s, 8 tokens/s; ")
+    progress = Progress(before=5.0, losses=[4.0] * 1234, tokens=8, seconds=1.0, evaluations=[[1, 3.0], [2, 4.0]])
+    lines = progress.report(after=None, steps=9999)
+    assert lines[0].startswith("1,234 steps in 1 s, ") and lines[1].endswith(": the last evaluation was no better")
+
+
 @pytest.mark.parametrize("losses, told", [
     ([4.0, 9.0, 2.0], "4.000 -> 2.000 nats per token (first and last step)"),
     ([5.1483, 5.1479], "5.1483 -> 5.1479 nats per token (first and last step)"),
