@@ -221,11 +221,11 @@ def summary(receipt):
 
 
 def _settings(settings):
-    """{setting: value} in a line: alpha 16.0, target ["q_proj"], rslora true."""
+    """{setting: value} in a line: alpha=16.0, target=["q_proj"], rslora=true."""
     words = []
     for name, value in settings.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        words.append(f"{name} {text}")
+        words.append(f"{name}={text}")
     return ", ".join(words)
 
 

@@ -213,7 +213,7 @@ def test_inspect_shows_the_receipt_and_obeys_nothing_in_it(run, base, tmp_path):
     assert "receipt 2026-12-03 01:02:03 UTC: 3 steps in 0 s on d/notes.txt (abababab: 100 tokens); " in told
     losses = "loss 4.5000 -> 3.2500 nats per token (first and last step), held out 4.7500 -> 3.5000"
     assert f"{losses}, the best, after step 2; gone on from the tensors cdcdcdcd" in told
-    assert "settings alpha 16.0, target [\"q_proj\", \"v_proj\"], rslora true, seed 7 made by" in told
+    assert "settings alpha=16.0, target=[\"q_proj\", \"v_proj\"], rslora=true, seed=7 made by" in told
     assert "made by minilora 0.6.0, NumPy 2.4.6, Python 3.11.1; a processor; a BLAS; numpy, 2 parts" in told
 
 
