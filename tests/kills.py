@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,6 +25,7 @@ import numpy as np
 from fuzz import keep_results
 from tiny_files import KEPT, RUN, inside, older_version, write_all
 
+from minilora.disk.folder import UNFINISHED
 from minilora.disk.lock import LOCK
 
 # Seconds after which a run that does not end counts as one that hangs.
@@ -371,15 +373,15 @@ def in_writes(name, files, scratch, log, rng, n):
 
 
 def on_full_disk(name, files, scratch, log, rng, n):
-    """Let the scenario run out of disk in a file, `n` times, and run it again."""
+    """Let the scenario run out of disk in a file, `n` times, and run it again; first at the very first byte."""
     scenario, peace = scenario_of(name, files), undisturbed(name, files, scratch)
-    for size in sizes(peace.largest, rng, n):
+    for size in [0, *sizes(peace.largest, rng, n - 1)]:
         folder = fresh(files, scratch / "killed", scenario)
         ended = run(scenario, folder, full=size)
         lines = ended.err.strip().splitlines()
         wrong = None
         if ended.code != 0:
-            named = any(part in ended.err for part in ("out", "losses.jsonl")) and ".minilora-" not in ended.err
+            named = re.search(r"\bout/|losses\.jsonl", ended.err) and UNFINISHED not in ended.err
             if ended.code != 1 or len(lines) != 1 or not named:
                 wrong = f"exit code {ended.code}: {ended.err.strip()[-300:]}"
             wrong = wrong or go_on(scenario, folder, peace.expected)

@@ -27,6 +27,7 @@ SAID_INSTEAD = (
     (r"accept_base=\[[^]]*\] \((--accept-base [^)]*)\)", r"\1"),
     (r"full=True \(--full\)", "--full"),
     (r"keep=3 \(--keep 3\)", "--keep 3"),
+    (r"log_file=None, --no-log", "--no-log"),
     (r"full=True: it is of adapters", "--full: it is of adapters"),
 )
 

@@ -15,7 +15,7 @@ from .parser import FLAG_SYNONYMS, Assignments, nearest
 # A file that is larger holds something else.
 MOST_BYTES = 2**20
 # What only a person can say.
-NOT_IN_FILES = ("config", "help", "resume")
+NOT_IN_FILES = ("config", "help", "no-log", "resume")
 
 
 def read_settings(path, parser):

@@ -84,6 +84,12 @@ def _run_options(parser):
         const=True,
         help="go on with the run in --out that was interrupted or killed, with all of its settings",
     )
+    add(
+        "--no-log",
+        action="store_const",
+        const=True,
+        help="with --resume: write no further line of its log, which may be lost",
+    )
     add_quantize(parser)
     add_accept_base(parser)
     add_too_long(parser)

@@ -89,6 +89,7 @@ def _all_settings(given, resume):
     What a run that goes on has may not be changed: that is compared where its checkpoint is read.
     """
     settings = {}
+    no_log = given.pop("no_log", False)
     path = given.pop("config", None)
     if path is not None:
         parser = CommandParser("finetune", "settings of a run", "")
@@ -99,6 +100,8 @@ def _all_settings(given, resume):
         from ..training.run_file import saved_settings
 
         settings = _overlaid(saved_settings(settings["out"]), settings)
+    if no_log:
+        settings.pop("log_file", None)
     return settings
 
 

@@ -1,8 +1,11 @@
 """What the readers of files share: errors that show both sides and name the file. Opens no file."""
 
 import contextlib
+import errno
 import json
 
+# The disk is full, or what one user or one file may take of it is used up.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What no configuration has, so that nobody must think of it again: numbers beyond every float, and
 # values so deep inside others that Python cannot show them.
 MOST_DIGITS = 300
@@ -137,6 +140,17 @@ def errors_name(where):
         yield
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+@contextlib.contextmanager
+def full_disk_names(path):
+    """An error of a full disk names `path`, the file that there was no room for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 @contextlib.contextmanager

@@ -6,14 +6,13 @@ Pickles are never opened.
 """
 
 import contextlib
-import errno
 import json
 import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
-from .checks import json_object, listed
+from .checks import full_disk_names, json_object, listed
 from .lock import LOCK, only_writer
 from .reading import LARGEST_CONFIG, check_regular, read_bytes, read_object
 from .tensor_file import check_digests, read_metadata, read_shards, read_tensors, write_tensors
@@ -27,8 +26,6 @@ UNFINISHED = ".minilora-unfinished"
 NAMES = ".minilora-names"
 # What NAMES holds: all names, and {name: marks} of those that are new.
 _Noted = namedtuple("_Noted", "names new")
-# The disk is full, or what one user or one file may take of it is used up.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save_folder(folder, tensor_file, arrays, config_file, config, metadata=None, beside=None):
@@ -132,17 +129,6 @@ def check_places(folder, names):
                 f"{path} is a folder, where a file is to be written; remove it, or choose another "
                 "folder to write to"
             )
-
-
-@contextlib.contextmanager
-def full_disk_names(path):
-    """An error of a full disk names `path`, the file that there was no room for."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
 
 
 def sync_folder(folder):

@@ -1,8 +1,8 @@
 """One writer at a time in a folder, by a lock of the system. Knows no file but the lock's own.
 
 The system lets go of a lock when its process ends, however that ends. So a run that was killed
-leaves a file behind that locks nothing. On file systems without locks, as some of a network are,
-nobody is held off.
+leaves a file behind that locks nothing. Some network file systems have no locks: there nobody is
+held off.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from .checks import full_disk_names
 from .reading import check_regular
 
 # The file whose lock it is. It says who writes in the folder.
@@ -33,23 +34,24 @@ def only_writer(folder):
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; choose a folder to write to")
-    is_new = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     descriptor = _take(path)
     try:
-        os.truncate(descriptor, 0)
-        os.write(descriptor, _this_run().encode())
+        with full_disk_names(path):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, _this_run().encode())
         yield
     finally:
         # While it is locked still: another run would remove the file of a third.
         with contextlib.suppress(OSError):
             path.unlink()
         os.close(descriptor)
-        if is_new:
-            # Whoever wrote nothing leaves nothing.
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        # Whoever wrote nothing leaves nothing: what holds something is not removed.
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def _take(path):

@@ -4,24 +4,30 @@
     my-adapter/versions/20261127T094837.120Z-5e6f1a2b/  one from before, whole, with its receipt
 
 A version is a copy that gets its name in one rename, and an adapter is put back as it is saved: a
-kill at any moment leaves in my-adapter the one from before or the one from after, whole.
+kill at any moment leaves in my-adapter the one from before or the one from after, whole. The time
+of a version's folder says when a newer adapter took its place: by it they are sorted.
 """
 
-import filecmp
+import itertools
 import os
+import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from .adapter_file import CONFIG, TENSORS, read_adapter
-from .checks import listed
+from .checks import full_disk_names, listed
 from .folder import UNFINISHED, check_places, config_path, place_copies, sync_folder
+from .reading import LARGEST_CONFIG, read_bytes
 from .receipt import RECEIPT, date_text, read_receipt, receipt_of, sha256_of, shown
 from .tensor_file import read_metadata
 
 VERSIONS = "versions"
 # Beside the two files of an adapter: what its run left with it. A version takes them along.
 BESIDE = (RECEIPT, "run.json")
+# The form of the names that `_new_place` gives: nothing else in `versions` is ours to remove.
+_OURS = re.compile(r"[0-9]{8}T[0-9]{6}[.][0-9]{3}Z-[0-9a-f]{8}(-[0-9]+)?")
 # The name of a version that is being removed.
 _REMOVED = ".minilora-removed"
 # Of a digest, in the name of a version, and where people are shown one.
@@ -67,14 +73,18 @@ def version_in(folder):
 
 
 def kept_versions(folder):
-    """The Versions that are kept in `folder`, the oldest first."""
+    """The Versions that are kept in `folder`, the one in use last at the end."""
     place = Path(folder) / VERSIONS
     if not place.is_dir():
         return []
     # What a link leads to is kept elsewhere, by somebody else.
     inside = [path for path in place.iterdir() if path.name[0] != "." and not path.is_symlink()]
     versions = [version_in(path) for path in inside if is_adapter(path)]
-    return sorted(versions, key=lambda version: (version.date, version.folder.name))
+    return sorted(versions, key=_when_kept)
+
+
+def _when_kept(version):
+    return version.folder.stat().st_mtime_ns, version.date, version.folder.name
 
 
 def check_keeps(folder):
@@ -96,28 +106,50 @@ def check_keeps(folder):
 def keep(folder):
     """Copy the adapter in `folder` among its versions, unless it is there; returns the Version.
 
-    Raises: as `check_keeps`, before anything is copied.
+    A newer adapter is about to take its place: it becomes the last of the versions.
+    Raises: as `check_keeps`, before anything is copied; OSError that names the file that there was
+    no room for.
     """
     folder = Path(folder)
+    kept = copy_kept(folder)
+    now = time.time_ns()
+    os.utime(kept.folder, ns=(now, now))
+    return kept
+
+
+def copy_kept(folder):
+    """As `keep`, but a copy that is there stays in its place among the versions."""
+    folder = Path(folder)
     check_keeps(folder)
+    _remove_what_kills_left(folder)
     current = version_in(folder)
     for version in kept_versions(folder):
         if _are_one(current, version):
             return version
     place = _new_place(folder, current)
     staging = place.with_name(UNFINISHED)
-    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    for name, path in _files_of(folder).items():
-        # With its date, by which a version without a receipt is sorted.
-        shutil.copy2(path, staging / name)
-        with open(staging / name, "rb+") as file:
-            os.fsync(file.fileno())
+    try:
+        for name, path in _files_of(folder).items():
+            with full_disk_names(place / name):
+                # With its date, by which a version without a receipt is shown.
+                shutil.copy2(path, staging / name)
+                with open(staging / name, "rb+") as file:
+                    os.fsync(file.fileno())
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     sync_folder(staging)
     os.replace(staging, place)
     sync_folder(place.parent)
     sync_folder(folder)
     return version_in(place)
+
+
+def _remove_what_kills_left(folder):
+    """Remove a version that was half copied, and one that was half removed."""
+    for name in (UNFINISHED, _REMOVED):
+        shutil.rmtree(folder / VERSIONS / name, ignore_errors=True)
 
 
 def _new_place(folder, version):
@@ -150,20 +182,30 @@ def _are_one(current, version):
     if current.digest != version.digest or current.receipt not in (None, version.receipt):
         return False
     config = config_path(current.folder, TENSORS, CONFIG)
-    return filecmp.cmp(config, version.folder / CONFIG, shallow=False)
+    kept = version.folder / CONFIG
+    return kept.is_file() and read_bytes(config, LARGEST_CONFIG) == read_bytes(kept, LARGEST_CONFIG)
 
 
-def drop_oldest(folder, most):
+def drop_oldest(folder, most, spare=()):
     """Remove the oldest versions in `folder` beyond `most`; returns their folders.
 
-    The one that is used is not counted, and no copy of it is removed.
+    Those in the folders `spare` stay. Folders to which somebody else gave their names stay as well,
+    and are not counted; nor is a copy of the adapter in use, of which one stays.
     """
-    used = sha256_of(Path(folder) / TENSORS)
-    older = [version for version in kept_versions(folder) if version.digest != used]
-    dropped = [version.folder for version in older[: max(0, len(older) - most)]]
-    being_removed = Path(folder) / VERSIONS / _REMOVED
-    # A kill may have left it half removed.
-    shutil.rmtree(being_removed, ignore_errors=True)
+    folder = Path(folder)
+    _remove_what_kills_left(folder)
+    used = sha256_of(folder / TENSORS)
+    spared = {Path(path).resolve() for path in spare}
+    copies = []
+    others = []
+    for version in kept_versions(folder):
+        if _OURS.fullmatch(version.folder.name):
+            places = copies if version.digest == used else others
+            places.append(version.folder)
+    removable = [place for place in others if place.resolve() not in spared]
+    dropped = removable[: max(0, len(others) - most)]
+    dropped += [place for place in copies[:-1] if place.resolve() not in spared]
+    being_removed = folder / VERSIONS / _REMOVED
     for place in dropped:
         # So that no half of it is ever found under its name.
         os.replace(place, being_removed)
@@ -182,27 +224,43 @@ def find_version(folder, to=None):
     current = version_in(folder)
     kept = kept_versions(folder)
     if to is None:
-        older = [
-            version
-            for version in kept
-            if version.date < current.date and version.digest != current.digest
-        ]
+        older = [version for version in kept if version.digest != current.digest]
+        if any(_is_copy(version, current) for version in kept):
+            # It was put back: what was kept after it is newer.
+            older = list(itertools.takewhile(lambda version: not _is_copy(version, current), kept))
         if not older:
             raise ValueError(
                 f"{folder}: no version is older than the one in use, {_named(current)}"
                 f"{_kept_words(kept)}"
             )
         return older[-1]
-    prefix = _digest_meant(to)
-    found = [version for version in kept if version.digest.startswith(prefix)]
-    if len({version.digest for version in found}) > 1:
-        names = listed(map(_named, found), most=6)
-        raise ValueError(f"{folder}: {to} may be {names}; give more digits")
-    if found:
-        return found[-1]
-    if current.digest.startswith(prefix):
+    found = [version for version in kept if _leads_into(to, version.folder)]
+    if not found:
+        prefix = _digest_meant(to)
+        found = [version for version in kept if version.digest.startswith(prefix)]
+        if len({version.digest for version in found}) > 1:
+            names = listed(map(_named, found), most=6)
+            raise ValueError(f"{folder}: {to} may be {names}; give more digits")
+        if not found and not current.digest.startswith(prefix):
+            raise ValueError(f"{folder}: no version has the digest {prefix}{_kept_words(kept)}")
+    if not found or _are_one(current, found[-1]):
         raise ValueError(f"{folder}: {_named(current)} is the one in use")
-    raise ValueError(f"{folder}: no version has the digest {prefix}{_kept_words(kept)}")
+    return found[-1]
+
+
+def _is_copy(version, current):
+    """Was the one in use put back from this version? Then it has its date, and no equal one has."""
+    if version.digest != current.digest:
+        return False
+    dates = [(place.folder / TENSORS).stat().st_mtime_ns for place in (version, current)]
+    return dates[0] == dates[1]
+
+
+def _leads_into(to, folder):
+    """Is the path `to` the `folder`, or a file in it?"""
+    path = Path(to)
+    place = path.parent if path.is_file() else path
+    return place.is_dir() and place.samefile(folder)
 
 
 def _digest_meant(to):
@@ -244,7 +302,8 @@ def check_put_back(version):
     if "minilora.config" not in metadata:
         raise ValueError(
             f"{version.folder} was written by another program, and cannot be put back in a way "
-            "that no kill disturbs; copy its files by hand"
+            f"that no kill disturbs; copy its {TENSORS} and {CONFIG} by hand, and remove "
+            f"{' and '.join(BESIDE)} of the one in use"
         )
 
 
@@ -256,7 +315,7 @@ def put_back(folder, version):
     """
     folder = Path(folder)
     check_put_back(version)
-    before = keep(folder)
+    before = copy_kept(folder)
     names = _files_of(version.folder)
     for name in BESIDE:
         if name not in names:

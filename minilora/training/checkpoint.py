@@ -3,6 +3,7 @@
 Nothing is kept of the batches: they follow from the seed and the number of steps done.
 """
 
+import contextlib
 import os
 import shutil
 from collections import namedtuple
@@ -129,7 +130,8 @@ class Checkpoint:
         where = f"{self.folder / TENSORS} is damaged"
         check_same_layout(where, parameters, self.module.state_dict())
         check_same_layout(where, best, self.best or {})
-        self._check_finite(parameters | best)
+        self._check_finite(parameters)
+        self._check_finite(best)
         with errors_name(where):
             self.adam.load_state_dict({"steps": state["steps"], "moments": moments})
         self.module.load_state_dict(parameters)
@@ -163,8 +165,12 @@ class Checkpoint:
             )
 
     def note_failure(self, text):
-        """Keep what a run that cannot go on says: `failure_of` tells it."""
-        (self.folder / FAILURE).write_text(text, encoding="utf-8")
+        """Keep what a run that cannot go on says: `failure_of` tells it.
+
+        On a full disk it is not kept: what the run says is more than that.
+        """
+        with contextlib.suppress(OSError):
+            (self.folder / FAILURE).write_text(text, encoding="utf-8")
 
     def remove(self):
         """Remove the folder, if there is one, so that no half of it is found under its name."""

@@ -6,7 +6,6 @@ the seed, and what came after the last checkpoint is computed again.
 """
 
 import contextlib
-import hashlib
 import json
 import shlex
 from collections import namedtuple
@@ -23,12 +22,12 @@ from ..disk.folder import check_unused
 from ..disk.lock import only_writer
 from ..disk.models import load_model
 from ..disk.quantized import quantized_base
-from ..disk.reading import LARGEST_DATA, read_bytes
+from ..disk.receipt import sha256_of
 from ..disk.tokenizer import load_tokenizer
-from ..disk.versions import check_keeps, drop_oldest, is_adapter, version_in
+from ..disk.versions import check_keeps, check_put_back, drop_oldest, is_adapter, version_in
 from ..disk.versions import keep as keep_version
 from ..optim import Adam
-from .checkpoint import Checkpoint, end_removal, failure_of, is_checkpoint
+from .checkpoint import Checkpoint, end_removal, failure_of, is_checkpoint, read_state
 from .datasets import load_data
 from .learned import LearnedAdapter, LearnedModel, report_full
 from .loop import Interrupted
@@ -42,6 +41,7 @@ from .run_file import (
     check_resumable,
     identity_settings,
     places_of,
+    saved_settings,
     write_run_file,
 )
 from .run_log import RunLog, check_place, cut_back, run_digest
@@ -117,9 +117,12 @@ def _run(config, by, resume, command, log, quiet):
     has_workers = by.executor is not None
     arrays = arrays_of(by.xp, by.parts, has_workers)
     say = _nothing if quiet else log
-    config = _apart_from_out(config)
+    if resume:
+        config = _as_it_began(config)
     typed = as_typed(config, resume)
     run = _prepare(config, typed, by.xp, arrays, by.threads, say, quiet)
+    if not resume:
+        run = _apart_from_out(run)
     progress = _begin(run, resume, say)
     if not has_workers:
         workers = PartWorkers(run.learned.model, by.parts, by.threads)
@@ -136,7 +139,7 @@ def _run(config, by, resume, command, log, quiet):
             steps.take()
             after = steps.take_best()
         _save(run, _receipt(run, progress, after, command), say)
-        write_run_file(typed, arrays)
+        write_run_file(run.typed, arrays)
         run.checkpoint.remove()
     _report(run, progress, after, has_workers, log)
     return Result(run.learned.module, progress.losses, progress.before, after, progress.evaluations)
@@ -196,10 +199,22 @@ def _check_out(out, resume, most_kept):
     An adapter may be there if so many of its versions are kept, at least one.
     """
     checkpoint = out / CHECKPOINT
+    if checkpoint.is_symlink():
+        raise ValueError(
+            f"{checkpoint} is a link, and a checkpoint is made and removed in the folder of its "
+            "run alone; remove it"
+        )
     if resume:
         check_resumable(out)
         return
     if is_checkpoint(checkpoint):
+        try:
+            read_state(checkpoint)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. It is the checkpoint of a run that has not ended: remove {checkpoint}, "
+                "or choose another folder"
+            ) from None
         failure = failure_of(checkpoint)
         if failure is not None:
             raise ValueError(
@@ -222,15 +237,30 @@ def _check_out(out, resume, most_kept):
     check_unused(out, ignore=[CHECKPOINT])
 
 
-def _apart_from_out(config):
-    """`config`, if it goes on from the adapter in its own folder with the version that is kept.
+def _apart_from_out(run):
+    """The _Run, which goes on from a version if it went on from the adapter in its own folder.
 
-    The adapter in the folder will be another one when the run is resumed or repeated.
+    That one will be another when the run is resumed or repeated. So it is copied.
     """
-    parent = config.from_adapter
-    if parent is None or Path(parent).resolve() != Path(config.out).resolve():
+    if not _goes_on_from_out(run.config):
+        return run
+    parent = str(keep_version(run.config.out).folder)
+    config = replace(run.config, from_adapter=parent)
+    typed = replace(run.typed, from_adapter=parent)
+    run.checkpoint.places = places_of(config, typed)
+    return run._replace(config=config, typed=typed)
+
+
+def _as_it_began(config):
+    """`config`, which goes on from what its run began with, if that was in its own folder."""
+    if not _goes_on_from_out(config):
         return config
-    return replace(config, from_adapter=str(keep_version(config.out).folder))
+    return replace(config, from_adapter=saved_settings(config.out)["from_adapter"])
+
+
+def _goes_on_from_out(config):
+    parent = config.from_adapter
+    return parent is not None and Path(parent).resolve() == Path(config.out).resolve()
 
 
 def _prepare(config, typed, xp, arrays, threads, log, quiet):
@@ -296,10 +326,9 @@ def _prepare(config, typed, xp, arrays, threads, log, quiet):
 
 def _identity(config, data, base_config, learned, arrays):
     """What must be the same when the run goes on."""
-    data_file = hashlib.sha256(read_bytes(config.data, LARGEST_DATA)).hexdigest()
     identity = {
         "settings": identity_settings(config),
-        "data": {"sha256": data_file, "tokens": data.fingerprint()},
+        "data": {"sha256": sha256_of(config.data), "tokens": data.fingerprint()},
         "config": asdict(base_config),
         "arrays": arrays,
         "base": learned.fingerprint,
@@ -324,7 +353,7 @@ def _resumable(run):
         if checkpoint.snapshot is not None:
             checkpoint.save()
         if not is_checkpoint(checkpoint.folder):
-            # It fell into the first save.
+            # It fell into the first save, or into the removal, when all is saved.
             raise
         kept = (
             f"after step {checkpoint.saved_steps()} of {run.config.steps}, which is kept in "
@@ -337,6 +366,10 @@ def _resumable(run):
             f"({type(error).__name__})"
         ) from None
     except Exception as error:
+        if not isinstance(error, ValueError) and checkpoint.snapshot is not None:
+            # A full disk, too little memory: who goes on may come further.
+            with contextlib.suppress(OSError):
+                checkpoint.save()
         is_kept = is_checkpoint(checkpoint.folder) and checkpoint.saved_steps() > 0
         if not is_kept:
             _leave_nothing(run)
@@ -393,11 +426,18 @@ def _save(run, receipt, log):
         raise ValueError(
             f"nothing was learned in {run.adam.steps} steps, and nothing is kept: {error}"
         ) from None
+    spare = [] if run.config.from_adapter is None else [run.config.from_adapter]
     if run.config.keep is not None and is_adapter(out) and not _is_saved(out, receipt):
-        log(f"the adapter from before is kept in {keep_version(out).folder}")
+        version = keep_version(out)
+        spare.append(version.folder)
+        log(f"the adapter from before is kept in {version.folder}")
+        try:
+            check_put_back(version)
+        except (ValueError, OSError) as error:
+            log(f"it cannot be put back: {error}")
     run.learned.save(out, receipt)
     if run.config.keep is not None:
-        for folder in drop_oldest(out, run.config.keep):
+        for folder in drop_oldest(out, run.config.keep, spare):
             log(f"removed, as more than {run.config.keep} versions were kept: {folder}")
 
 

@@ -11,10 +11,10 @@ import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..disk.checks import check_fields, errors_name
+from ..disk.checks import check_fields, errors_name, full_disk_names
+from ..disk.folder import sync_folder
 from .checkpoint import STATE, end_removal, is_checkpoint, read_state
 from .finetune_config import FineTuneConfig
-from .learned import LearnedAdapter, LearnedModel
 
 # Beside what a run has made lies the file that repeats it.
 RUN = "run.json"
@@ -62,11 +62,12 @@ def write_run_file(config, arrays):
     out = Path(config.out)
     # In a folder that is ours, so that nobody's file has this name.
     unfinished = out / CHECKPOINT / RUN
-    with open(unfinished, "w", encoding="utf-8") as file:
+    with full_disk_names(out / RUN), open(unfinished, "w", encoding="utf-8") as file:
         file.write(json.dumps(settings_of(config, arrays), indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, out / RUN)
+    sync_folder(out)
 
 
 def places_of(config, typed):
@@ -118,10 +119,9 @@ def check_resumable(out):
     out = Path(out)
     if is_checkpoint(out / CHECKPOINT):
         return
-    reason = "start without --resume"
-    for kind in (LearnedAdapter, LearnedModel):
-        if (out / kind.file).exists():
-            reason = f"the run has ended, and {kind.noun.replace('the', 'its')} is there"
+    reason = "no run was begun there; start without --resume"
+    if (out / RUN).exists():
+        reason = "the run has ended, and what it learned is there"
     raise FileNotFoundError(f"nothing to resume in {out}: {reason}")
 
 

@@ -13,7 +13,7 @@ import math
 import os
 from pathlib import Path
 
-from ..disk.checks import json_object
+from ..disk.checks import full_disk_names, json_object
 from ..disk.reading import LARGEST_LOG, open_regular
 
 # No line of a log has as many bytes.
@@ -36,6 +36,7 @@ class RunLog:
 
     def __init__(self, path, run):
         self.run = run
+        self.path = path
         self.file = open(path, "ab", buffering=0)
 
     def __enter__(self):
@@ -48,12 +49,15 @@ class RunLog:
     def write(self, **fields):
         """Append a line of these fields."""
         line = json.dumps({"run": self.run, **fields}).encode() + b"\n"
-        if self.file.write(line) != len(line):
-            raise OSError(f"{self.file.name}: a line could not be written whole; is the disk full?")
+        with full_disk_names(self.path):
+            n_written = self.file.write(line)
+        if n_written != len(line):
+            raise OSError(f"{self.path}: a line could not be written whole; is the disk full?")
 
     def sync(self):
         """Wait until all that was written is on the disk."""
-        os.fsync(self.file.fileno())
+        with full_disk_names(self.path):
+            os.fsync(self.file.fileno())
 
 
 def check_place(path, out, resume):
@@ -103,7 +107,10 @@ def cut_back(path, run, progress, say):
             )
     for i, (step, field, value) in enumerate(expected):
         where = f"{path}, line {i + 1}: expected the {field} of step {step}, {value}"
-        remedy = "as in the checkpoint; give the log that the run began, or go on without"
+        remedy = (
+            "as in the checkpoint; give the log that the run began, or go on without it "
+            "(log_file=None, --no-log)"
+        )
         if i >= len(records):
             raise ValueError(f"{where}, and there is no such line, {remedy}")
         if records[i]["step"] != step or records[i].get(field) != value:

@@ -94,6 +94,17 @@ def test_what_was_written_stays_and_an_empty_folder_goes(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_folders_above_that_were_made_go_too_and_no_others(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(KeyError), only_writer(tmp_path / "a" / "b" / "c"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"] and not any((tmp_path / "a").iterdir())
+    with pytest.raises(KeyError), only_writer(tmp_path / "a" / "b" / "c"):
+        (tmp_path / "a" / "b" / "mine").mkdir()
+        raise KeyError
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["mine"]
+
+
 def test_a_file_is_no_folder_to_write_in(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(NotADirectoryError, match="file is a file"), only_writer(tmp_path / "file"):

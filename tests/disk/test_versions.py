@@ -1,11 +1,16 @@
 """Versions of an adapter: kept, found and put back, and whatever kills that leaves one of them whole and loses none."""
 
+import contextlib
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import bits, receipt_fields, small_gpt, trained_adapter
 
 from minilora import load_adapter, save_adapter
@@ -135,6 +140,25 @@ def test_a_version_is_named_by_its_receipt_its_folder_or_its_first_digits(tmp_pa
     assert find_version(folder, second.digest[:12]) == second
 
 
+def test_the_folder_that_is_named_is_the_one_that_is_meant(tmp_path):
+    """Not another one of the same tensors."""
+    folder = with_versions(tmp_path / "a", 2)
+    [first] = kept_versions(folder)
+    shutil.copytree(first.folder, folder / VERSIONS / "copy")
+    for place in (first.folder, folder / VERSIONS / "copy"):
+        for to in (place, place / RECEIPT):
+            assert find_version(folder, to).folder == place
+
+
+@pytest.mark.parametrize("name", [None, RECEIPT])
+def test_the_one_in_use_is_not_put_back_from_its_own_copy(name, tmp_path):
+    folder = with_versions(tmp_path / "a", 2)
+    put_back(folder, find_version(folder))
+    for to in (digest(folder), kept_versions(folder)[0].folder, folder):
+        with pytest.raises(ValueError, match="is the one in use"):
+            find_version(folder, to if name is None or to == digest(folder) else to / name)
+
+
 @pytest.mark.parametrize("to, says", [
     ("abc", "no receipt, no folder of an adapter, and no digest"), ("", "no digest"), ("wxyz", "no digest"),
     ("0" * 64, "no version has the digest 0+; kept are"),
@@ -193,7 +217,7 @@ def test_an_adapter_of_another_program_is_kept_and_not_put_back(tmp_path):
     theirs = keep(tmp_path)
     save(tmp_path, 2)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="written by another program, .*copy its files by hand"):
+    with pytest.raises(ValueError, match="another program, .*by hand, and remove receipt.json and run.json of"):
         put_back(tmp_path, theirs)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -222,6 +246,61 @@ def test_the_oldest_beyond_the_most_are_dropped_and_never_the_one_in_use(tmp_pat
     put_back(folder, kept_versions(folder)[0])
     assert seeds_of(kept_versions(folder)) == [3, 4, 5] and drop_oldest(folder, 2) == []
     assert len(drop_oldest(folder, 1)) == 1 and seeds_of(kept_versions(folder)) == [3, 5]
+
+
+@settings(max_examples=20)
+@given(st.lists(st.sampled_from(["train", "back", "back to the first"]), max_size=7), st.integers(1, 3))
+def test_whatever_was_done_before_the_one_last_in_use_is_kept(steps, most):
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        save(folder, 1)
+        for step in steps:
+            if step == "train":
+                used = seed_in(folder)
+                following = used % 5 + 1
+                keep(folder)
+                save(folder, following)
+                drop_oldest(folder, most)
+                assert seeds_of(kept_versions(folder))[-1] == used == seed_in(find_version(folder).folder)
+            elif any(version.digest != digest(folder) for version in kept_versions(folder)):
+                before = all_seeds(folder)
+                with contextlib.suppress(ValueError):
+                    put_back(folder, find_version(folder) if step == "back" else kept_versions(folder)[0])
+                assert all_seeds(folder) == before
+
+
+def test_folders_that_the_user_put_among_the_versions_stay(tmp_path):
+    folder = with_versions(tmp_path / "a", 4)
+    for name in ("best", "20261201T000000.000Z", "notes-of-mine"):
+        shutil.copytree(kept_versions(folder)[0].folder, folder / VERSIONS / name)
+    assert len(drop_oldest(folder, 1)) == 2
+    assert {"best", "20261201T000000.000Z", "notes-of-mine"} < {path.name for path in (folder / VERSIONS).iterdir()}
+
+
+def test_a_version_that_is_spared_stays_and_counts(tmp_path):
+    folder = with_versions(tmp_path / "a", 4)
+    first, second, third = [version.folder for version in kept_versions(folder)]
+    assert drop_oldest(folder, 2, [first]) == [second] and drop_oldest(folder, 1, [first]) == [third]
+    assert drop_oldest(folder, 0, [first]) == []
+
+
+def test_a_full_disk_leaves_no_half_of_a_version_and_names_the_file(tmp_path, monkeypatch):
+    folder = with_versions(tmp_path / "a", 2)
+
+    def no_room(source, target):
+        raise OSError(28, "No space left on device", str(source))
+
+    monkeypatch.setattr(shutil, "copy2", no_room)
+    with pytest.raises(OSError, match=r"No space left on device: '.*versions/2026.*"):
+        keep(folder)
+    assert len(list((folder / VERSIONS).iterdir())) == 1
+
+
+def test_a_version_without_a_configuration_is_in_nobodys_way(tmp_path):
+    save(tmp_path, 1)
+    first = keep(tmp_path)
+    (first.folder / CONFIG).unlink()
+    assert keep(tmp_path).folder != first.folder
 
 
 def test_what_is_half_a_version_or_none_is_passed_over(tmp_path):

@@ -283,3 +283,19 @@ def test_a_parameter_that_is_no_number_is_refused(saved, value):
 
     changed(folder, change_tensors=spoil)
     is_refused(folder, "checkpoint.safetensors: h.1.mlp.up_proj.lora_A holds inf or nan: it is damaged")
+
+
+@pytest.mark.parametrize("part", ["module", "best"])
+def test_so_is_one_of_a_run_that_keeps_its_best_in_both(part, tmp_path):
+    adapter, adam = adapter_and_adam(seed=1, steps=1)
+    checkpoint = Checkpoint(tmp_path / "c", IDENTITY, adapter, adam)
+    checkpoint.mark_best()
+    checkpoint.save_current(PROGRESS)
+
+    def spoil(tensors):
+        name = f"{part}.h.1.mlp.up_proj.lora_A"
+        tensors[name] = np.full_like(tensors[name], np.nan)
+
+    changed(tmp_path / "c", change_tensors=spoil)
+    with pytest.raises(ValueError, match="h.1.mlp.up_proj.lora_A holds inf or nan"):
+        checkpoint.restore()

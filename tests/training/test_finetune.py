@@ -18,7 +18,7 @@ import strict_array
 from gguf_files import write_sentencepiece_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from strategies import (
     character_gpt,
     contents,
@@ -36,7 +36,7 @@ from minilora.disk.characters import decode, encode
 from minilora.disk.folder import UNFINISHED
 from minilora.disk.lock import only_writer
 from minilora.disk.receipt import check_receipt, receipt_of
-from minilora.disk.versions import kept_versions
+from minilora.disk.versions import find_version, is_adapter, kept_versions, put_back, version_in
 from minilora.dora import DoRAPair
 from minilora.functional import IGNORE
 from minilora.nn import table_rows
@@ -1248,10 +1248,10 @@ def test_a_run_is_not_started_over_an_adapter(inputs, tmp_path):
 
 def test_nothing_to_resume_is_told(inputs, tmp_path):
     config = config_for(inputs, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="nothing to resume in .*: start without --resume"):
+    with pytest.raises(FileNotFoundError, match="in .*: no run was begun there; start without --resume"):
         run(config, resume=True)
     run(config)
-    with pytest.raises(FileNotFoundError, match="nothing to resume in .*: the run has ended, and its adapter is there"):
+    with pytest.raises(FileNotFoundError, match="in .*: the run has ended, and what it learned is there"):
         run(config, resume=True)
 
 
@@ -1361,6 +1361,58 @@ def test_what_was_learned_is_not_lost_if_it_cannot_be_saved(inputs, tmp_path, mo
     with pytest.raises(ValueError, match="holds a run that failed.*something is in the way"):
         run(config)
     assert same(run(config, resume=True), run(config_for(inputs, tmp_path / "another")))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()], ids=repr)
+def test_steps_that_are_in_memory_alone_outlive_an_error_that_the_settings_do_not_cause(inputs, whole, tmp_path, error):
+    kind, result, files = whole
+    config = config_for(inputs, tmp_path / "out", kind, save_every=100)
+    taken = []
+
+    def step(self, lr, real=Adam.step):
+        if len(taken) == 3:
+            raise error
+        taken.append(real(self, lr))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Adam, "step", step)
+        with pytest.raises(type(error)):
+            run(config)
+    resumed, report = run_and_report(config, resume=True)
+    assert "resumed after step 3 of 4" in report and same(resumed, result) and saved(tmp_path / "out") == files
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a link")
+def test_a_checkpoint_elsewhere_is_refused_before_anything_is_trained(inputs, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="checkpoint is a link, and a checkpoint is made and removed in"):
+        run(config_for(inputs, tmp_path / "out"))
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_checkpoint_that_nobody_can_go_on_with_is_not_to_be_resumed(inputs, tmp_path):
+    config = config_for(inputs, tmp_path / "out")
+    stop(config)
+    state = tmp_path / "out" / "checkpoint" / "checkpoint.json"
+    state.write_text(state.read_text().replace('"version": "', '"version": "0.1 or '))
+    with pytest.raises(ValueError, match="written by minilora 0.1 or .*: remove .*checkpoint, or") as refusal:
+        run(config)
+    assert "--resume" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("lost", ["removed", "emptied"])
+def test_a_run_whose_log_is_lost_goes_on_without(lost, inputs, tmp_path):
+    config = config_for(inputs, tmp_path / "out", log_file=str(tmp_path / "log.jsonl"))
+    stop(config)
+    if lost == "removed":
+        (tmp_path / "log.jsonl").unlink()
+    else:
+        (tmp_path / "log.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match="there is no such line, .* go on without it .log_file=None, --no-log"):
+        run(config, resume=True)
+    assert same(run(replace(config, log_file=None), resume=True), run(config_for(inputs, tmp_path / "another")))
 
 
 def test_a_log_without_a_step_goes_with_the_run_that_did_none(inputs, tmp_path, monkeypatch):
@@ -1558,6 +1610,48 @@ def test_an_adapter_from_before_is_kept_as_a_version_and_the_oldest_go(inputs, t
     assert contents(loaded) == contents(result.adapter)
 
 
+def test_the_adapter_that_was_in_use_is_kept_though_its_date_is_the_oldest(inputs, tmp_path):
+    """It was put back in the place of a newer one, and is what the next run goes on from."""
+    out = tmp_path / "out"
+    for seed in (0, 1):
+        run(config_for(inputs, out, seed=seed, keep=1))
+    put_back(out, find_version(out))
+    assert receipt_in(out)["run"]["settings"]["seed"] == 0
+    on = {"alpha": None, "r": 8, "target": "all-linear", "from_adapter": str(out)}
+    run(config_for(inputs, out, seed=2, keep=1, **on))
+    assert seeds_kept(out) == [0]
+    put_back(out, find_version(out))
+    assert receipt_in(out)["run"]["settings"]["seed"] == 0
+    run_again = json.loads((kept_versions(out)[-1].folder / "run.json").read_text())
+    assert is_adapter(run_again["from_adapter"])
+
+
+def test_equal_runs_one_after_the_other_keep_one_copy(inputs, tmp_path):
+    for _ in range(4):
+        run(config_for(inputs, tmp_path / "out", keep=1))
+    assert len(seeds_kept(tmp_path / "out")) == 1
+
+
+def test_what_another_program_wrote_is_kept_and_what_that_means_is_told(inputs, tmp_path):
+    out = tmp_path / "out"
+    run(config_for(inputs, out, seed=1))
+    tensors = load_file(out / "adapter_model.safetensors")
+    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    _, report = run_and_report(config_for(inputs, out, seed=2, keep=1))
+    assert re.search("kept in .*\nit cannot be put back: .* was written by another program", report)
+
+
+@pytest.mark.parametrize("wrong", [{"base": "nowhere"}, {"data": "nowhere.jsonl"}, {"batch": 99}], ids=str)
+def test_a_run_that_is_refused_keeps_no_version(wrong, inputs, tmp_path):
+    out = tmp_path / "out"
+    run(config_for(inputs, out))
+    before = saved(out)
+    on = {"alpha": None, "r": 8, "target": "all-linear", "from_adapter": str(out), "keep": 1}
+    with pytest.raises((ValueError, FileNotFoundError)):
+        run(config_for(inputs, out, **on, **wrong))
+    assert saved(out) == before and not (out / "versions").exists()
+
+
 def test_the_adapter_from_before_is_used_until_its_run_has_ended_and_a_resumed_one_keeps_it(inputs, tmp_path):
     out = tmp_path / "out"
     run(config_for(inputs, out, seed=1))
@@ -1631,3 +1725,19 @@ def test_a_run_goes_on_from_the_adapter_in_its_own_folder(inputs, tmp_path):
     settings = json.loads((tmp_path / "out" / "run.json").read_text())
     assert Path(settings["from_adapter"]) == version.folder
     assert receipt_in(tmp_path / "out")["parents"] == [version.digest]
+
+
+def test_so_it_does_when_it_was_killed_after_it_had_saved_what_it_learned(inputs, tmp_path, monkeypatch):
+    """Then the adapter in the folder is no longer what it went on from."""
+    new = {"alpha": None, "r": 8, "target": "all-linear", "keep": 2}
+    run(config_for(inputs, tmp_path / "out"))
+    parent = version_in(tmp_path / "out").digest
+    config = config_for(inputs, tmp_path / "out", **new, from_adapter=str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "remove", lambda self: pressed())
+        with pytest.raises(Interrupted):
+            run(config)
+    files = saved(tmp_path / "out")
+    run(config, resume=True)
+    assert saved(tmp_path / "out")[1:] == files[1:] and receipt_in(tmp_path / "out")["parents"] == [parent]
+    assert [version.digest for version in kept_versions(tmp_path / "out")] == [parent]

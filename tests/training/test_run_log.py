@@ -48,8 +48,8 @@ def test_a_line_is_written_by_one_call(log):
 def test_a_disk_that_is_full_is_told(log):
     with RunLog(log, "abc") as run_log:
         file = run_log.file
-        run_log.file = type("File", (), {"write": lambda self, piece: 3, "name": "log.jsonl"})()
-        with pytest.raises(OSError, match=r"log.jsonl: a line could not be written whole; is the disk full\?"):
+        run_log.file = type("File", (), {"write": lambda self, piece: 3})()
+        with pytest.raises(OSError, match=f"{log.name}: a line could not be written whole; is the disk full"):
             run_log.write(**STEPS[0])
         run_log.file = file
 
