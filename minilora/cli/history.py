@@ -26,6 +26,7 @@ from ..disk.versions import (
     put_back,
     version_in,
 )
+from ..training.checkpoint import end_removal
 from .folders import check_source, unfinished_run
 from .messages import LONGEST_LINE, in_a_line, one_line, shortened
 
@@ -167,6 +168,7 @@ def rollback(folder, to, log):
     """
     check_source(folder, "adapter")
     folder = Path(folder)
+    end_removal(folder)
     with only_writer(folder):
         version = find_version(folder, to)
         before = put_back(folder, version)

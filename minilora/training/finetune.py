@@ -127,7 +127,7 @@ def _run(config, by, resume, command, log, quiet):
     if not has_workers:
         workers = PartWorkers(run.learned.model, by.parts, by.threads)
     else:
-        make = partial(model_of, config)
+        make = partial(model_of, run.config)
         workers = RemoteWorkers(run.learned.model, make, by.executor, by.n_workers, by.parts)
         say(f"{by.n_workers} workers of {type(by.executor).__name__} compute {by.parts} parts")
     with workers, _resumable(run):

@@ -719,7 +719,7 @@ REFUSED = [
     (tuning + "--config nowhere.json", 1, "nowhere.json: No such file"),
     (tuning + "--config t.txt", 1, "t.txt: settings are a .json or a .toml file"),
     ("finetune --resume", 2, "required: --out;"),
-    ("finetune --resume --out one", 1, "nothing to resume in one: the run has ended, and its adapter is there"),
+    ("finetune --resume --out one", 1, "nothing to resume in one: no run was begun there"),
     (tuning + "--log q.jsonl", 1, "q.jsonl is not empty, and a log is never written over"),
     (tuning + "--log base", 1, "base is no file"),
     (tuning + "--log nowhere/a.jsonl", 1, "nowhere does not exist; make the folder"),

@@ -15,6 +15,7 @@ from minilora.cli import history
 from minilora.disk.peft import digest_of
 from minilora.disk.receipt import RECEIPT, read_receipt, sha256_of
 from minilora.disk.versions import Version, keep, kept_versions
+from minilora.training.checkpoint import REMOVED
 
 TENSORS = "adapter_model.safetensors"
 FINGERPRINT = "0123456789abcdef"
@@ -46,6 +47,13 @@ def lines_of(out):
     lines = out.splitlines()
     rows = [re.split(" {2,}", line.strip()) for line in lines if line.startswith("  2")]
     return [line for line in lines if not line.startswith(" ")], rows
+
+
+def test_a_rollback_removes_what_is_left_of_a_checkpoint(run, kept):
+    (kept / REMOVED).mkdir()
+    (kept / REMOVED / "checkpoint.safetensors").write_bytes(b"half")
+    assert run("rollback", kept)[0] == 0
+    assert not (kept / REMOVED).exists()
 
 
 def test_adapters_and_their_versions_are_listed_by_date_with_what_their_receipts_say(run, kept):
