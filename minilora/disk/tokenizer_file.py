@@ -7,12 +7,11 @@ nobody misses, before it is read here. Knows the file, no model.
 
 import base64
 import json
-import re
 import signal
 import subprocess
 import sys
 
-from .checks import each_key_once, library_errors, parse_json
+from .checks import each_key_once, errors_name, library_errors, parse_json
 from .gguf_vocabulary import SPLITS
 from .reading import LARGEST_TOKENIZER, read_bytes
 
@@ -84,20 +83,24 @@ def read_tokenizer_file(path):
     """The `tokenizers.Tokenizer` in the tokenizer.json at `path`.
 
     Raises: ValueError that names the file if it is damaged, or if the library would end the process
-    at it, or never come back. OSError.
+    at it, or never come back. OSError if it cannot be read, or no other process can be started.
     """
     # Imported where it is used: whoever only trains or reads characters does not wait for it.
     from tokenizers import Tokenizer
 
     content = read_bytes(path, LARGEST_TOKENIZER)
-    with library_errors(f"{path}: damaged, or of another kind"):
+    damaged = f"{path}: damaged, or of another kind"
+    with errors_name(damaged):
         # The library might take another one of two equal keys than Python.
         fields = parse_json(content, object_pairs_hook=each_key_once)
-        if not is_ordinary(fields):
-            _check_charsmaps(content)
-            problem = _problem_of(content)
-            if problem:
-                raise ValueError(problem)
+        is_strange = not is_ordinary(fields)
+        if is_strange:
+            _check_charsmaps(fields)
+    if is_strange:
+        problem = _problem_of(path, content)
+        if problem:
+            raise ValueError(f"{damaged}: {problem}")
+    with library_errors(damaged):
         return Tokenizer.from_buffer(content)
 
 
@@ -177,24 +180,36 @@ def _is_small(value):
     return isinstance(value, (bool, type(None))) or (type(value) is int and 0 <= value < 1000)
 
 
-def _check_charsmaps(content):
-    """Raise ValueError for a table of characters that is shorter than it says.
+def _check_charsmaps(value):
+    """Raise ValueError for a table of characters, anywhere in a file, shorter than it says.
 
     The library takes its first number for the size of an array, which may fit into the memory of
     the other process.
     """
-    for match in re.finditer(rb'"precompiled_charsmap"\s*:\s*("[^"]*")', content):
-        table = base64.b64decode(json.loads(match[1]))
-        size = int.from_bytes(table[:4], "little")
-        if len(table) < 4 + size or size % 4 or size == 0:
-            raise ValueError(
-                f"its precompiled_charsmap says that it begins with a table of {size} bytes, and "
-                f"has {len(table)} in all"
-            )
+    if isinstance(value, dict):
+        if isinstance(value.get("precompiled_charsmap"), str):
+            _check_charsmap(base64.b64decode(value["precompiled_charsmap"]))
+        value = value.values()
+    elif not isinstance(value, list):
+        return
+    for inner in value:
+        _check_charsmaps(inner)
 
 
-def _problem_of(content):
-    """What goes wrong, in words, where another process reads a file and uses it; "" for nothing."""
+def _check_charsmap(table):
+    size = int.from_bytes(table[:4], "little")
+    if len(table) < 4 + size or size % 4 or size == 0:
+        raise ValueError(
+            f"its precompiled_charsmap says that it begins with a table of {size} bytes, and "
+            f"has {len(table)} in all"
+        )
+
+
+def _problem_of(path, content):
+    """What goes wrong, in words, where another process reads a file and uses it; "" for nothing.
+
+    Raises: OSError if there is no other process.
+    """
     seconds = PROCESSOR_SECONDS + (len(content) >> 20)
     limits = json.dumps([seconds, MEMORY, _TEXTS])
     command = [sys.executable, "-I", "-c", _TRIAL, json.dumps(sys.path), limits]
@@ -205,6 +220,9 @@ def _problem_of(content):
         )
     except subprocess.TimeoutExpired:
         return hangs
+    except OSError as error:
+        reason = f"{error.strerror}: {sys.executable} was to try {path} in a process of its own"
+        raise OSError(error.errno, reason) from None
     if ended.returncode == -getattr(signal, "SIGXCPU", 0):
         return hangs
     if ended.returncode:

@@ -126,6 +126,30 @@ def test_whatever_happens_in_the_other_process_is_told(bpe_folder, tmp_path, mon
         read_tokenizer_file(written(tmp_path, changed(fields_in(bpe_folder), rare)))
 
 
+def test_that_no_process_can_be_started_is_no_fault_of_the_file(bpe_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no python"))
+    path = written(tmp_path, changed(fields_in(bpe_folder), {"normalizer": CHARSMAP}))
+    with pytest.raises(FileNotFoundError, match="no python was to try .*tokenizer.json in a process of") as error:
+        read_tokenizer_file(path)
+    assert "damaged" not in str(error.value)
+
+
+# A table of so many bytes that a process could make it, and has not.
+SHORT = {"type": "Precompiled", "precompiled_charsmap": "AAAAEAAAAAAA"}
+
+
+@pytest.mark.parametrize("key", ["precompiled_charsmap", r"precompiled\u005fcharsmap", r"\u0070recompiled_charsmap"])
+@pytest.mark.parametrize("place", [
+    SHORT, {"type": "Sequence", "normalizers": [{"type": "NFC"}, SHORT]},
+    {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [SHORT]}]},
+], ids=["alone", "in a list", "in a list in a list"])  # fmt: skip
+def test_a_short_table_of_characters_is_refused_without_a_process(bpe_folder, tmp_path, no_trial, place, key):
+    path = written(tmp_path, changed(fields_in(bpe_folder), {"normalizer": place}))
+    path.write_text(path.read_text().replace('"precompiled_charsmap"', f'"{key}"'))
+    with pytest.raises(ValueError, match="its precompiled_charsmap .* table of 268435456 bytes, and has 9 in all"):
+        read_tokenizer_file(path)
+
+
 def test_a_key_that_comes_twice_is_refused(bpe_folder, tmp_path):
     """Python takes the last one: what was looked at would not be what the library reads."""
     text = (bpe_folder / "tokenizer.json").read_text()
