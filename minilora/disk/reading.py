@@ -11,8 +11,9 @@ from .checks import json_object
 
 # The most bytes of a file, by what it is. Each is some times the largest that is in use.
 LARGEST_CONFIG = 4 << 20
-# Two numbers for each of six million steps of a run.
-LARGEST_STATE = 256 << 20
+# Two numbers for each of the most steps that a run may have (MOST_STEPS in finetune_config.py), and
+# two more for an evaluation after each.
+LARGEST_STATE = 128 << 20
 # Names of tensors, and the file of each.
 LARGEST_INDEX = 64 << 20
 # Tokens and merges.

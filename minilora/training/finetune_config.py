@@ -17,6 +17,9 @@ OF_SHAPE = ("alpha", "r", "target", "dora", "rslora", "rank_pattern", "alpha_pat
 OF_ADAPTERS = (*OF_SHAPE, "dropout", "quantize", "from_adapter", "keep")
 # By default the learning rate warms up for a tenth of the steps, and for no more than so many.
 LONGEST_WARMUP = 100
+# A checkpoint has the loss and the norm of each step, and what was measured after it: up to 133
+# bytes in the header of its tensors, of which safetensors writes no more than 100 million bytes.
+MOST_STEPS = 500_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +37,17 @@ class FineTuneConfig:
 
     lr: the peak of the learning rate. schedule: how it falls after that, "cosine", "linear" or not
     at all, "constant". warmup: the steps of its rise (None: a tenth of the steps, at most 100).
-    weight_decay: that of Adam. clip: the norm to which gradients are shortened. steps: how many, of
-    `accumulate` batches of `batch` rows each. seed: of everything random. eval_split: the share
-    that is held out to measure the loss on. length: tokens in a window of a text (None: 256, or the
-    model's context if that is shorter). save_every: steps between two checkpoints. quantize: what
-    the base's linear weights are packed as once it is loaded, "nf4", or None: as they are stored.
-    too_long: what becomes of rows longer than the context: "cut" at their ends, "drop" left out,
-    None refused. eval_every: steps between two measurements of the held-out loss, of which the best
-    decides what is kept (None: before and after, and the last step is kept). patience: after how
-    many measurements without improvement the run ends (None: never before `steps`). log_file: a
-    .jsonl for a line on each step. keep: how many older versions of the adapter in `out` are kept
-    (None: there must be none).
+    weight_decay: that of Adam. clip: the norm to which gradients are shortened. steps: how many, at
+    most 500,000, of `accumulate` batches of `batch` rows each. seed: of everything random.
+    eval_split: the share that is held out to measure the loss on. length: tokens in a window of a
+    text (None: 256, or the model's context if that is shorter). save_every: steps between two
+    checkpoints. quantize: what the base's linear weights are packed as once it is loaded, "nf4", or
+    None: as they are stored. too_long: what becomes of rows longer than the context: "cut" at their
+    ends, "drop" left out, None refused. eval_every: steps between two measurements of the held-out
+    loss, of which the best decides what is kept (None: before and after, and the last step is
+    kept). patience: after how many measurements without improvement the run ends (None: never
+    before `steps`). log_file: a .jsonl for a line on each step. keep: how many older versions of
+    the adapter in `out` are kept (None: there must be none).
     Raises: ConfigError (a ValueError) that names the field, what it must be, and its value.
     """
 
@@ -82,7 +85,9 @@ class FineTuneConfig:
     keep: int | None = None
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "save_every"):
+        if not _is_whole(self.steps, 1) or self.steps > MOST_STEPS:
+            self._refuse("steps", f"a whole number from 1 to {MOST_STEPS:,}")
+        for name in ("batch", "accumulate", "save_every"):
             if not _is_whole(getattr(self, name), 1):
                 self._refuse(name, "a whole number of at least 1")
         if not _is_whole(self.seed, 0):

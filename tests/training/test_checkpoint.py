@@ -9,7 +9,10 @@ from strategies import contents, small_gpt, trained_adapter
 
 from minilora import Adam
 from minilora.disk.folder import load_folder, save_folder
+from minilora.disk.reading import LARGEST_STATE
 from minilora.training.checkpoint import REMOVED, STATE, TENSORS, Checkpoint, failure_of, is_checkpoint
+from minilora.training.finetune_config import MOST_STEPS
+from minilora.training.progress import Progress
 
 IDENTITY = {"settings": {"lr": 0.5, "target": ["q_proj"]}, "base": {"wte.weight": "0123"}}
 PROGRESS = {"losses": [2.5, 2.25], "before": None}
@@ -148,6 +151,25 @@ def test_a_large_state_is_saved_as_it_is_and_leaves_no_snapshot(tmp_path):
     assert checkpoint.saved_steps() == 1
     assert checkpoint.restore() == PROGRESS
     assert state_of(adapter, adam) == state
+
+
+def test_the_state_of_the_longest_run_fits_into_the_files_that_hold_it(tmp_path):
+    """Numbers of as many digits as there are, after each step: the sizes grow by the same for each of them."""
+    sizes = []
+    for n in (100, 200):
+        numbers = [1.2345678901234567e-100] * n
+        measured = [[MOST_STEPS, numbers[0]]] * n
+        progress = Progress(numbers[0], numbers, 10**18, numbers[0], measured, numbers).as_json()
+        adapter, adam = adapter_and_adam(0)
+        checkpoint = Checkpoint(tmp_path / str(n), IDENTITY, adapter, adam)
+        checkpoint.save_current(progress)
+        with open(checkpoint.folder / TENSORS, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        sizes.append((header, (checkpoint.folder / STATE).stat().st_size))
+    header, state = ((large - small) / 100 * MOST_STEPS for small, large in zip(*sizes, strict=True))
+    # safetensors refuses a longer one. A third of it is left for the names of tensors.
+    assert header < 100_000_000 * 2 / 3
+    assert state < LARGEST_STATE * 2 / 3
 
 
 def test_where_nothing_was_saved_the_folder_is_named(tmp_path):

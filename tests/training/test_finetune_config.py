@@ -12,9 +12,10 @@ PATHS = {"base": "b", "data": "d", "out": "o"}
 
 
 @pytest.mark.parametrize("field, value, need", [
-    ("steps", 0, "a whole number of at least 1"),
-    ("steps", 2.0, "a whole number of at least 1"),
-    ("steps", True, "a whole number of at least 1"),
+    ("steps", 0, "a whole number from 1 to 500,000"),
+    ("steps", 2.0, "a whole number from 1 to 500,000"),
+    ("steps", 500_001, "a whole number from 1 to 500,000"),
+    ("steps", True, "a whole number from 1 to 500,000"),
     ("batch", 0, "a whole number of at least 1"),
     ("save_every", 0, "a whole number of at least 1"),
     ("seed", -1, "a whole number of at least 0"),
