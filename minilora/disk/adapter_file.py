@@ -2,9 +2,9 @@
 
 A file holds `base_model.model.<module>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r),
 whichever way round the base stores its weights; of DoRA also `.lora_magnitude_vector` (out,). What
-PEFT has no field for travels in the metadata
-of the safetensors file, which other readers skip: the fingerprint of the base, our configuration,
-r and scaling of each pair, and which columns of a c_attn belong to which projection.
+PEFT has no field for travels in the metadata of the safetensors file, which other readers skip: the
+fingerprint of the base, our configuration, r and scaling of each pair, and which columns of a
+c_attn belong to which projection.
 """
 
 import re

@@ -158,9 +158,8 @@ def read_tensors(path):
     pointer of Git LFS, or holds a type that is not read. FileNotFoundError.
     """
     check_no_pointer(path)
-    # It is opened once: a file that is renamed to this name meanwhile is not read in part.
-    with open(path, "rb") as file:
-        _check_sizes(path)
+    # All comes from one open file: one that is renamed to this name meanwhile is not read in part.
+    with _open_sound(path) as file:
         header, data_start = _header(file)
         metadata = header.pop("__metadata__", None) or {}
         file_map = _map_of(file)
@@ -177,6 +176,18 @@ def read_tensors(path):
             start = data_start + entry["data_offsets"][0]
             tensors[name] = _array(file, file_map, code, entry["shape"], start)
     return tensors, metadata
+
+
+def _open_sound(path):
+    """The file at `path`, open, whose sizes were found to fit its length. Raises: ValueError."""
+    while True:
+        with contextlib.ExitStack() as closes:
+            file = closes.enter_context(open(path, "rb"))
+            _check_sizes(path)
+            # The library opened the name itself, which may be that of another file by now.
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                closes.pop_all()
+                return file
 
 
 def _check_sizes(path):

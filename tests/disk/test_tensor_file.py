@@ -94,24 +94,33 @@ def test_a_map_keeps_its_bytes_when_the_file_is_replaced_and_when_it_is_removed(
 
 
 @posix_only
-def test_a_file_that_is_replaced_while_it_is_read_is_not_read_in_part(tmp_path, monkeypatch):
-    """All that is read is of the file that was opened, though another one with other sizes took its name since."""
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("replaced", ["before it is checked", "after it was checked"])
+def test_a_file_that_is_replaced_while_it_is_read_is_not_read_in_part(tmp_path, monkeypatch, replaced, damaged):
+    """All that is read is of the file that was checked, though another one with other sizes had its name before."""
     path = tmp_path / "x.safetensors"
     save_file({"x": drawn(0), "y": drawn(1)}, path, {"of": "the first"})
+    if damaged:
+        path.write_bytes(path.read_bytes()[:-5])
     save_file({"longer name": np.ones(3, "f8"), "x": drawn(2, shape=(4, 4))}, tmp_path / "new", {"of": "the second"})
     real = tensor_file.safe_open
 
     def slow(*args, **more):
+        if replaced.startswith("before") and (tmp_path / "new").exists():
+            os.replace(tmp_path / "new", path)
         checked = real(*args, **more)
         if (tmp_path / "new").exists():
             os.replace(tmp_path / "new", path)
         return checked
 
     monkeypatch.setattr(tensor_file, "safe_open", slow)
-    tensors, metadata = read_tensors(path)
-    assert metadata == {"of": "the first"} and tensors.keys() == {"x", "y"}
-    assert np.array_equal(tensors["x"], drawn(0)) and np.array_equal(tensors["y"], drawn(1))
-    assert read_tensors(path)[1] == {"of": "the second"}
+    if damaged and replaced.startswith("after"):
+        with pytest.raises(ValueError, match="x.safetensors is damaged"):
+            read_tensors(path)
+    else:
+        tensors, metadata = read_tensors(path)
+        assert metadata == {"of": "the second"} and tensors.keys() == {"x", "longer name"}
+        assert np.array_equal(tensors["x"], drawn(2, shape=(4, 4))) and (tensors["longer name"] == 1).all()
 
 
 @pytest.mark.parametrize("padding", range(8))
