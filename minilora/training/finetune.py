@@ -429,7 +429,6 @@ def _save(run, receipt, log):
     spare = [] if run.config.from_adapter is None else [run.config.from_adapter]
     if run.config.keep is not None and is_adapter(out) and not _is_saved(out, receipt):
         version = keep_version(out)
-        spare.append(version.folder)
         log(f"the adapter from before is kept in {version.folder}")
         try:
             check_put_back(version)

@@ -649,12 +649,12 @@ def test_what_a_kill_of_long_ago_left_behind_is_in_nobodys_way(left_behind, tmp_
     assert len(list(folder.iterdir())) == 2
 
 
-def killed_before_the_tensors_get_their_name(folder):
-    """A first save into `folder`, with a file in a folder inside."""
+def killed_before_a_name(folder, name=TENSORS):
+    """A first save into `folder`, with a file in a folder inside, killed before a file gets its `name`."""
     replace, rmtree, renamed = os.replace, shutil.rmtree, []
 
     def killed(source, target):
-        if Path(target).name == TENSORS:
+        if Path(target).name == name:
             raise Killed
         renamed.append(replace(source, target))
 
@@ -667,8 +667,8 @@ def killed_before_the_tensors_get_their_name(folder):
 
 
 def test_what_killed_saves_put_into_a_folder_does_not_count(tmp_path):
-    for _ in range(3):
-        killed_before_the_tensors_get_their_name(tmp_path)
+    for name in (TENSORS, TENSORS, "b.txt", "b.txt", TENSORS):
+        killed_before_a_name(tmp_path, name)
         assert (tmp_path / "inside" / "b.txt").exists()
         check_unused(tmp_path)
     with new_folder(tmp_path):
@@ -678,12 +678,27 @@ def test_what_killed_saves_put_into_a_folder_does_not_count(tmp_path):
 
 @pytest.mark.parametrize("mine", ["inside/b.txt", "inside/other.txt", TENSORS, CONFIG])
 def test_a_file_of_the_same_name_that_a_user_put_there_does_count(mine, tmp_path):
-    killed_before_the_tensors_get_their_name(tmp_path)
+    killed_before_a_name(tmp_path)
     (tmp_path / mine).unlink(missing_ok=True)
     (tmp_path / mine).write_text("mine")
     with pytest.raises(ValueError, match=f"is not empty: it holds {mine.partition('/')[0]}"), new_folder(tmp_path):
         pass
     assert (tmp_path / mine).read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["an empty folder", "a link to one in the place of ours"])
+def test_so_does_an_empty_folder_of_a_user_and_a_link(kind, tmp_path):
+    killed_before_a_name(tmp_path / "out")
+    if kind == "an empty folder":
+        name = "mine"
+        (tmp_path / "out" / name).mkdir()
+    else:
+        name = "inside"
+        shutil.rmtree(tmp_path / "out" / name)
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"is not empty: it holds {name}"):
+        check_unused(tmp_path / "out")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="makes links")

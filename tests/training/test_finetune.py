@@ -1626,6 +1626,16 @@ def test_the_adapter_that_was_in_use_is_kept_though_its_date_is_the_oldest(input
     assert is_adapter(run_again["from_adapter"])
 
 
+def test_a_version_that_is_gone_on_from_stays(inputs, tmp_path):
+    out = tmp_path / "out"
+    for seed in range(3):
+        run(config_for(inputs, out, seed=seed, keep=2))
+    first, second = [version.folder for version in kept_versions(out)]
+    on = {"alpha": None, "r": 8, "target": "all-linear", "from_adapter": str(first)}
+    run(config_for(inputs, out, seed=3, keep=2, **on))
+    assert seeds_kept(out) == [0, 2] and not second.exists()
+
+
 def test_equal_runs_one_after_the_other_keep_one_copy(inputs, tmp_path):
     for _ in range(4):
         run(config_for(inputs, tmp_path / "out", keep=1))

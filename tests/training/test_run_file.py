@@ -16,7 +16,7 @@ from minilora.training.checkpoint import STATE, TENSORS
 from minilora.training.finetune import finetune
 from minilora.training.finetune_config import FineTuneConfig
 from minilora.training.loop import Interrupted
-from minilora.training.run_file import arrays_of, saved_settings, settings_of
+from minilora.training.run_file import arrays_of, saved_settings, settings_of, write_run_file
 
 PATHS = {"base": "b", "data": "d.txt", "out": "o", "log_file": "l.jsonl"}
 
@@ -67,6 +67,16 @@ def unfinished(tmp_path, monkeypatch):
         with pytest.raises(Interrupted):
             finetune(config, log=lambda line: None)
     return tmp_path / "out", config
+
+
+def test_a_disk_without_room_is_told_with_the_name_of_the_file(unfinished, monkeypatch):
+    def no_room(*given):
+        raise OSError(28, "No space left on device")
+
+    _, config = unfinished
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError, match="No space left on device: 'out/run.json'"):
+        write_run_file(config, arrays_of(np, 1, False))
 
 
 def test_a_checkpoint_gives_back_the_settings_that_repeat_its_run(unfinished, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The log of a run: whole lines in a file, read back as they were written, and what is no such file is told by line."""
 
 import json
+import os
 
 import pytest
 
@@ -51,6 +52,23 @@ def test_a_disk_that_is_full_is_told(log):
         run_log.file = type("File", (), {"write": lambda self, piece: 3})()
         with pytest.raises(OSError, match=f"{log.name}: a line could not be written whole; is the disk full"):
             run_log.write(**STEPS[0])
+        run_log.file = file
+
+
+@pytest.mark.parametrize("moment", ["write", "sync"])
+def test_a_disk_without_room_is_told_with_the_name_of_the_log(log, moment, monkeypatch):
+    def no_room(*given):
+        raise OSError(28, "No space left on device")
+
+    with RunLog(log, "abc") as run_log, monkeypatch.context() as patch:
+        if moment == "sync":
+            patch.setattr(os, "fsync", no_room)
+        file = run_log.file
+        with pytest.raises(OSError, match=f"No space left on device: '.*{log.name}'"):
+            if moment == "write":
+                run_log.file = type("File", (), {"write": no_room})()
+                run_log.write(**STEPS[0])
+            run_log.sync()
         run_log.file = file
 
 
