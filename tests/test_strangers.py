@@ -8,6 +8,7 @@ import copy
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import warnings
@@ -234,6 +235,30 @@ def test_any_value_in_any_place_of_a_file_is_read_or_refused_by_name(folders, sp
     try:
         (target / file).write_text(data.draw(spoilt(json.loads(text))))
         only_named_errors(read, target)
+    finally:
+        (target / file).write_text(text)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-1e400"])
+@pytest.mark.parametrize("name", [
+    "config of gpt-2", "config of a llama", "config of our own", "adapter", "ia3", "prompt", "checkpoint",
+])  # fmt: skip
+def test_no_number_that_is_used_may_be_infinite_or_none(folders, spare, name, number):
+    folder, file, read = READERS[name]
+    target = restored(folders, spare, folder)
+    text = (folders / folder / file).read_text()
+    try:
+        for path in places(json.loads(text)):
+            value = json.loads(text)
+            holder = value
+            for key in path[:-1]:
+                holder = holder[key]
+            # n_ctx is what n_positions is, and not read.
+            if path and path[-1] != "n_ctx" and type(holder[path[-1]]) in (int, float):
+                holder[path[-1]] = HOLE
+                (target / file).write_text(json.dumps(value).replace(json.dumps(HOLE), number))
+                with pytest.raises(ValueError, match=re.escape(str(target))):
+                    pytest.fail(f"{path} of {number} is read as {read(target)}")
     finally:
         (target / file).write_text(text)
 

@@ -6,8 +6,8 @@ import json
 
 # The disk is full, or what one user or one file may take of it is used up.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What no configuration has, so that nobody must think of it again: numbers beyond every float, and
-# values so deep inside others that Python cannot show them.
+# What no configuration has, so that nobody must think of it again: whole numbers beyond every float,
+# and values so deep inside others that Python cannot show them.
 MOST_DIGITS = 300
 DEEPEST = 50
 _TOO_DEEP = f"it is nested deeper than {DEEPEST} levels"
@@ -51,8 +51,9 @@ def check_same_tensors(where, present, expected):
 def parse_json(text, **options):
     """The value of a JSON text, which is a text or bytes; `options` are those of `json.loads`.
 
-    Raises: ValueError for what is no JSON, for a number that no float can hold, and for what is
-    nested deeper than any file that is read here: who shows or compares it would fail on it.
+    NaN, Infinity and 1e400 are read, as `json` does: who uses a number asks whether it is finite.
+    Raises: ValueError for what is no JSON, for a whole number that no float can hold, and for what
+    is nested deeper than any file that is read here: who shows or compares it would fail on it.
     """
     try:
         value = json.loads(text, parse_int=_whole_number, **options)
