@@ -6,8 +6,8 @@ import json
 
 # The disk is full, or what one user or one file may take of it is used up.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What no configuration has, so that nobody must think of it again: whole numbers beyond every float,
-# and values so deep inside others that Python cannot show them.
+# What no configuration has, so that nobody must think of it again: whole numbers beyond every
+# float, and values so deep inside others that Python cannot show them.
 MOST_DIGITS = 300
 DEEPEST = 50
 _TOO_DEEP = f"it is nested deeper than {DEEPEST} levels"

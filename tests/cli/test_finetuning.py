@@ -221,7 +221,7 @@ OF_ALL = {
     "base": st.text("abc/ .-=é", min_size=1).filter(lambda text: text != "--"),
     "data": st.just("d.txt"), "out": st.just("o"),
     "lr": positive, "schedule": st.sampled_from(["cosine", "linear", "constant"]), "warmup": maybe(st.just(0)),
-    "weight_decay": st.just(0.0) | positive, "clip": positive, "steps": from_one, "batch": from_one,
+    "weight_decay": st.just(0.0) | positive, "clip": positive, "steps": st.integers(1, 500_000), "batch": from_one,
     "accumulate": from_one, "seed": from_zero, "eval_split": st.floats(0.01, 0.99), "length": maybe(from_one),
     "save_every": from_one, "too_long": maybe(st.sampled_from(["cut", "drop"])), "eval_every": maybe(from_one),
 }  # fmt: skip
