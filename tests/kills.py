@@ -452,8 +452,12 @@ def main():
                 print("\n".join([*table({name: log.counts[name]})[1:], *of_it]), flush=True)
     print("\n".join(table(log.counts)))
     if args.json:
-        counts = {name: {sort: counted[sort] for sort in SORTS} for name, counted in log.counts.items()}
-        keep_results(args.json, kills={"seed": args.seed, "step": args.step, "scenarios": counts})
+        # Beside those of other commands, which were killed in a run of their own.
+        path = Path(args.json)
+        kept = json.loads(path.read_text()).get("kills", {}) if path.exists() else {}
+        for name, counted in log.counts.items():
+            kept[name] = {"step": args.step, **{sort: counted[sort] for sort in SORTS}}
+        keep_results(path, kills={name: kept[name] for name in SCENARIOS if name in kept})
     return 1 if log.wrong else 0
 
 

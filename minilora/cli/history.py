@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..disk.adapter_file import CONFIG, TENSORS, read_fingerprint
 from ..disk.checks import counted, listed
-from ..disk.folder import load_config
+from ..disk.folder import end_save, load_config
 from ..disk.lock import only_writer
 from ..disk.peft import digest_of
 from ..disk.receipt import shown
@@ -170,6 +170,7 @@ def rollback(folder, to, log):
     folder = Path(folder)
     end_removal(folder)
     with only_writer(folder):
+        end_save(folder)
         version = find_version(folder, to)
         before = put_back(folder, version)
     log(f"{folder}: the adapter is now {told(version)}")

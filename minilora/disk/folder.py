@@ -90,7 +90,7 @@ def _staged(folder, tensor_file, config_file, beside):
     staging = folder / UNFINISHED
     names = [*beside, tensor_file, config_file]
     check_places(folder, names)
-    _end_save(folder)
+    end_save(folder)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
@@ -106,7 +106,7 @@ def _staged(folder, tensor_file, config_file, beside):
         # The new names too, before the old state can no longer be told from what is staged.
         for inside in sorted({(folder / name).parent for name in names}):
             sync_folder(inside)
-        _end_save(folder)
+        end_save(folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error.filename} vanished while it was written: does another run write there too?"
@@ -193,10 +193,10 @@ def _is_inside(name):
     return ".." not in Path(name).parts and not Path(name).is_absolute()
 
 
-def _end_save(folder):
+def end_save(folder):
     """End a save in `folder` that lacks its last rename or less: by now it is the new state.
 
-    One that lacks more is left alone.
+    One that lacks more is left alone. For who writes there alone.
     """
     names = _noted(folder).names
     if not names:
@@ -219,7 +219,7 @@ def new_folder(folder):
     Raises: as `only_writer` and `check_unused`.
     """
     with only_writer(folder):
-        _end_save(Path(folder))
+        end_save(Path(folder))
         check_unused(folder)
         yield
 

@@ -12,6 +12,8 @@ from strategies import receipt_fields, trained_adapter
 
 from minilora import load_adapter, load_model, save_adapter
 from minilora.cli import history
+from minilora.disk import folder as folder_module
+from minilora.disk.folder import NAMES
 from minilora.disk.peft import digest_of
 from minilora.disk.receipt import RECEIPT, read_receipt, sha256_of
 from minilora.disk.versions import Version, keep, kept_versions
@@ -47,6 +49,17 @@ def lines_of(out):
     lines = out.splitlines()
     rows = [re.split(" {2,}", line.strip()) for line in lines if line.startswith("  2")]
     return [line for line in lines if not line.startswith(" ")], rows
+
+
+def test_a_rollback_that_was_killed_at_its_end_is_ended_by_the_same_command(run, kept, monkeypatch):
+    to = kept_versions(kept)[0].digest
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "end_save", lambda folder: None)
+        run("rollback", kept, "--to", to)
+    assert (kept / NAMES).exists()
+    code, _, err = run("rollback", kept, "--to", to)
+    assert code == 1 and "is the one in use" in err
+    assert not [path for path in kept.iterdir() if path.name.startswith(".")]
 
 
 def test_a_rollback_removes_what_is_left_of_a_checkpoint(run, kept):
