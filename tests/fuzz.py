@@ -578,7 +578,10 @@ def left_behind(answer):
         done = done or any(f"{place}/checkpoint" in answer["err"] for place in may_write)
     wrong = []
     for path in (*answer["new"], *answer["changed"]):
-        inside = any(path == place or path.startswith(f"{place}/") for place in may_write)
+        # The folder of the command, what is in it, and the folders that it is in.
+        inside = any(
+            path == place or path.startswith(f"{place}/") or place.startswith(f"{path}/") for place in may_write
+        )
         if not (done and inside):
             wrong.append(path)
     return ", ".join(wrong[:3]) or None

@@ -214,7 +214,9 @@ class Vocabulary:
             ]
         if model.get("unk_token") in self._twins:
             model["unk_token"] = self._twins[model["unk_token"]]
-        return tokenizers.Tokenizer.from_str(json.dumps(fields))
+        # Of a control token that is in a merge another token is made.
+        with library_errors(f"the tokenizer of {self.where} takes a control token for a part"):
+            return tokenizers.Tokenizer.from_str(json.dumps(fields))
 
 
 def _text_start(bpe):

@@ -121,6 +121,15 @@ def test_a_tokenizer_that_marks_words_keeps_its_marks_between_control_tokens():
         0, 1, 7, 2, 3, 4, 5, 6, 2]  # fmt: skip
 
 
+def test_a_control_token_that_other_tokens_are_made_of_is_refused_where_a_conversation_is_read():
+    """The library says so by a bare exception, which names no file."""
+    bpe = tokenizers.Tokenizer(models.BPE({"a": 0, "1": 1, "a1": 2}, [("a", "1")]))
+    bpe.add_special_tokens(["1"])
+    chat = Conversations(Vocabulary(bpe, [], "t.json"), ChatTemplate("{{ messages[0].content }}"), [1])
+    with pytest.raises(ValueError, match="the tokenizer of t.json takes a control token for a part"):
+        chat.encode([{"role": "user", "content": "a1"}])
+
+
 def test_a_control_token_of_a_unigram_model_is_text_when_it_is_typed():
     vocab = [["<unk>", 0.0], ["</s>", 0.0], ["a", -1.0], ["<", -2.0], ["/", -2.0], ["s", -2.0], [">", -2.0]]
     bpe = tokenizers.Tokenizer(models.Unigram([tuple(v) for v in vocab], unk_id=0))
