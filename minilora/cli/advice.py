@@ -28,6 +28,7 @@ SAID_INSTEAD = (
     (r"full=True \(--full\)", "--full"),
     (r"keep=3 \(--keep 3\)", "--keep 3"),
     (r"log_file=None, --no-log", "--no-log"),
+    (r"to= \(--to\)", "--to"),
     (r"full=True: it is of adapters", "--full: it is of adapters"),
 )
 

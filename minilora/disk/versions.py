@@ -287,7 +287,7 @@ def _named(version):
 def _kept_words(kept):
     if not kept:
         return ", and none is kept (finetune --keep keeps some)"
-    return f"; kept are {listed(map(_named, kept), most=6)}"
+    return f"; kept are {listed(map(_named, kept), most=6)}: name one with to= (--to)"
 
 
 def check_put_back(version):

@@ -18,16 +18,15 @@ import numpy as np
 
 from ..count import parameter_report
 from ..disk.bases import find_base
-from ..disk.folder import check_unused
 from ..disk.lock import only_writer
 from ..disk.models import load_model
 from ..disk.quantized import quantized_base
 from ..disk.receipt import sha256_of
 from ..disk.tokenizer import load_tokenizer
-from ..disk.versions import check_keeps, check_put_back, drop_oldest, is_adapter, version_in
+from ..disk.versions import check_put_back, drop_oldest, is_adapter, version_in
 from ..disk.versions import keep as keep_version
 from ..optim import Adam
-from .checkpoint import Checkpoint, end_removal, failure_of, is_checkpoint, read_state
+from .checkpoint import Checkpoint, end_removal, is_checkpoint
 from .datasets import load_data
 from .learned import LearnedAdapter, LearnedModel, report_full
 from .loop import Interrupted
@@ -37,11 +36,12 @@ from .provenance import of_run, provenance
 from .run_file import (
     CHECKPOINT,
     arrays_of,
+    as_it_began,
     as_typed,
-    check_resumable,
+    check_out,
+    goes_on_from_out,
     identity_settings,
     places_of,
-    saved_settings,
     write_run_file,
 )
 from .run_log import RunLog, check_place, cut_back, run_digest
@@ -107,7 +107,7 @@ def finetune(
     if config.log_file is not None:
         check_place(config.log_file, config.out, resume)
     with only_writer(config.out):
-        _check_out(Path(config.out), resume, config.keep)
+        check_out(Path(config.out), resume, config.keep)
         by = _By(xp, parts, threads, executor, n_workers)
         return _run(config, by, resume, command, log, quiet)
 
@@ -118,7 +118,7 @@ def _run(config, by, resume, command, log, quiet):
     arrays = arrays_of(by.xp, by.parts, has_workers)
     say = _nothing if quiet else log
     if resume:
-        config = _as_it_began(config)
+        config = as_it_began(config)
     typed = as_typed(config, resume)
     run = _prepare(config, typed, by.xp, arrays, by.threads, say, quiet)
     if not resume:
@@ -193,74 +193,18 @@ def _open_log(run):
     return RunLog(run.config.log_file, run_digest(run.identity))
 
 
-def _check_out(out, resume, most_kept):
-    """Raise unless `out` holds a run to resume, or nothing that a new run would write over.
-
-    An adapter may be there if so many of its versions are kept, at least one.
-    """
-    checkpoint = out / CHECKPOINT
-    if checkpoint.is_symlink():
-        raise ValueError(
-            f"{checkpoint} is a link, and a checkpoint is made and removed in the folder of its "
-            "run alone; remove it"
-        )
-    if resume:
-        check_resumable(out)
-        return
-    if is_checkpoint(checkpoint):
-        try:
-            read_state(checkpoint)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}. It is the checkpoint of a run that has not ended: remove {checkpoint}, "
-                "or choose another folder"
-            ) from None
-        failure = failure_of(checkpoint)
-        if failure is not None:
-            raise ValueError(
-                f"{out} holds a run that failed, and would fail again ({failure}): remove "
-                f"{checkpoint}, or choose another folder"
-            )
-        raise ValueError(
-            f"{out} holds a run that has not ended: go on with --resume, remove {checkpoint}, "
-            "or choose another folder"
-        )
-    if is_adapter(out):
-        if most_kept is None:
-            raise ValueError(
-                f"{out} holds an adapter, which is never written over: choose another folder, or "
-                "have so many of its versions kept with keep=3 (--keep 3)"
-            )
-        check_keeps(out)
-        return
-    # A run that was killed in its first save leaves a checkpoint folder without a checkpoint.
-    check_unused(out, ignore=[CHECKPOINT])
-
-
 def _apart_from_out(run):
     """The _Run, which goes on from a version if it went on from the adapter in its own folder.
 
     That one will be another when the run is resumed or repeated. So it is copied.
     """
-    if not _goes_on_from_out(run.config):
+    if not goes_on_from_out(run.config):
         return run
     parent = str(keep_version(run.config.out).folder)
     config = replace(run.config, from_adapter=parent)
     typed = replace(run.typed, from_adapter=parent)
     run.checkpoint.places = places_of(config, typed)
     return run._replace(config=config, typed=typed)
-
-
-def _as_it_began(config):
-    """`config`, which goes on from what its run began with, if that was in its own folder."""
-    if not _goes_on_from_out(config):
-        return config
-    return replace(config, from_adapter=saved_settings(config.out)["from_adapter"])
-
-
-def _goes_on_from_out(config):
-    parent = config.from_adapter
-    return parent is not None and Path(parent).resolve() == Path(config.out).resolve()
 
 
 def _prepare(config, typed, xp, arrays, threads, log, quiet):

@@ -1,4 +1,6 @@
-"""The settings of a run, in a file that repeats it and in a checkpoint. Opens no base and no data.
+"""The settings of a run, in its checkpoint and in a file that repeats it; what its folder may hold.
+
+Opens no base and no data.
 
     {"base": "smollm2", "data": "notes.txt", "alpha": 16.0, ..., "backend": "numpy", "parts": 2}
 
@@ -12,8 +14,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..disk.checks import check_fields, errors_name, full_disk_names
-from ..disk.folder import sync_folder
-from .checkpoint import STATE, end_removal, is_checkpoint, read_state
+from ..disk.folder import check_unused, sync_folder
+from ..disk.versions import check_keeps, is_adapter
+from .checkpoint import STATE, end_removal, failure_of, is_checkpoint, read_state
 from .finetune_config import FineTuneConfig
 
 # Beside what a run has made lies the file that repeats it.
@@ -108,10 +111,67 @@ def _is_same_place(before, now):
     return os.path.realpath(before) == os.path.realpath(now)
 
 
+def as_it_began(config):
+    """`config`, which goes on from what its run began with, if that was in its own folder."""
+    if not goes_on_from_out(config):
+        return config
+    return replace(config, from_adapter=saved_settings(config.out)["from_adapter"])
+
+
+def goes_on_from_out(config):
+    """Does a run of this config go on from the adapter in its own folder?"""
+    parent = config.from_adapter
+    return parent is not None and Path(parent).resolve() == Path(config.out).resolve()
+
+
 def identity_settings(config):
     """{setting: value} of what may not change."""
     settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     return _as_json(settings)
+
+
+def check_out(out, resume, most_kept):
+    """Raise unless `out` holds a run to resume, or nothing that a new run would write over.
+
+    An adapter may be there if so many of its versions are kept, at least one.
+    """
+    checkpoint = out / CHECKPOINT
+    if checkpoint.is_symlink():
+        raise ValueError(
+            f"{checkpoint} is a link, and a checkpoint is made and removed in the folder of its "
+            "run alone; remove it"
+        )
+    if resume:
+        check_resumable(out)
+        return
+    if is_checkpoint(checkpoint):
+        try:
+            read_state(checkpoint)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. It is the checkpoint of a run that has not ended: remove {checkpoint}, "
+                "or choose another folder"
+            ) from None
+        failure = failure_of(checkpoint)
+        if failure is not None:
+            raise ValueError(
+                f"{out} holds a run that failed, and would fail again ({failure}): remove "
+                f"{checkpoint}, or choose another folder"
+            )
+        raise ValueError(
+            f"{out} holds a run that has not ended: go on with --resume, remove {checkpoint}, "
+            "or choose another folder"
+        )
+    if is_adapter(out):
+        if most_kept is None:
+            raise ValueError(
+                f"{out} holds an adapter, which is never written over: choose another folder, or "
+                "have so many of its versions kept with keep=3 (--keep 3)"
+            )
+        check_keeps(out)
+        return
+    # A run that was killed in its first save leaves a checkpoint folder without a checkpoint.
+    check_unused(out, ignore=[CHECKPOINT])
 
 
 def check_resumable(out):

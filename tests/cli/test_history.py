@@ -62,6 +62,13 @@ def test_a_rollback_that_was_killed_at_its_end_is_ended_by_the_same_command(run,
     assert not [path for path in kept.iterdir() if path.name.startswith(".")]
 
 
+def test_where_nothing_is_older_the_flag_that_names_another_is_told(run, kept):
+    for _ in range(2):
+        assert run("rollback", kept)[0] == 0
+    code, _, err = run("rollback", kept)
+    assert code == 1 and "no version is older than the one in use" in err and err.endswith(": name one with --to\n")
+
+
 def test_a_rollback_removes_what_is_left_of_a_checkpoint(run, kept):
     (kept / REMOVED).mkdir()
     (kept / REMOVED / "checkpoint.safetensors").write_bytes(b"half")
