@@ -61,7 +61,7 @@ _Run = namedtuple(
     "_Run", "config typed learned adam batches train_data heldout identity checkpoint"
 )
 
-# By what a run is computed: an array module, and as `finetune` has them.
+# What computes a run: the arguments of `finetune` that have these names.
 _By = namedtuple("_By", "xp parts threads executor n_workers")
 
 
@@ -93,8 +93,8 @@ def finetune(
     `process_pool`, `mpi_pool`, or another.
     Raises: ValueError or FileNotFoundError, before anything is computed or written, for files and
     settings that do not fit, or workers that would compute other bits; Interrupted on Ctrl-C, and
-    RuntimeError if a worker dies, with the last whole step saved (of a model, the last that was
-    saved anyway).
+    RuntimeError if a worker dies, OSError if a disk is full, with the last whole step saved (of a
+    model, the last that was saved anyway).
     """
     check_parts(parts, threads)
     # A part needs a row.
@@ -287,7 +287,7 @@ def _identity(config, data, base_config, learned, arrays):
 def _resumable(run):
     """Whatever ends this block early leaves a checkpoint, and an error that says how to go on.
 
-    But for an error before any step was saved: going on would lead to the same error, so that
+    But for a ValueError before any step was saved: going on would lead to the same error, so that
     nothing is left.
     """
     checkpoint = run.checkpoint
