@@ -8,7 +8,6 @@ A file that was flipped is refused, or it is harmless: what is computed from it 
 import argparse
 import contextlib
 import io
-import json
 import os
 import shutil
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from fuzz import keep_results
+from fuzz import keep_results, kept_results
 from kills import contents
 from tiny_files import RUN, inside, write_all
 
@@ -171,11 +170,10 @@ def main():
             print(f"  silent at bytes {found[name]['silent'][:12]}")
     if args.json:
         # Beside those of other files, which may have been flipped in larger steps.
-        path = Path(args.json)
-        kept = json.loads(path.read_text()).get("flips", {}) if path.exists() else {}
+        kept = kept_results(args.json).get("flips", {})
         for name, counted in counts.items():
             kept[name] = {"step": args.step, "flips": counted.total(), **{what: counted[what] for what in columns}}
-        keep_results(path, flips={name: kept[name] for name in TARGETS if name in kept})
+        keep_results(args.json, flips={name: kept[name] for name in TARGETS if name in kept})
     wrong = [name for name, counted in counts.items() if set(counted) - {"refused", "harmless"}]
     return 1 if wrong else 0
 

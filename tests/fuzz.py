@@ -731,10 +731,16 @@ class Tally:
         }
 
 
+def kept_results(path):
+    """What a JSON file of results holds, {} if there is none yet."""
+    path = Path(path)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def keep_results(path, **sections):
     """Put sections into a JSON file of results, beside those that are there."""
     path = Path(path)
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = kept_results(path)
     path.write_text(json.dumps(results | sections, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from fuzz import keep_results
+from fuzz import keep_results, kept_results
 from tiny_files import KEPT, RUN, inside, older_version, write_all
 
 from minilora.disk.folder import UNFINISHED
@@ -453,11 +453,10 @@ def main():
     print("\n".join(table(log.counts)))
     if args.json:
         # Beside those of other commands, which were killed in a run of their own.
-        path = Path(args.json)
-        kept = json.loads(path.read_text()).get("kills", {}) if path.exists() else {}
+        kept = kept_results(args.json).get("kills", {})
         for name, counted in log.counts.items():
             kept[name] = {"step": args.step, **{sort: counted[sort] for sort in SORTS}}
-        keep_results(path, kills={name: kept[name] for name in SCENARIOS if name in kept})
+        keep_results(args.json, kills={name: kept[name] for name in SCENARIOS if name in kept})
     return 1 if log.wrong else 0
 
 

@@ -20,8 +20,7 @@ from ..disk.peft_config import our_targets
 from ..disk.receipt import sha256_of
 from ..disk.rounding import save_merged
 from ..lora import attach
-from ..training.learned import update_sizes
-from ..training.provenance import provenance
+from ..training.provenance import provenance_of
 from .folders import find_sources
 
 
@@ -118,8 +117,7 @@ def _load_all(folders, model, accept_base, log):
 
 
 def _save(adapter, out, base, model, command, parents, log):
-    updates = update_sizes(model, adapter)
-    receipt = provenance(command, base, adapter.base_fingerprint, parents, updates)
+    receipt = provenance_of(adapter, model, command, base, parents)
     save_adapter(adapter, out, base_model=str(base), receipt=receipt)
     size = (Path(out) / ADAPTER_TENSORS).stat().st_size
     log(f"kept in {out}: an adapter, {size / 1e3:,.0f} kB")

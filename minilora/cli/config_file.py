@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..disk.checks import each_key_once, json_object
 from ..disk.reading import read_bytes
-from .parser import FLAG_SYNONYMS, Assignments, nearest
+from .parser import Assignments
 
 # A file that is larger holds something else.
 MOST_BYTES = 2**20
@@ -61,13 +61,11 @@ def _fields(path):
 def _flag(parser, name):
     """The flag that a field of the file is called after."""
     flag = f"--{name.replace('_', '-')}"
-    names = [ours.removeprefix("--") for ours in parser.flags if ours.startswith("--")]
     if flag.removeprefix("--") in NOT_IN_FILES:
         parser.error(f"{name} is said on the command line, not in a file")
     if flag not in parser.flags:
-        settings = [ours for ours in names if ours not in NOT_IN_FILES]
-        meant = nearest(flag, settings, FLAG_SYNONYMS)
-        hint = "" if meant is None else f": did you mean {meant}?"
+        meant = parser.nearest_flag(flag, besides=NOT_IN_FILES)
+        hint = "" if meant is None else f": did you mean {meant.removeprefix('--')}?"
         parser.error(f"there is no setting {name!r}{hint}")
     return flag
 

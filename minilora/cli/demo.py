@@ -22,9 +22,8 @@ from ..lora_config import LoRAConfig
 from ..optim import Adam, warmup_cosine
 from ..training.batches import answer_rows, consecutive_windows, random_windows, row_batches
 from ..training.corpus import load_corpus
-from ..training.learned import update_sizes
 from ..training.loop import heldout_loss, train
-from ..training.provenance import provenance
+from ..training.provenance import provenance_of
 from .asking import LONGEST_ANSWER, Lines, pairs
 from .demo_run import ADAPTER, DemoRun, checked_question
 from .demo_tables import (
@@ -119,8 +118,7 @@ def run(size, out, xp, seed, log=print, *, rerun_command="minilora demo", parts=
         )
         seconds = time.perf_counter() - started
         log(f"[4/5] Trained A and B only, {size.lora_steps} steps in {seconds:.0f} s")
-        updates = update_sizes(base, adapter)
-        receipt = provenance(rerun_command, out / BASE, adapter.base_fingerprint, [], updates)
+        receipt = provenance_of(adapter, base, rerun_command, out / BASE)
         save_adapter(adapter, out / ADAPTER, base_model=str(out / BASE), receipt=receipt)
         run.saved.append(f"{out / ADAPTER} (the adapter)")
 

@@ -23,9 +23,8 @@ from ..lora_config import LoRAConfig
 from ..optim import Adam, warmup_cosine
 from ..training.batches import answer_rows, pad_rows
 from ..training.datasets import load_data
-from ..training.learned import update_sizes
 from ..training.loop import train
-from ..training.provenance import provenance
+from ..training.provenance import provenance_of
 from ..training.threads import keep_freed_memory
 from .asking import LONGEST_ANSWER, Chat, pairs
 from .demo_run import ADAPTER, DemoRun, checked_question, costs_table
@@ -115,8 +114,7 @@ def run(size, base, out, xp, seed, log=print, *, rerun_command="minilora demo", 
             f"alone: {losses[0]:.2f} -> {np.mean(losses[-10:]):.3f}"
         )
         log(f"      {data}: {rows}")
-        updates = update_sizes(model, adapter)
-        receipt = provenance(rerun_command, base, adapter.base_fingerprint, [], updates)
+        receipt = provenance_of(adapter, model, rerun_command, base)
         save_adapter(adapter, out / ADAPTER, base_model=str(base), receipt=receipt)
         run.saved.append(f"{out / ADAPTER} (the adapter)")
 

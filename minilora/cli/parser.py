@@ -198,9 +198,13 @@ class CommandParser(argparse.ArgumentParser):
                 return word.partition("=")[0]
         return None
 
-    def nearest_flag(self, flag):
-        """The flag of this command that `flag` most likely means, or None."""
+    def nearest_flag(self, flag, besides=()):
+        """The flag of this command that `flag` most likely means, or None.
+
+        Those with the names `besides` are not meant.
+        """
         names = [ours.removeprefix("--") for ours in self.flags if ours.startswith("--")]
+        names = [name for name in names if name not in besides]
         name = nearest(flag, names, FLAG_SYNONYMS)
         return None if name is None else f"--{name}"
 

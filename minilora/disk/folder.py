@@ -97,8 +97,8 @@ def _staged(folder, tensor_file, config_file, beside):
         yield staging
         # On the disk before it gets its name: a crash leaves no empty file under a good name.
         for name in names:
-            with full_disk_names(folder / name), open(staging / name, "rb+") as file:
-                os.fsync(file.fileno())
+            with full_disk_names(folder / name):
+                sync_file(staging / name)
         _note_names(folder, staging, names)
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
@@ -131,6 +131,24 @@ def check_places(folder, names):
             )
 
 
+def replace_file(path, content, unfinished):
+    """Write the bytes `content` to `unfinished`, which is named `path` once it is on the disk.
+
+    Raises: OSError that names `path` on a full disk.
+    """
+    with full_disk_names(path), open(unfinished, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def sync_file(path):
+    """Have what was written to a file on its disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder):
     """Have the names in a folder on its disk: a rename is there only once its folder is."""
     if os.name == "nt":
@@ -151,11 +169,8 @@ def _note_names(folder, staging, names):
         if name in new_before or not os.path.lexists(folder / name):
             # The file of that one may be there still when this save is killed as well.
             new[name] = [*new_before.get(name, []), _mark(staging / name)]
-    with full_disk_names(folder / NAMES), open(staging / NAMES, "wb") as file:
-        file.write(json.dumps({"names": names, "new": new}).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staging / NAMES, folder / NAMES)
+    content = json.dumps({"names": names, "new": new}).encode()
+    replace_file(folder / NAMES, content, staging / NAMES)
 
 
 def _mark(path):

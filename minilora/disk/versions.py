@@ -8,7 +8,6 @@ kill at any moment leaves in my-adapter the one from before or the one from afte
 of a version's folder says when a newer adapter took its place: by it they are sorted.
 """
 
-import itertools
 import os
 import re
 import shutil
@@ -18,7 +17,14 @@ from pathlib import Path
 
 from .adapter_file import CONFIG, TENSORS, read_adapter
 from .checks import full_disk_names, listed
-from .folder import UNFINISHED, check_places, config_path, place_copies, sync_folder
+from .folder import (
+    UNFINISHED,
+    check_places,
+    config_path,
+    place_copies,
+    sync_file,
+    sync_folder,
+)
 from .reading import LARGEST_CONFIG, read_bytes
 from .receipt import RECEIPT, date_text, read_receipt, receipt_of, sha256_of, shown
 from .tensor_file import read_metadata
@@ -134,8 +140,7 @@ def copy_kept(folder):
             with full_disk_names(place / name):
                 # With its date, by which a version without a receipt is shown.
                 shutil.copy2(path, staging / name)
-                with open(staging / name, "rb+") as file:
-                    os.fsync(file.fileno())
+                sync_file(staging / name)
     except OSError:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -224,10 +229,7 @@ def find_version(folder, to=None):
     current = version_in(folder)
     kept = kept_versions(folder)
     if to is None:
-        older = [version for version in kept if version.digest != current.digest]
-        if any(_is_copy(version, current) for version in kept):
-            # It was put back: what was kept after it is newer.
-            older = list(itertools.takewhile(lambda version: not _is_copy(version, current), kept))
+        older = _older_than(current, kept)
         if not older:
             raise ValueError(
                 f"{folder}: no version is older than the one in use, {_named(current)}"
@@ -246,6 +248,15 @@ def find_version(folder, to=None):
     if not found or _are_one(current, found[-1]):
         raise ValueError(f"{folder}: {_named(current)} is the one in use")
     return found[-1]
+
+
+def _older_than(current, kept):
+    """Those of the `kept` versions that were in use before the current one."""
+    for i, version in enumerate(kept):
+        if _is_copy(version, current):
+            # It was put back: what was kept after it is newer.
+            return kept[:i]
+    return [version for version in kept if version.digest != current.digest]
 
 
 def _is_copy(version, current):

@@ -54,9 +54,9 @@ from .workers import RemoteWorkers, check_workers
 # [steps done, held-out loss] on the way.
 Result = namedtuple("Result", "adapter losses before after evaluations")
 
-# What a run works with: `typed` what `as_typed` makes of its config, `learned` a LearnedAdapter or
-# a LearnedModel, `batches` from the first on, `train_data` and `heldout` each a Text or Rows, the
-# latter or None, `identity` what must be the same when it goes on.
+# What a run works with: `typed` its config as what is written names it, `learned` a LearnedAdapter
+# or a LearnedModel, `batches` from the first on, `train_data` and `heldout` each a Text or Rows,
+# the latter or None, `identity` what must be the same when it goes on.
 _Run = namedtuple(
     "_Run", "config typed learned adam batches train_data heldout identity checkpoint"
 )
@@ -117,9 +117,10 @@ def _run(config, by, resume, command, log, quiet):
     has_workers = by.executor is not None
     arrays = arrays_of(by.xp, by.parts, has_workers)
     say = _nothing if quiet else log
+    typed = config
     if resume:
         config = as_it_began(config)
-    typed = as_typed(config, resume)
+        typed = as_typed(config)
     run = _prepare(config, typed, by.xp, arrays, by.threads, say, quiet)
     if not resume:
         run = _apart_from_out(run)

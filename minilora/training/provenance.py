@@ -9,7 +9,7 @@ import numpy as np
 from .. import __version__
 from ..disk.peft import digest_of
 from ..disk.receipt import date_text
-from .learned import finite
+from .learned import finite, update_sizes
 from .run_file import settings_of
 from .threads import blas_kernel
 
@@ -38,6 +38,12 @@ def provenance(command, base, fingerprint, parents, updates, run=None):
         "machine": {"processor": processor(), "blas": blas_kernel()},
         "updates": updates,
     }
+
+
+def provenance_of(adapter, model, command, base, parents=()):
+    """`provenance` of an Adapter for `model` that no run has made; `base` is the model's name."""
+    updates = update_sizes(model, adapter)
+    return provenance(command, base, adapter.base_fingerprint, list(parents), updates)
 
 
 def of_run(run, progress, after):

@@ -13,8 +13,8 @@ import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..disk.checks import check_fields, errors_name, full_disk_names
-from ..disk.folder import check_unused, sync_folder
+from ..disk.checks import check_fields, errors_name
+from ..disk.folder import check_unused, replace_file, sync_folder
 from ..disk.versions import check_keeps, is_adapter
 from .checkpoint import STATE, end_removal, failure_of, is_checkpoint, read_state
 from .finetune_config import FineTuneConfig
@@ -65,11 +65,8 @@ def write_run_file(config, arrays):
     out = Path(config.out)
     # In a folder that is ours, so that nobody's file has this name.
     unfinished = out / CHECKPOINT / RUN
-    with full_disk_names(out / RUN), open(unfinished, "w", encoding="utf-8") as file:
-        file.write(json.dumps(settings_of(config, arrays), indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, out / RUN)
+    content = json.dumps(settings_of(config, arrays), indent=2) + "\n"
+    replace_file(out / RUN, content.encode(), unfinished)
     sync_folder(out)
 
 
@@ -84,15 +81,13 @@ def places_of(config, typed):
     return _as_json({**places, "folder": os.getcwd(), "typed": sources})
 
 
-def as_typed(config, resume):
-    """`config` with its sources called as they were when the run began, for what is written.
+def as_typed(config):
+    """`config` of a run that goes on, with its sources called as they were when it began.
 
-    Who goes on in another folder opens them by other paths, and makes the same files as who stayed.
-    A source that is another one now is called as it is now.
+    What is written names them so: who goes on in another folder opens them by other paths, and
+    makes the same files as who stayed. A source that is another one now is called as it is now.
     Raises: as `saved_settings`.
     """
-    if not resume:
-        return config
     folder = Path(config.out) / CHECKPOINT
     places = _saved_places(folder, read_state(folder))
     typed = {}

@@ -141,7 +141,7 @@ def test_a_run_that_goes_on_in_other_folders_makes_the_files_of_one_that_stayed(
 
 
 def test_paths_from_another_folder_are_found_in_the_files(unfinished, tmp_path, monkeypatch):
-    monkeypatch.setattr("minilora.training.finetune.as_typed", lambda config, resume: config)
+    monkeypatch.setattr("minilora.training.finetune.as_typed", lambda config: config)
     with pytest.raises(AssertionError):
         resumes_elsewhere_to_the_same_files(unfinished, tmp_path, monkeypatch)
 
